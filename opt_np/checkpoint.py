@@ -1,0 +1,158 @@
+"""Checkpoints: a folder with config.json and safetensors, read under any of the published layouts, checked, and written so that HF reads it.
+
+Reading renames and casts, and never computes: the arrays are the file's. A missing, extra or misshapen tensor is an error, never a random one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_np.config import OPTConfig, parameter_shapes
+from opt_np.init import HEADS
+from opt_np.tree import flatten, unflatten
+
+DTYPES = ("float32", "float64")  # what the NumPy reference computes in
+IGNORED = ("decoder.version", "output_projection.weight", "masked_bias")  # buffers of old conversions, without meaning
+ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as it is: names the file or tensor, what was found, what was wanted, and what to do."""
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder itself, once it is certain that it exists."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "not there"
+        raise CheckpointError(f"{folder} is {kind}; a model is a folder with config.json, model.safetensors and the tokenizer's files")
+    return folder
+
+
+def load_config(folder: str | Path) -> OPTConfig:
+    """The folder's config.json; raises CheckpointError."""
+    path = model_folder(folder) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there; copy it from the model's repository")
+    try:
+        return OPTConfig.from_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load(folder: str | Path, dtype: str = "float32") -> tuple[dict, OPTConfig]:
+    """Parameters (nested, rooted at the decoder, with lm_head, score or qa_outputs beside where the file has them) and config.
+
+    Raises CheckpointError. Tensors in F16, BF16, F32 or F64 are cast to dtype, exactly or by rounding.
+    """
+    cfg = load_config(folder)
+    flat = {}
+    for path in safetensors_files(model_folder(folder)):
+        for name, array in read_safetensors(path):
+            if not name.endswith(IGNORED):
+                flat[name] = array.astype(dtype)
+    return unflatten(checked(rooted_at_decoder(flat, cfg, folder), cfg, folder)), cfg
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The one file, or the shards that the index names. Raises CheckpointError when one is missing."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; is it a model's folder, and was it copied whole?")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of shards (a JSON object with weight_map): {error}") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{index} names the shard {name!r}, which is not in {folder}; copy the missing file")
+    return [folder / name for name in names]
+
+
+def read_safetensors(path: Path):
+    """(name, array) for each tensor of a file; bfloat16 comes as ml_dtypes' type. Raises CheckpointError for a damaged file."""
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then uses)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Was it copied whole?") from None
+
+
+def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
+    """The same tensors without the prefix that their file happens to use (model.decoder., decoder., none …), the tied matrix once."""
+    prefixes = [name.removesuffix(ANCHOR) for name in flat if name.endswith(ANCHOR)]
+    if len(prefixes) != 1:
+        raise CheckpointError(f"{folder} has {len(prefixes)} tensors named …{ANCHOR}; an OPT decoder has one. First names: {', '.join(list(flat)[:3])}")
+    outer = prefixes[0].removesuffix("decoder.").removesuffix("model.")
+    rooted = {name.removeprefix(prefixes[0]).removeprefix(outer): array for name, array in flat.items()}
+    head, embed = rooted.get("lm_head.weight"), rooted.get("embed_tokens.weight")
+    if cfg.tie_word_embeddings and head is not None:
+        if embed is not None and not np.array_equal(head, embed):
+            raise CheckpointError(
+                f"{folder}: lm_head.weight and embed_tokens.weight differ, but config.json's tie_word_embeddings is true. "
+                f"Set it to false to keep both, or remove lm_head.weight"
+            )
+        rooted["embed_tokens.weight"] = rooted.pop("lm_head.weight")  # some files hold the tied matrix under this name only
+    elif not cfg.tie_word_embeddings and head is None and embed is not None and not any(name.split(".")[0] in HEADS for name in rooted):
+        rooted["lm_head.weight"] = embed  # saved from OPTModel, or by a writer that drops the duplicate
+    return rooted
+
+
+def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
+    """The tensors in the config's order, once each is there in the right shape and none is left over. Raises CheckpointError."""
+    wanted = parameter_shapes(cfg)
+    heads = {name: array for name, array in flat.items() if name.split(".")[0] in HEADS}
+    if heads:
+        wanted.pop("lm_head.weight", None)  # a task model has its own head instead
+    missing, extra = [n for n in wanted if n not in flat], [n for n in flat if n not in wanted and n not in heads]
+    if missing or extra:
+        problems = [f"{len(names)} {word} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for word, names in
+                    (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
+        raise CheckpointError(f"{folder}: tensors {' and '.join(problems)}. Is config.json this checkpoint's, and was the checkpoint copied whole?")
+    for name, shape in wanted.items():
+        if flat[name].shape != shape:
+            raise CheckpointError(f"{folder}: {name} is {flat[name].shape}; config.json wants {shape}. Is it this checkpoint's config.json?")
+    return {name: flat[name] for name in wanted} | heads
+
+
+def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None) -> None:
+    """Writes config.json and model.safetensors under HF's names (model.decoder.…), each file whole or not at all."""
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.ascontiguousarray(a, dtype) for name, a in flatten(params).items()}
+    heads = {"lm_head", *HEADS}
+    named = {name if name.split(".")[0] in heads else f"model.decoder.{name}": a for name, a in flat.items()}
+    architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
+    keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": str(next(iter(flat.values())).dtype)}
+    keys.pop("dtype", None)  # transformers 5's name for torch_dtype; one of the two is enough
+    write_atomically(folder / "model.safetensors", lambda path: save_file(named, path, {"format": "pt"}))
+    write_text(folder / "config.json", json.dumps(keys, indent=2, sort_keys=True) + "\n")
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

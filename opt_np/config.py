@@ -1,0 +1,156 @@
+"""OPTConfig: the keys of config.json, checked once, and the nine published sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ACTIVATIONS = ("relu", "gelu")
+POSITION_OFFSET = 2  # embed_positions has max_position_embeddings + 2 rows; position p reads row p + 2
+
+# name: layers, heads, hidden_size (ffn_dim is four times that). Source: metaseq/launcher/opt_job_constants.py.
+SIZES = {
+    "125m": (12, 12, 768), "350m": (24, 16, 1024), "1.3b": (24, 32, 2048), "2.7b": (32, 32, 2560), "6.7b": (32, 32, 4096),
+    "13b": (40, 40, 5120), "30b": (48, 56, 7168), "66b": (64, 72, 9216), "175b": (96, 96, 12288),
+}  # fmt: skip
+
+# Keys that would change the model's numbers, and the only value of each that this code computes.
+ONLY_VALUES: dict[str, Any] = {"model_type": "opt", "scale_embeddings": False, "learned_embeddings": True, "quantization_config": None}
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """What config.json says, under its own names, with HF's defaults (equals transformers' OPTConfig).
+
+    Raises ValueError for a value that this code cannot compute. Keys it does not know are kept in `extra`, for saving.
+    """
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    _remove_final_layer_norm: bool = False
+    word_embed_proj_dim: int = None  # type: ignore[assignment]  # becomes hidden_size
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    num_attention_heads: int = 12
+    activation_function: str = "relu"
+    layerdrop: float = 0.0
+    init_std: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 2
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.word_embed_proj_dim is None:
+            object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings", "word_embed_proj_dim", "num_attention_heads"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"config.json's {key} is {value!r}; it must be a whole number of at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config.json's hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads} heads; "
+                f"choose a hidden_size that is a multiple of the heads"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(f"config.json's activation_function is {self.activation_function!r}; OPT checkpoints use one of {', '.join(ACTIVATIONS)}")
+        for key, supported in ONLY_VALUES.items():
+            if self.extra.get(key, supported) != supported:
+                raise ValueError(f"config.json's {key} is {self.extra[key]!r}; opt_np computes only {supported!r}. Is it an OPT checkpoint?")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_final_layer_norm(self) -> bool:
+        """Whether the decoder ends in a LayerNorm: pre-norm models do, except fine-tunes from before June 2022."""
+        return self.do_layer_norm_before and not self._remove_final_layer_norm
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether embeddings are narrower or wider than the stream (opt-350m: 512 against 1024)."""
+        return self.word_embed_proj_dim != self.hidden_size
+
+    @property
+    def num_labels(self) -> int:
+        """Classes of OPTForSequenceClassification, as HF writes them: the length of id2label, else 2."""
+        return len(self.extra["id2label"]) if "id2label" in self.extra else int(self.extra.get("num_labels", 2))
+
+    @classmethod
+    def from_size(cls, size: str, **changes: Any) -> OPTConfig:
+        """The published configuration of a size: "125m", "350m", … "175b"."""
+        if size.removeprefix("opt-") not in SIZES:
+            raise ValueError(f"no OPT size {size!r}; there are {', '.join(SIZES)}")
+        layers, heads, hidden = SIZES[size.removeprefix("opt-")]
+        odd: dict[str, Any] = {"word_embed_proj_dim": 512, "do_layer_norm_before": False} if hidden == 1024 else {}
+        return cls(**{"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_dim": 4 * hidden, **odd, **changes})
+
+    @classmethod
+    def from_dict(cls, keys: dict[str, Any]) -> OPTConfig:
+        """Known keys become fields; the rest is kept in `extra`."""
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        return cls(**{k: v for k, v in keys.items() if k in known}, extra={k: v for k, v in keys.items() if k not in known})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> OPTConfig:
+        """Reads a config.json; raises ValueError naming the file when it is not one."""
+        try:
+            keys = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(keys, dict):
+            raise ValueError(f"{path} holds a JSON {type(keys).__name__}; a config is an object of keys and values")
+        try:
+            return cls.from_dict(keys)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key of config.json, the unknown ones included."""
+        keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return {**self.extra, **keys, "model_type": "opt"}
+
+
+def parameter_shapes(cfg: OPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the decoder, in the checkpoint's order, rooted at the decoder (the tied head is not listed twice)."""
+    D, F, W = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (cfg.vocab_size, W),
+        "embed_positions.weight": (cfg.max_position_embeddings + POSITION_OFFSET, D),
+    }
+
+    def linear(name: str, out: int, inp: int) -> None:
+        shapes[f"{name}.weight"] = (out, inp)
+        if cfg.enable_bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    def layer_norm(name: str) -> None:
+        if cfg.layer_norm_elementwise_affine:
+            shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (D,)
+
+    if cfg.has_projections:  # these two never have a bias
+        shapes["project_out.weight"], shapes["project_in.weight"] = (W, D), (D, W)
+    if cfg.has_final_layer_norm:
+        layer_norm("final_layer_norm")
+    for i in range(cfg.num_hidden_layers):
+        for proj in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            linear(f"layers.{i}.self_attn.{proj}", D, D)
+        layer_norm(f"layers.{i}.self_attn_layer_norm")
+        linear(f"layers.{i}.fc1", F, D)
+        linear(f"layers.{i}.fc2", D, F)
+        layer_norm(f"layers.{i}.final_layer_norm")
+    if not cfg.tie_word_embeddings:
+        shapes["lm_head.weight"] = (cfg.vocab_size, W)
+    return shapes

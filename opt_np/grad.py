@@ -1,0 +1,371 @@
+"""The backward pass, by hand: for each forward function a pair *_fwd, *_bwd.
+
+`x_fwd` calls the one true op and also returns `saved`, what its backward needs; `x_bwd(dy, saved)` returns the gradient of the input and,
+where there are parameters, their gradients in a tree like theirs. A gradient of y is called dy. Dropout lives here alone: without an rng
+nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. Axes as in model.py; F ffn_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from opt_np import ops
+from opt_np.config import POSITION_OFFSET, OPTConfig
+from opt_np.model import Layout, layout
+
+IGNORED = -100  # a label that asks for nothing
+LOGIT_ROWS = 1024  # tokens whose logits exist at one time
+
+
+# ---- operations --------------------------------------------------------------------------------------------------------------------------
+
+
+def embed_bwd(dx: np.ndarray, ids: np.ndarray, rows: int, padding_idx: int | None = None) -> np.ndarray:
+    """Each row of the table gathers the gradients of its uses; torch's padding_idx gathers none.
+
+    dx: (*N, D);  ids: (*N)  ->  (rows, D)
+    """
+    dweight = np.zeros((rows, dx.shape[-1]), dx.dtype)
+    order = np.argsort(ids, axis=None, kind="stable")
+    used, first = np.unique(ids.ravel()[order], return_index=True)
+    dweight[used] = np.add.reduceat(dx.reshape(-1, dx.shape[-1])[order], first, axis=0)
+    if padding_idx is not None:
+        dweight[padding_idx] = 0
+    return dweight
+
+
+def linear_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+    return ops.linear(x, **p), (x, p)
+
+
+def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
+    """y = x Wᵀ + b:  dx = dy W,  dW = dyᵀ x,  db = Σ dy."""
+    x, p = saved
+    dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (*N, O) -> (ΣN, O)
+    dp = {"weight": dy2.T @ x2}
+    if "bias" in p:
+        dp["bias"] = dy2.sum(0)
+    return (dy2 @ p["weight"]).reshape(x.shape), dp
+
+
+def layer_norm_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+    return ops.layer_norm(x, **p), (x, p)
+
+
+def layer_norm_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
+    """y = x̂ w + b with x̂ = (x - mean)·rstd:  dx = rstd (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂))."""
+    x, p = saved
+    xhat, rstd = ops.normalize(x)
+    dp = {}
+    if p:
+        dp = {"weight": np.einsum("nd,nd->d", dy.reshape(-1, x.shape[-1]), xhat.reshape(-1, x.shape[-1])), "bias": dy.reshape(-1, x.shape[-1]).sum(0)}
+        dy = dy * p["weight"]  # dy is now dx̂
+    along = np.einsum("...d,...d->...", dy, xhat)[..., None] / x.shape[-1]
+    dx = dy - dy.mean(-1, keepdims=True)
+    dx -= xhat * along
+    dx *= rstd
+    return dx, dp
+
+
+def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
+    """relu passes the gradient where x > 0; gelu' = Φ(x) + x φ(x).
+
+    dy: (*N, F);  x: (*N, F)  ->  (*N, F)
+    """
+    if function == "relu":
+        return dy * (x > 0)
+    return dy * (ops.normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
+
+
+def mlp_fwd(h: np.ndarray, fc1: dict, fc2: dict, function: str) -> tuple[np.ndarray, tuple]:
+    a, saved1 = linear_fwd(h, fc1)  # (B, T, D) -> (B, T, F)
+    y, saved2 = linear_fwd(ops.activation(a, function), fc2)
+    return y, (saved1, a, function, saved2)
+
+
+def mlp_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict, dict]:
+    saved1, a, function, saved2 = saved
+    da, dfc2 = linear_bwd(dy, saved2)
+    dh, dfc1 = linear_bwd(activation_bwd(da, a, function), saved1)
+    return dh, dfc1, dfc2
+
+
+def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); without an rng, x itself."""
+    if rng is None or rate == 0:
+        return x, None
+    kept = (rng.random(x.shape, np.float32) >= rate).astype(x.dtype)
+    kept *= 1 / (1 - rate)
+    return x * kept, kept
+
+
+def dropout_bwd(dy: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    return dy if kept is None else dy * kept
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------------------------------
+
+
+def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+    """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out."""
+    if rng is None or rate == 0:
+        return ops.attention(q, k, v, scale, where), (q, k, v, scale, where, None, None)
+    P = ops.attention_probs(q, k, scale, where)
+    thinned, kept = dropout_fwd(P, rate, rng)
+    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, P, kept)
+
+
+def attention_dropout_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ops.attention_bwd, with the mask between the weights and the values."""
+    q, k, v, scale, where, P, kept = saved
+    if P is None:
+        return ops.attention_bwd(dO, q, k, v, scale, where)
+    dO, q, k, v = (a.swapaxes(1, 2) for a in (dO, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
+    dv = (P * kept).swapaxes(2, 3) @ dO
+    dP = (dO @ v.swapaxes(2, 3)) * kept
+    dscores = P * (dP - (dP * P).sum(-1, keepdims=True)) * scale
+    return (dscores @ k).swapaxes(1, 2), (dscores.swapaxes(2, 3) @ q).swapaxes(1, 2), dv.swapaxes(1, 2)
+
+
+def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+    heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
+    q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
+    O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, where, cfg.attention_dropout, rng)
+    y, out_proj = linear_fwd(O.reshape(h.shape), p["out_proj"])
+    return y, (h, p, attn, out_proj)
+
+
+def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
+    h, p, attn, out_proj = saved
+    dO, d_out = linear_bwd(dy, out_proj)
+    dqkv = attention_dropout_bwd(dO.reshape(attn[0].shape), attn)
+    dh, dp = np.zeros_like(h), {}
+    for name, d in zip(("q_proj", "k_proj", "v_proj"), dqkv, strict=True):
+        dh_, dp[name] = linear_bwd(d.reshape(h.shape), (h, p[name]))
+        dh += dh_
+    return dh, {**dp, "out_proj": d_out}
+
+
+# ---- the block and the stack -------------------------------------------------------------------------------------------------------------
+
+
+def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None = None) -> tuple[np.ndarray, tuple]:
+    """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer)."""
+    pre, ln1, ln2 = cfg.do_layer_norm_before, p.get("self_attn_layer_norm", {}), p.get("final_layer_norm", {})
+    h, norm1 = layer_norm_fwd(x, ln1) if pre else (x, None)
+    h, attn = self_attention_fwd(h, p["self_attn"], cfg, where, rng)
+    h, drop1 = dropout_fwd(h, cfg.dropout, rng)
+    x = x + h
+    if not pre:
+        x, norm1 = layer_norm_fwd(x, ln1)
+
+    h, norm2 = layer_norm_fwd(x, ln2) if pre else (x, None)
+    h, ffn = mlp_fwd(h, p["fc1"], p["fc2"], cfg.activation_function)
+    h, drop2 = dropout_fwd(h, cfg.dropout, rng)
+    x = x + h
+    if not pre:
+        x, norm2 = layer_norm_fwd(x, ln2)
+    return x, (pre, norm1, attn, drop1, norm2, ffn, drop2)
+
+
+def decoder_layer_bwd(dx: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
+    """The lines of decoder_layer_fwd from the last to the first; at each `x = x + h` the gradient takes both ways.
+
+    dx: (B, T, D)  ->  (B, T, D), gradients of the layer's tree
+    """
+    pre, norm1, attn, drop1, norm2, ffn, drop2 = saved
+    if not pre:
+        dx, d_ln2 = layer_norm_bwd(dx, norm2)
+    dh = dropout_bwd(dx, drop2)
+    dh, d_fc1, d_fc2 = mlp_bwd(dh, ffn)
+    if pre:
+        dh, d_ln2 = layer_norm_bwd(dh, norm2)
+    dx = dx + dh
+
+    if not pre:
+        dx, d_ln1 = layer_norm_bwd(dx, norm1)
+    dh = dropout_bwd(dx, drop1)
+    dh, d_attn = self_attention_bwd(dh, attn)
+    if pre:
+        dh, d_ln1 = layer_norm_bwd(dh, norm1)
+    dp = {"self_attn": d_attn, "fc1": d_fc1, "fc2": d_fc2}
+    if d_ln1:
+        dp |= {"self_attn_layer_norm": d_ln1, "final_layer_norm": d_ln2}
+    return dx + dh, dp
+
+
+def decoder_fwd(params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+    """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
+    where = layout(cfg, input_ids, attention_mask)
+    x, project_in = ops.embed(input_ids, **params["embed_tokens"]), None
+    if "project_in" in params:
+        x, project_in = linear_fwd(x, params["project_in"])
+    x = x + ops.embed(where.positions + POSITION_OFFSET, **params["embed_positions"])
+    layers, norm, project_out = [], None, None
+    for p in params["layers"]:
+        x, saved = decoder_layer_fwd(x, p, cfg, where, rng)
+        layers.append(saved)
+    if cfg.has_final_layer_norm:
+        x, norm = layer_norm_fwd(x, params.get("final_layer_norm", {}))
+    if "project_out" in params:
+        x, project_out = linear_fwd(x, params["project_out"])
+    return x, (input_ids, where, cfg, project_in, layers, norm, project_out)
+
+
+def decoder_bwd(dx: np.ndarray, saved: tuple) -> dict:
+    """Gradients of the decoder's tree.  dx: (B, T, W)"""
+    input_ids, where, cfg, project_in, layers, norm, project_out = saved
+    grads: dict[str, Any] = {}
+    if project_out is not None:
+        dx, grads["project_out"] = linear_bwd(dx, project_out)
+    if norm is not None:
+        dx, d_norm = layer_norm_bwd(dx, norm)
+        grads |= {"final_layer_norm": d_norm} if d_norm else {}
+    grads["layers"] = [None] * len(layers)
+    for i in reversed(range(len(layers))):
+        dx, grads["layers"][i] = decoder_layer_bwd(dx, layers.pop())  # popped: its arrays are free once used
+    rows = np.broadcast_to(where.positions, input_ids.shape) + POSITION_OFFSET
+    grads["embed_positions"] = {"weight": embed_bwd(dx, rows, cfg.max_position_embeddings + POSITION_OFFSET)}
+    if project_in is not None:
+        dx, grads["project_in"] = linear_bwd(dx, project_in)
+    grads["embed_tokens"] = {"weight": embed_bwd(dx, input_ids, cfg.vocab_size, cfg.pad_token_id)}
+    return grads
+
+
+# ---- losses and heads: each returns the loss, the gradient of the decoder's output, and the gradients of the head's own tree ---------------
+
+Head = Callable[..., tuple[float, np.ndarray, dict]]
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum over rows of -log softmax(logits)[label], and its gradient, written over the logits.
+
+    logits: (N, V);  labels: (N)  ->  loss, (N, V)
+    """
+    rows = np.arange(len(labels))
+    wanted = logits[rows, labels] - logits.max(-1)
+    logits -= logits.max(-1, keepdims=True)
+    np.exp(logits, out=logits)
+    total = logits.sum(-1, keepdims=True)
+    logits /= total
+    logits[rows, labels] -= 1
+    return float(np.sum(np.log(total[:, 0]) - wanted, dtype=np.float64)), logits
+
+
+def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+    """Next-token cross-entropy: labels are shifted here, -100 is ignored, the mean is over the rest (or over num_items).
+
+    h: (B, T, W);  labels: (B, T)  ->  loss, (B, T, W), gradients
+
+    Equals HF's ForCausalLMLoss. The logits exist only LOGIT_ROWS tokens at a time.
+    """
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    weight = params[name]["weight"]
+    wanted = np.asarray(labels)[:, 1:]
+    kept = np.nonzero(wanted != IGNORED)  # tokens that have something to predict
+    h_kept, wanted = h[:, :-1][kept], wanted[kept]  # (n, W), (n)
+    count = num_items or len(wanted)
+    if not len(wanted):
+        raise ValueError(f"no label is left to learn from: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
+    loss, dh, dweight, dh_kept = 0.0, np.zeros_like(h), np.zeros_like(weight), np.empty_like(h_kept)
+    for first in range(0, len(wanted), LOGIT_ROWS):
+        rows = slice(first, first + LOGIT_ROWS)
+        part, dlogits = cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
+        loss += part / count
+        dlogits *= 1 / count
+        dh_kept[rows] = dlogits @ weight
+        dweight += dlogits.T @ h_kept[rows]
+    dh[kept] = dh_kept  # positions index the first T-1 columns, so they index h itself too
+    return loss, dh, {name: {"weight": dweight}}
+
+
+def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
+    """Where each row is read for classification: its rightmost token that is not the pad (HF's rule: by id, whatever the mask says).
+
+    input_ids: (B, T)  ->  (B)
+    """
+    if pad_token_id is None:
+        if len(input_ids) > 1:
+            raise ValueError(f"config.json's pad_token_id is null, so the end of each of {len(input_ids)} rows cannot be found; set it, or pass one row")
+        return np.array([input_ids.shape[1] - 1])
+    return (np.arange(input_ids.shape[1]) * (input_ids != pad_token_id)).argmax(-1)
+
+
+def classification_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str | None) -> tuple[float, np.ndarray]:
+    """Mean loss and its gradient by HF's three problem types: regression (MSE), single_label (CE), multi_label (BCE with logits).
+
+    logits: (B, L)  ->  loss, (B, L)
+    """
+    labels = np.asarray(labels)
+    B, L = logits.shape
+    if problem_type is None:
+        problem_type = "regression" if L == 1 else "single_label_classification" if labels.dtype.kind in "iu" else "multi_label_classification"
+    if problem_type == "regression":
+        difference = logits - labels.reshape(B, L).astype(logits.dtype)
+        return float((difference**2).mean()), difference * (2 / difference.size)
+    if problem_type == "single_label_classification":
+        loss, dlogits = cross_entropy(logits.copy(), labels.reshape(B))
+        return loss / B, dlogits / B
+    if problem_type == "multi_label_classification":
+        wanted = labels.astype(logits.dtype)
+        loss = np.maximum(logits, 0) - logits * wanted + np.log1p(np.exp(-np.abs(logits)))
+        return float(loss.mean()), (np.exp(np.minimum(logits, 0)) / (1 + np.exp(-np.abs(logits))) - wanted) / logits.size
+    raise ValueError(f"problem_type {problem_type!r} is none of regression, single_label_classification, multi_label_classification")
+
+
+def classification_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+    """`score`, read at each row's last real token.  h: (B, T, W)  ->  loss, (B, T, W), gradients.  Equals OPTForSequenceClassification."""
+    at = np.arange(len(h)), pooled_rows(input_ids, cfg.pad_token_id)
+    logits, saved = linear_fwd(h[at], params["score"])  # (B, W) -> (B, L)
+    loss, dlogits = classification_loss(logits, labels, cfg.extra.get("problem_type"))
+    share = len(h) / (num_items or len(h))
+    dh = np.zeros_like(h)
+    dh[at], d_score = linear_bwd(dlogits * share, saved)
+    return loss * share, dh, {"score": d_score}
+
+
+def question_loss(logits: np.ndarray, positions: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean of the start's and the end's cross-entropy over the T tokens; positions are clamped to [0, T], and T is ignored.
+
+    logits: (B, T, 2);  positions: (B, 2)  ->  loss, (B, T, 2)
+    """
+    T = logits.shape[1]
+    loss, dlogits = 0.0, np.zeros_like(logits)
+    for side in (0, 1):
+        wanted = np.clip(positions[:, side], 0, T)
+        rows = np.nonzero(wanted < T)[0]
+        part, d = cross_entropy(logits[rows, :, side], wanted[rows])
+        loss += part / len(rows) / 2 if len(rows) else math.nan
+        dlogits[rows, :, side] = d / (2 * max(len(rows), 1))
+    return loss, dlogits
+
+
+def question_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+    """`qa_outputs`, a start and an end score per token; labels (B, 2) hold both positions.  Equals OPTForQuestionAnswering."""
+    logits, saved = linear_fwd(h, params["qa_outputs"])  # (B, T, W) -> (B, T, 2)
+    loss, dlogits = question_loss(logits, np.asarray(labels))
+    share = len(h) / (num_items or len(h))
+    dh, d_qa = linear_bwd(dlogits * share, saved)
+    return loss * share, dh, {"qa_outputs": d_qa}
+
+
+def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, attention_mask: Any = None, head: Head = language_model_head,
+                   num_items: int | None = None, rng: np.random.Generator | None = None) -> tuple[float, dict]:  # fmt: skip
+    """The loss and its gradient by every parameter, in a tree like the parameters'.
+
+    input_ids: (B, T);  labels: (B, T);  attention_mask: (B, T)  ->  loss, grads
+
+    `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on.
+    Labels as HF: shifted inside, -100 ignored. Raises ValueError as `layout` does, and where no label is left.
+    """
+    input_ids, labels = np.asarray(input_ids), np.asarray(labels)
+    h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng)
+    loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items)
+    grads = decoder_bwd(dh, saved)
+    if "embed_tokens" in d_head:  # tied: the matrix is both the first layer and the last, and its gradients add
+        grads["embed_tokens"]["weight"] += d_head.pop("embed_tokens")["weight"]
+    return loss, grads | d_head

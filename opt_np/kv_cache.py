@@ -1,0 +1,60 @@
+"""KVCache: the keys and values of every position already seen, so that decoding computes only the new ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class KVCache:
+    """Keys and values per layer, (B, S, H, Dh), unscaled; grows by doubling, so that adding a token copies nothing most of the time.
+
+    `length` is the number of positions held. Equals HF's DynamicCache in content.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: list[tuple[np.ndarray, np.ndarray]] = []  # capacity in axis 1
+
+    def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Writes layer i's new keys and values after the past ones, and returns all of them.
+
+        k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, S, H, Dh), (B, S, H, Dh)
+        """
+        S = self.length + k.shape[1]
+        if i == len(self._layers):
+            self._layers.append((np.empty_like(k), np.empty_like(v)))
+        keys, values = self._layers[i]
+        if S > keys.shape[1]:
+            keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
+        keys[:, self.length : S], values[:, self.length : S] = k, v
+        return keys[:, :S], values[:, :S]
+
+    def advance(self, T: int) -> None:
+        """Counts T new positions, once every layer has been extended by them."""
+        self.length += T
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` positions."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} positions to {length}; choose 0 to {self.length}")
+        self.length = length
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Makes row b continue from what was row rows[b]; rows may repeat or shrink the batch.  rows: (B)"""
+        self._layers = [(k[rows], v[rows]) for k, v in self._layers]
+
+    def fork(self) -> KVCache:
+        """An independent copy."""
+        copy = KVCache()
+        copy.length, copy._layers = self.length, [(k.copy(), v.copy()) for k, v in self._layers]
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
+
+    def _grown(self, a: np.ndarray, S: int) -> np.ndarray:
+        B, capacity, H, Dh = a.shape
+        bigger = np.empty((B, max(S, 2 * capacity), H, Dh), a.dtype)
+        bigger[:, : self.length] = a[:, : self.length]
+        return bigger

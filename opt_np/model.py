@@ -1,0 +1,163 @@
+"""OPT's decoder: one block on one screen, the stack, and the heads.
+
+The parameters are the checkpoint's tensors in nested dicts under the checkpoint's names, unpacked as keyword arguments.
+`ops` is a backend: a module with the names of opt_np.ops. Axes: B rows, T new tokens, S keys (past + T), D hidden_size, V vocab_size,
+W word_embed_proj_dim (D for all sizes but 350m). The backward pass is in grad.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opt_np import ops as numpy_ops
+from opt_np.config import POSITION_OFFSET, OPTConfig
+from opt_np.kv_cache import KVCache
+
+Tap = Callable[[str, Any], Any]  # tap(name, value) -> value: called at named points, to read or to replace what flows by
+
+
+class Layout(NamedTuple):
+    """Where each token stands, and which keys may be seen: built once per call, on the host."""
+
+    positions: np.ndarray  # (B, T) or (1, T); -1 at pads
+    visible: np.ndarray | None  # (B, S) bool: False hides a key from every query; None: all visible
+    past: int  # keys already in the cache
+
+
+def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
+    """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so that pads on the left move nothing.
+
+    input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)
+
+    Raises ValueError for ids outside the vocabulary, a mask of another length, and rows with more real tokens than the model has positions.
+    """
+    B, T = input_ids.shape
+    if T == 0 or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
+        span = f"hold {input_ids.min()} to {input_ids.max()}" if T else "are empty"
+        raise ValueError(f"input_ids {span}; a row needs at least one token, and vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
+    positions, visible = np.arange(past, past + T)[None], None
+    if attention_mask is not None:
+        mask = np.asarray(attention_mask)
+        if mask.shape != (B, past + T):
+            raise ValueError(f"attention_mask is {mask.shape}; {past} cached and {T} new tokens of {B} rows want {(B, past + T)}: pass the whole mask")
+        if not np.isin(mask, (0, 1)).all():
+            raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
+        mask = mask.astype(np.int64)
+        positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]
+        visible = None if mask.all() else mask.astype(bool)
+    if position_ids is not None:
+        positions = np.asarray(position_ids).reshape(-1, T)
+    if positions.max() >= cfg.max_position_embeddings or positions.min() < -1:
+        raise ValueError(
+            f"position {positions.max() if positions.max() > 0 else positions.min()} is outside this model's 0 to {cfg.max_position_embeddings - 1}: "
+            f"max_position_embeddings={cfg.max_position_embeddings} is the most real tokens a row may have. "
+            f"Shorten the text, keep its last {cfg.max_position_embeddings} tokens, or score it in windows"
+        )
+    return Layout(positions, visible, past)
+
+
+def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap | None) -> Any:
+    """h: (B, T, D)  ->  (B, T, D)"""
+    heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
+    q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))  # (B, T, D) -> (B, T, H, Dh)
+    scale = cfg.head_dim**-0.5
+    if tap:
+        q, k, v = (tap(f"model.decoder.layers.{i}.self_attn.{name}", a) for name, a in (("q_proj", q), ("k_proj", k), ("v_proj", v)))
+    if cache is not None:
+        k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
+    if tap:  # the same numbers by the unfused ops, so that the weights can be seen and edited
+        probs = tap(f"model.decoder.layers.{i}.self_attn.attn_weights", ops.attention_probs(q, k, scale, layout))  # (B, H, T, S)
+        O = tap(f"model.decoder.layers.{i}.self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))
+    else:
+        O = ops.attention(q, k, v, scale, layout)
+    return ops.linear(O.reshape(h.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
+
+
+def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, i: int, tap: Tap | None) -> Any:
+    """h: (B, T, D)  ->  (B, T, D)"""
+    if not tap:
+        return ops.mlp(h, p["fc1"], p["fc2"], cfg.activation_function)
+    a = tap(f"model.decoder.layers.{i}.fc1", ops.linear(h, **p["fc1"]))  # (B, T, F)
+    a = tap(f"model.decoder.layers.{i}.activation_fn", ops.activation(a, cfg.activation_function))
+    return ops.linear(a, **p["fc2"])
+
+
+def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap | None) -> Any:
+    """One transformer block. Pre-norm: x + f(LN(x)). Post-norm (opt-350m): LN(x + f(x)).  x: (B, T, D)  ->  (B, T, D)
+
+    Equals HF's OPTDecoderLayer. Backward: grad.decoder_layer_bwd.
+    """
+    pre = cfg.do_layer_norm_before
+    named = (lambda name, value: tap(f"model.decoder.layers.{i}.{name}", value)) if tap else (lambda _, value: value)
+
+    h = named("self_attn_layer_norm", ops.layer_norm(x, **p.get("self_attn_layer_norm", {}))) if pre else x
+    x = x + named("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap))
+    if not pre:
+        x = named("self_attn_layer_norm", ops.layer_norm(x, **p.get("self_attn_layer_norm", {})))
+
+    h = named("final_layer_norm", ops.layer_norm(x, **p.get("final_layer_norm", {}))) if pre else x
+    x = x + named("fc2", mlp(h, p, cfg, ops, i, tap))
+    if not pre:
+        x = named("final_layer_norm", ops.layer_norm(x, **p.get("final_layer_norm", {})))
+    return named("output", x)
+
+
+def embeddings(params: dict, input_ids: np.ndarray, layout: Layout, ops: ModuleType) -> Any:
+    """Tokens plus learned positions; opt-350m projects the tokens first.  input_ids: (B, T)  ->  (B, T, D)"""
+    x = ops.embed(input_ids, **params["embed_tokens"])
+    if "project_in" in params:
+        x = ops.linear(x, **params["project_in"])  # (B, T, W) -> (B, T, D)
+    return x + ops.embed(layout.positions + POSITION_OFFSET, **params["embed_positions"])
+
+
+def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None = None,
+            tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+    """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)"""
+    for i, p in enumerate(params["layers"]):
+        if hidden_states is not None:
+            hidden_states.append(x)
+        x = decoder_layer(x, p, cfg, layout, ops, cache, i, tap)
+    if cache is not None:
+        cache.advance(x.shape[1])
+    return x
+
+
+def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None, ops: ModuleType = numpy_ops,
+                      position_ids: Any = None, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+    """Everything but the head: embeddings, blocks, final norm, projection.
+
+    input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
+
+    With a cache, the mask covers past and new tokens; none means that all are real. Equals HF's OPTModel.
+    """
+    input_ids = np.asarray(input_ids)
+    where = layout(cfg, input_ids, attention_mask, position_ids, cache.length if cache else 0)
+    x = embeddings(params, input_ids, where, ops)
+    x = tap("model.decoder.embeddings", x) if tap else x
+    x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
+    if cfg.has_final_layer_norm:
+        x = ops.layer_norm(x, **params.get("final_layer_norm", {}))
+        x = tap("model.decoder.final_layer_norm", x) if tap else x
+    if "project_out" in params:
+        x = ops.linear(x, **params["project_out"])  # (B, T, D) -> (B, T, W)
+        x = tap("model.decoder.project_out", x) if tap else x
+    if hidden_states is not None:
+        hidden_states.append(x)
+    return x
+
+
+def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None, ops: ModuleType = numpy_ops,
+            position_ids: Any = None, logits_to_keep: int = 0, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+    """The language model: a score for every token of the vocabulary, for the position after each token (or the last few only).
+
+    input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, V)
+
+    Raises ValueError as `layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
+    """
+    x = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)
+    logits = ops.linear(x[:, -logits_to_keep:], **params.get("lm_head", params["embed_tokens"]))  # [-0:] keeps all
+    return tap("lm_head", logits) if tap else logits

@@ -1,0 +1,192 @@
+"""The operations of OPT in plain NumPy: the contract that every backend keeps, name for name.
+
+N stands for any leading axes. The result has the dtype of the input: no op promotes float32 to float64.
+Backward passes are in grad.py, except attention's, which shares its tiles with the forward pass and so stands beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+LAYER_NORM_EPS = 1e-5  # torch's default; config.json has no key for it
+QUERY_BLOCK = 128  # query rows per block of attention: the block's scores stay in the processor's cache
+
+
+def embed(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The row of the table for each id.
+
+    ids: (*N);  weight: (V, D)  ->  (*N, D)
+
+    Equals torch.nn.Embedding. Backward: grad.embed_bwd.
+    """
+    return weight[ids]
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """x times the transposed weight, plus the bias.
+
+    x: (*N, I);  weight: (O, I);  bias: (O)  ->  (*N, O)
+
+    Equals torch.nn.Linear. Backward: grad.linear_bwd.
+    """
+    y = x.reshape(-1, x.shape[-1]) @ weight.T  # two axes: one matrix product, whatever N is
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
+    """x with mean 0 and variance 1 over its last axis, then scaled and shifted.
+
+    x: (*N, D);  weight: (D);  bias: (D)  ->  (*N, D)
+
+    Equals torch.nn.LayerNorm (biased variance, eps inside the root). Backward: grad.layer_norm_bwd.
+    """
+    y, _ = normalize(x)
+    if weight is not None:
+        y *= weight
+        y += bias
+    return y
+
+
+def normalize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """LayerNorm before its weight and bias, and the reciprocal standard deviation that the backward pass needs.
+
+    x: (*N, D)  ->  (*N, D), (*N, 1)
+    """
+    y = x - x.mean(-1, keepdims=True)
+    variance = np.einsum("...d,...d->...", y, y)[..., None] / x.shape[-1]
+    rstd = 1 / np.sqrt(variance + LAYER_NORM_EPS)
+    y *= rstd
+    return y, rstd
+
+
+def activation(x: np.ndarray, function: str) -> np.ndarray:
+    """relu, or gelu in its exact form x·Φ(x).
+
+    x: (*N, F)  ->  (*N, F)
+
+    Equals torch.nn.functional.relu and gelu(approximate="none"). Backward: grad.activation_bwd.
+    """
+    return np.maximum(x, 0) if function == "relu" else x * normal_cdf(x)
+
+
+def mlp(h: np.ndarray, fc1: dict[str, Any], fc2: dict[str, Any], function: str) -> np.ndarray:
+    """fc1, activation, fc2; fc1 and fc2 hold weight (F, D) and (D, F), and bias.
+
+    h: (*N, D)  ->  (*N, D)
+
+    Equals the feed-forward half of HF's OPTDecoderLayer. Backward: grad.mlp_bwd.
+    """
+    return linear(activation(linear(h, **fc1), function), **fc2)
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
+    """Causal attention, aligned to the end of the keys: softmax(scale·q kᵀ) v over the keys that each query sees.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
+
+    `layout.visible`, (B, S), hides keys (padding); a query that sees no key gives exactly 0.
+    Equals torch's scaled_dot_product_attention. Backward: attention_bwd.
+    """
+    O = np.empty_like(q)
+    for rows, P in _probability_blocks(q, k, scale, layout):
+        O[:, rows] = (P @ v[:, : P.shape[-1]].swapaxes(1, 2)).swapaxes(1, 2)
+    return O
+
+
+def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
+    """The weights that `attention` gives each key.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)
+
+    Equals HF's `attentions`, except that a query which sees no key has zeros.
+    """
+    B, T, H, _ = q.shape
+    probs = np.zeros((B, H, T, k.shape[1]), q.dtype)
+    for rows, P in _probability_blocks(q, k, scale, layout):
+        probs[:, :, rows, : P.shape[-1]] = P
+    return probs
+
+
+def attention_bwd(
+    dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `attention` by q, k and v; the weights are computed again, block by block, so memory stays O(T).
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+    for rows, P in _probability_blocks(q, k, scale, layout):
+        keys = slice(P.shape[-1])
+        dO_, q_, k_, v_ = (a.swapaxes(1, 2) for a in (dO[:, rows], q[:, rows], k[:, keys], v[:, keys]))  # (B, H, ·, Dh)
+        dv[:, keys] += (P.swapaxes(2, 3) @ dO_).swapaxes(1, 2)
+        dscores = dO_ @ v_.swapaxes(2, 3)  # this is dP
+        dscores -= np.einsum("bhts,bhts->bht", dscores, P)[..., None]  # softmax: dscores = P (dP - Σ dP P)
+        dscores *= P
+        dscores *= scale
+        dq[:, rows] = (dscores @ k_).swapaxes(1, 2)
+        dk[:, keys] += (dscores.swapaxes(2, 3) @ q_).swapaxes(1, 2)
+    return dq, dk, dv
+
+
+def _probability_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> Iterator[tuple[slice, np.ndarray]]:
+    """The weights of a block of query rows at a time, over the keys up to the block's last row: what lies above the diagonal is never computed."""
+    T, S = q.shape[1], k.shape[1]
+    visible = getattr(layout, "visible", None)
+    for first in range(0, T, QUERY_BLOCK):
+        rows = slice(first, min(first + QUERY_BLOCK, T))
+        keys = S - T + rows.stop  # the block's last query sees this many keys
+        n = rows.stop - first
+        # HF scales q, bias and all, before the product.  (B, n, H, Dh), (B, keys, H, Dh) -> (B, H, n, keys)
+        scores = (q[:, rows] * scale).swapaxes(1, 2) @ k[:, :keys].transpose(0, 2, 3, 1)
+        if n > 1:
+            scores[..., keys - n :] += np.triu(np.full((n, n), -np.inf, q.dtype), 1)  # the block on the diagonal
+        if visible is not None:
+            np.copyto(scores, -np.inf, where=~visible[:, None, None, :keys])
+        yield rows, softmax(scores)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in place; a row of -inf becomes zeros, not NaN.
+
+    scores: (*N, S)  ->  (*N, S)
+    """
+    m = scores.max(-1, keepdims=True)
+    scores -= np.maximum(m, np.finfo(scores.dtype).min)  # a row of -inf stays -inf
+    np.exp(scores, out=scores)
+    scores /= np.maximum(scores.sum(-1, keepdims=True), 1)  # the sum is at least exp(0) = 1, or the row is all 0
+    return scores
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Φ(x) = (1 + erf(x/√2)) / 2, to the dtype's precision; NumPy has no erf.
+
+    x: (*N)  ->  (*N)
+    """
+    z = np.minimum(np.abs(x) * math.sqrt(0.5), 6)  # beyond 6, erfc is under 1e-16
+    t = 2 / (2 + z)
+    u = (8 * t - 5) / 3  # t in [1/4, 1] -> u in [-1, 1]
+    b, c = np.zeros_like(u), np.zeros_like(u)
+    for coefficient in _ERFC[:0:-1]:  # Clenshaw's recurrence
+        b, c = 2 * u * b - c + coefficient, b
+    tail = t * np.exp(u * b - c + _ERFC[0] - z * z) / 2  # erfc(z) / 2
+    return np.where(x < 0, tail, 1 - tail)
+
+
+def _erfc_coefficients(degree: int = 26) -> list[float]:
+    """Chebyshev coefficients of log(erfc(z)/t) + z² in u, where it is nearly a straight line."""
+
+    def smooth(u: np.ndarray) -> np.ndarray:
+        t = (5 + 3 * u) / 8
+        z = 2 / t - 2
+        return np.array([math.log(math.erfc(zi) / ti) + zi * zi for zi, ti in zip(z, t, strict=True)])
+
+    return [float(c) for c in np.polynomial.chebyshev.chebinterpolate(smooth, degree)]
+
+
+_ERFC = _erfc_coefficients()

@@ -1,0 +1,230 @@
+"""What `train` learns from: text, labelled examples, or questions, as batches that depend on (seed, step) alone, and how each is judged.
+
+A task has `head` (its loss, from grad.py), `batch(index) -> (input_ids, labels, attention_mask)`, `items(labels)` (what the mean loss divides
+by) and `evaluate(params, cfg) -> {measure: value}`. Batches have no state, so a run resumed at any step sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_np import grad, ops
+from opt_np.config import OPTConfig
+from opt_np.model import forward, last_hidden_state
+from opt_np.tokenizer import OPTTokenizer
+
+
+class DataError(ValueError):
+    """Training data that cannot be used: names the file, the line, what was found and what was wanted."""
+
+
+def read_texts(files: Iterable[str | Path]) -> list[str]:
+    """Whole files as text; a folder stands for its .txt files. Raises DataError."""
+    paths = [p for f in files for p in (sorted(Path(f).glob("*.txt")) if Path(f).is_dir() else [Path(f)])]
+    if not paths:
+        raise DataError(f"no .txt file in {', '.join(map(str, files))}")
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        if not texts[-1].strip():
+            raise DataError(f"{path} is empty")
+    return texts
+
+
+def read_examples(path: str | Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """A file of JSON lines, each an object with these keys. Raises DataError naming the line."""
+    examples = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            absent = [key for key in keys if key not in example]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DataError(f"{path}:{number} is not a JSON object: {error}") from None
+        if absent:
+            raise DataError(f"{path}:{number} has no {' and no '.join(absent)}; each line is an object with {', '.join(keys)}")
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path} holds no example")
+    return examples
+
+
+@functools.lru_cache(maxsize=4)
+def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n examples in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def indices(n: int, batch_size: int, index: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, example) of each row of batch `index`: every example once per epoch, in a new order each time."""
+    at = range(index * batch_size, (index + 1) * batch_size)
+    return [(i // n, int(shuffled(n, seed, i // n)[i % n])) for i in at]
+
+
+class LanguageModelling:
+    """Windows of `context` tokens from texts laid end to end, each text after its </s>.
+
+    The windows of an epoch start at a random offset, so that their cuts fall elsewhere each time. Half of them open with </s> in place of
+    their first token: text is generated from </s>, and scored from anywhere.
+    """
+
+    head = staticmethod(grad.language_model_head)
+
+    def __init__(self, tokenizer: OPTTokenizer, texts: list[str], eval_texts: list[str], context: int, batch_size: int, seed: int) -> None:
+        self.tokenizer, self.context, self.batch_size, self.seed = tokenizer, context, batch_size, seed
+        self.tokens = np.concatenate([np.array(tokenizer.encode(text), np.int32) for text in texts])
+        self.eval_texts = eval_texts
+        if len(self.tokens) < 2 * context:
+            raise DataError(f"the training text is {len(self.tokens)} tokens; windows of context={context} need at least {2 * context}: add text or shorten them")
+
+    def batch(self, index: int) -> tuple[np.ndarray, np.ndarray, None]:
+        n = len(self.tokens) // self.context - 1  # one fewer, to leave room for the offset
+        rows = []
+        for epoch, i in indices(n, self.batch_size, index, self.seed):
+            start = int(np.random.default_rng([self.seed, epoch, 1]).integers(self.context)) + i * self.context
+            rows.append(self.tokens[start : start + self.context])
+        ids = np.stack(rows).astype(np.int64)
+        ids[np.random.default_rng([self.seed, index, 2]).random(len(ids)) < 0.5, 0] = self.tokenizer.bos_token_id
+        return ids, ids, None
+
+    def items(self, labels: np.ndarray) -> int:
+        return labels[:, 1:].size
+
+    def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
+        return mean_scores([bits_per_byte(params, cfg, self.tokenizer, text, self.context) for text in self.eval_texts])
+
+
+def mean_scores(scores: list[tuple[float, int, int]]) -> dict[str, float]:
+    """Totals of (nats, tokens, bytes) as loss per token and bits per byte."""
+    nats, tokens, size = (sum(column) for column in zip(*scores, strict=True))
+    return {"eval_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+
+
+def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: str, context: int) -> tuple[float, int, int]:
+    """Nats, tokens and UTF-8 bytes of a text, cut in windows that do not overlap: </s> and context - 1 tokens, every token predicted once."""
+    tokens = np.array(tokenizer.encode(text, add_special_tokens=False))
+    nats = 0.0
+    for start in range(0, len(tokens), context - 1):
+        window = tokens[start : start + context - 1]
+        logits = forward(params, np.array([[tokenizer.bos_token_id, *window[:-1]]]), cfg)[0]  # (T, V)
+        nats += grad.cross_entropy(logits, window)[0]
+    return nats, len(tokens), len(text.encode())
+
+
+class Examples:
+    """What classification and question answering share: right-padded batches of examples, cut at `context` tokens."""
+
+    head: Any
+    keys: tuple[str, ...]
+
+    def __init__(self, tokenizer: OPTTokenizer, data: str, eval_data: str | None, context: int, batch_size: int, seed: int) -> None:
+        self.tokenizer, self.context, self.batch_size, self.seed = tokenizer, context, batch_size, seed
+        self.prepare(read_examples(data, self.keys))
+        self.rows = [self.row(e) for e in read_examples(data, self.keys)]
+        self.eval_rows = [self.row(e) for e in read_examples(eval_data, self.keys)] if eval_data else []
+
+    def prepare(self, examples: list[dict]) -> None: ...
+
+    def row(self, example: dict) -> tuple[list[int], Any]:
+        raise NotImplementedError
+
+    def batch(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.stack([self.rows[i] for _, i in indices(len(self.rows), self.batch_size, index, self.seed)])
+
+    def stack(self, rows: list[tuple[list[int], Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        batch = self.tokenizer.pad([ids for ids, _ in rows])
+        return batch["input_ids"], np.array([label for _, label in rows]), batch["attention_mask"]
+
+    def items(self, labels: np.ndarray) -> int:
+        return len(labels)
+
+    def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
+        """Loss and the task's measures over the evaluation rows."""
+        losses, answers, wanted = [], [], []
+        for first in range(0, len(self.eval_rows), self.batch_size):
+            ids, labels, mask = self.stack(self.eval_rows[first : first + self.batch_size])
+            h = last_hidden_state(params, ids, cfg, attention_mask=mask)
+            losses.append(self.head(h, params, ids, labels, cfg)[0] * len(ids))
+            answers += list(self.answer(h, params, ids, mask, cfg))
+            wanted += labels.tolist()
+        return {"eval_loss": sum(losses) / len(wanted), **self.measures(answers, wanted)}
+
+
+class Classification(Examples):
+    """Lines of {"text": …, "label": …}; labels are any JSON strings or numbers, in sorted order."""
+
+    head = staticmethod(grad.classification_head)
+    keys = ("text", "label")
+
+    def prepare(self, examples: list[dict]) -> None:
+        self.labels = sorted({str(e["label"]) for e in examples})
+        if len(self.labels) < 2:
+            raise DataError(f"every example has the label {self.labels[0]!r}; a classifier needs at least two")
+
+    def row(self, example: dict) -> tuple[list[int], int]:
+        if str(example["label"]) not in self.labels:
+            raise DataError(f"the evaluation data has the label {example['label']!r}, which the training data lacks ({', '.join(self.labels)})")
+        return self.tokenizer.encode(example["text"])[: self.context], self.labels.index(str(example["label"]))
+
+    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
+        pooled = h[np.arange(len(h)), grad.pooled_rows(ids, cfg.pad_token_id)]
+        return ops.linear(pooled, **params["score"]).argmax(-1)
+
+    def measures(self, answers: list[int], wanted: list[int]) -> dict[str, float]:
+        """Accuracy, and F1 averaged over the classes."""
+        a, w = np.array(answers), np.array(wanted)
+        f1 = [2 * np.sum((a == c) & (w == c)) / max(np.sum(a == c) + np.sum(w == c), 1) for c in range(len(self.labels))]
+        return {"accuracy": float((a == w).mean()), "f1": float(np.mean(f1))}
+
+
+class QuestionAnswering(Examples):
+    """Lines of {"question": …, "context": …, "answer": …, "answer_start": …}, as SQuAD: the answer stands in the context at that character."""
+
+    head = staticmethod(grad.question_head)
+    keys = ("question", "context", "answer", "answer_start")
+
+    def row(self, example: dict) -> tuple[list[int], tuple[int, int]]:
+        """</s> question </s> context, cut at `context` tokens; a span cut off gets the position T, which the loss ignores."""
+        text, start, answer = example["context"], example["answer_start"], example["answer"]
+        if not answer or text[start : start + len(answer)] != answer:
+            raise DataError(f"the answer {answer!r} does not stand at character {start} of its context, where {text[start : start + len(answer)]!r} is")
+        ids, spans = self.tokenizer.encode_with_spans(text)
+        question = self.tokenizer.encode(example["question"]) + [self.tokenizer.bos_token_id]
+        inside = [i for i, (a, b) in enumerate(spans) if a < start + len(answer) and b > start]
+        ids = (question + ids)[: self.context]
+        ends = [len(question) + inside[0], len(question) + inside[-1]]
+        return ids, tuple(e if e < len(ids) else self.context for e in ends)  # type: ignore[return-value]
+
+    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
+        """The best span with start ≤ end.  -> (B, 2)"""
+        start, end = np.moveaxis(np.where(mask[..., None], ops.linear(h, **params["qa_outputs"]), -np.inf), -1, 0)  # (B, T) each
+        total = start[:, :, None] + end[:, None, :]  # (B, start, end)
+        total[:, np.tri(ids.shape[1], k=-1, dtype=bool)] = -np.inf
+        return np.stack(np.divmod(total.reshape(len(ids), -1).argmax(-1), ids.shape[1]), -1)
+
+    def measures(self, answers: list[Any], wanted: list[Any]) -> dict[str, float]:
+        """Share of spans found exactly, and F1 over the tokens of the span."""
+        exact = [tuple(a) == tuple(w) for a, w in zip(answers, wanted, strict=True)]
+        f1 = [span_f1(range(a[0], a[1] + 1), range(w[0], w[1] + 1)) for a, w in zip(answers, wanted, strict=True)]
+        return {"accuracy": float(np.mean(exact)), "f1": float(np.mean(f1))}
+
+
+def span_f1(found: Iterable[int], wanted: Iterable[int]) -> float:
+    a, b = collections.Counter(found), collections.Counter(wanted)
+    return 2 * (a & b).total() / (a.total() + b.total())

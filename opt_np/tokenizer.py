@@ -1,0 +1,188 @@
+"""OPT's tokenizer: GPT-2's byte-level BPE with OPT's ids, `</s>` (id 2) once at the start, and padding on either side.
+
+The merging is done by the `tokenizers` library; here is what is OPT's own: which ids are special, where they go, and how text streams out.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3; only <pad> and </s> are special to HF's OPT tokenizer
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class OPTTokenizer:
+    """Text to ids and back; equals HF's tokenizer for facebook/opt-* (transformers 5).
+
+    tok("a b") -> {"input_ids": [2, …], "attention_mask": [1, …]}; a list of texts gives lists, or int64 arrays (B, T) with padding.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any] | None = None) -> None:
+        self._tokenizer, self.config = tokenizer, dict(config or {})
+        self.bos_token, self.eos_token, self.pad_token = (_content(self.config, f"{name}_token", default) for name, default in
+                                                          (("bos", "</s>"), ("eos", "</s>"), ("pad", "<pad>")))  # fmt: skip
+        self.add_bos_token = self.config.get("add_bos_token", True)
+        tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (self.bos_token, self.eos_token, self.pad_token)])
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (tokenizer.token_to_id(t) for t in (self.bos_token, self.eos_token, self.pad_token))
+        self.special_ids = frozenset((self.bos_token_id, self.eos_token_id, self.pad_token_id))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> OPTTokenizer:
+        """Reads vocab.json and merges.txt, or tokenizer.json, with tokenizer_config.json where present. Raises CheckpointError."""
+        from opt_np.checkpoint import CheckpointError, model_folder
+
+        folder = model_folder(folder)
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            return cls(_byte_level(bpe, config.get("add_prefix_space", False)), config)
+        if (folder / "tokenizer.json").exists():
+            return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
+        raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> OPTTokenizer:
+        """Learns merges from texts until there are vocab_size ids; ids 0 to 3 are OPT's specials."""
+        if vocab_size < 256 + len(SPECIAL_TOKENS):
+            raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}")
+        tokenizer = _byte_level(models.BPE(), add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        learnt = json.loads(tokenizer.to_str())["model"]  # rebuilt, so that <s> and <unk> are ordinary text, as in OPT
+        return cls(_byte_level(models.BPE(learnt["vocab"], [tuple(m) for m in learnt["merges"]]), add_prefix_space=False))
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids have a token (a model may have more rows: 50272 for 50265)."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """One text to ids: </s> text, or </s> text </s> text_pair."""
+        bos = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
+        ids = bos + self._tokenizer.encode(text, add_special_tokens=False).ids
+        if text_pair is not None:
+            ids += bos + self._tokenizer.encode(text_pair, add_special_tokens=False).ids
+        return ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids without </s>, and the characters [start, end) of the text that each stands for."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def __call__(self, text: str | Sequence[str], text_pair: Any = None, padding: bool = False, padding_side: str = "right",
+                 truncation: bool = False, max_length: int | None = None, add_special_tokens: bool = True) -> dict[str, Any]:  # fmt: skip
+        """Texts to input_ids and attention_mask: lists, or int64 arrays (B, T) with padding=True. Truncation keeps the first max_length ids."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side is {padding_side!r}; it is "left" (to generate) or "right"')
+        if truncation and max_length is None:
+            raise ValueError("truncation=True needs max_length")
+        single = isinstance(text, str)
+        texts, pairs = ([text], [text_pair]) if single else (list(text), list(text_pair) if text_pair is not None else [None] * len(text))
+        rows = [self.encode(a, b, add_special_tokens) for a, b in zip(texts, pairs, strict=True)]
+        rows = [ids[:max_length] if truncation else ids for ids in rows]
+        if padding:
+            return self.pad(rows, padding_side)
+        masks = [[1] * len(ids) for ids in rows]
+        return {"input_ids": rows[0], "attention_mask": masks[0]} if single else {"input_ids": rows, "attention_mask": masks}
+
+    def pad(self, rows: Sequence[Sequence[int]], padding_side: str = "right") -> dict[str, np.ndarray]:
+        """Rows of ids to one array and its mask.  -> input_ids (B, T), attention_mask (B, T), int64"""
+        T = max(map(len, rows))
+        ids, mask = np.full((len(rows), T), self.pad_token_id, np.int64), np.zeros((len(rows), T), np.int64)
+        for b, row in enumerate(rows):
+            where = slice(T - len(row), T) if padding_side == "left" else slice(len(row))
+            ids[b, where], mask[b, where] = row, 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """Ids to text; ids that have a row in the model but no token print nothing."""
+        return "".join(self.stream_decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens))
+
+    def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def stream_decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterable[str]:
+        """Text as it becomes certain, one piece per id and a last one; their sum is decode(ids)."""
+        detokenizer = Detokenizer(self, skip_special_tokens)
+        for i in ids:
+            yield detokenizer.put(i)
+        yield detokenizer.end()
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that an id stands for; empty for an id without a token."""
+        token = self._tokenizer.id_to_token(int(i))
+        if token is None:
+            return b""
+        try:
+            return bytes(BYTE_OF[c] for c in token)
+        except KeyError:  # a token added as plain text
+            return token.encode()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes vocab.json, merges.txt and the two small configs: the files of facebook/opt-125m, which HF reads too."""
+        from opt_np.checkpoint import write_text
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe = json.loads(self._tokenizer.to_str())["model"]
+        token = {
+            name: {"content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+            for name, content in zip(("bos_token", "eos_token", "unk_token", "pad_token"), (self.bos_token, self.eos_token, self.eos_token, self.pad_token))
+        }
+        config = {"errors": "replace", "add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
+        config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
+        merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
+        contents = (json.dumps(bpe["vocab"], ensure_ascii=False), "#version: 0.2\n" + merges, json.dumps(config), json.dumps(token))
+        for name, content in zip(FILES, contents, strict=True):
+            write_text(folder / name, content)
+
+
+class Detokenizer:
+    """Turns a stream of ids into text, holding back the bytes of a character until it is complete.
+
+    >>> text = "".join([d.put(i) for i in ids] + [d.end()])     # doctest: +SKIP
+    """
+
+    def __init__(self, tokenizer: OPTTokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, i: int) -> str:
+        return "" if i in self._skipped else self._decoder.decode(self._tokenizer.token_bytes(i))
+
+    def end(self) -> str:
+        """What is left, broken characters as U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _content(config: dict[str, Any], name: str, default: str) -> str:
+    token = config.get(name) or default
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's stand-in character for each byte: printable ones for themselves, the rest from U+0100 on (openai/gpt-2 encoder.py)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+BYTE_OF = _byte_alphabet()

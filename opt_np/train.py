@@ -1,0 +1,238 @@
+"""The training loop: batches, gradients, AdamW, a log, checkpoints, and resuming to the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from opt_np import checkpoint
+from opt_np.config import OPTConfig
+from opt_np.grad import loss_and_grads
+from opt_np.init import init_head, init_params
+from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm, learning_rate
+from opt_np.tasks import Classification, DataError, LanguageModelling, QuestionAnswering, read_examples, read_texts
+from opt_np.tokenizer import OPTTokenizer
+from opt_np.tree import flatten, unflatten
+
+STATE = "train_state.safetensors"  # parameters, moments and step in one file: one rename moves the run forward
+TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
+MAY_CHANGE = {"out", "resume", "save_every", "save_dtype", "eval_every", "eval_text", "eval_data"}  # options that leave the loss curve as it is
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `opt-np train`, with their defaults."""
+
+    out: str
+    task: str = "lm"
+    text: tuple[str, ...] = ()
+    data: str | None = None
+    eval_text: tuple[str, ...] = ()
+    eval_data: str | None = None
+    model: str | None = None
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    num_heads: int = 4
+    context: int = 256
+    batch_size: int = 8
+    accumulate: int = 1
+    steps: int = 1000
+    seed: int = 0
+    save_every: int = 100
+    eval_every: int = 0
+    save_dtype: str = "float32"
+    dropout: float = 0.1
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    resume: bool = False
+
+
+@dataclass
+class Run:
+    """Everything that a step changes, or needs to know."""
+
+    params: dict
+    optimizer: dict
+    cfg: OPTConfig
+    tokenizer: OPTTokenizer
+    task: Any
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Trains until options.steps and returns the log's last line. Writes OUT/log.jsonl, a checkpoint, and the state to resume from.
+
+    Raises DataError, CheckpointError and ValueError. Interrupted once (Ctrl-C), it finishes the step, saves, and returns.
+    """
+    out = Path(options.out)
+    if (out / STATE).exists() and not options.resume:
+        raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
+    run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
+    first, line = run.optimizer["step"], {}
+    with Log(out / "log.jsonl", first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
+        for step in range(first, options.steps):
+            line = train_step(run, options, step)
+            done = step + 1 == options.steps or interrupt.asked
+            if options.eval_every and (done or (step + 1) % options.eval_every == 0):
+                line |= run.task.evaluate(run.params, run.cfg)
+            log.write(line)
+            if done or (step + 1) % options.save_every == 0:
+                save(out, run, options)
+            bar.update(line["tokens"])
+            bar.set_postfix_str(f"step {step + 1}/{options.steps}, loss {line['loss']:.3f}")
+            if interrupt.asked:
+                break
+    return line or log.last
+
+
+def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
+    """One update from `accumulate` batches; each batch's loss is divided by the items of all of them."""
+    batches = [run.task.batch(step * options.accumulate + j) for j in range(options.accumulate)]
+    items = sum(run.task.items(labels) for _, labels, _ in batches)
+    loss, grads = 0.0, None
+    for j, (ids, labels, mask) in enumerate(batches):
+        rng = np.random.default_rng([options.seed, step, j])
+        part, part_grads = loss_and_grads(run.params, ids, labels, run.cfg, mask, head=run.task.head, num_items=items, rng=rng)
+        loss, grads = loss + part, part_grads if grads is None else add_(grads, part_grads)
+    norm = clip_by_global_norm(grads, options.max_grad_norm)
+    lr = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps, options.schedule)
+    adamw_step(run.params, grads, run.optimizer, lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+    tokens = sum(ids.size if mask is None else int(mask.sum()) for ids, _, mask in batches)
+    return {"step": step + 1, "loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens": tokens}
+
+
+def add_(total: dict, grads: dict) -> dict:
+    for t, g in zip(flatten(total).values(), flatten(grads).values(), strict=True):
+        t += g
+    return total
+
+
+def new_run(out: Path, options: Options) -> Run:
+    """From nothing, or from the checkpoint --model; the task's head is created here, and only here."""
+    if options.model:
+        params, cfg = checkpoint.load(options.model)
+        tokenizer = OPTTokenizer.from_pretrained(options.model)
+    else:
+        params, cfg, tokenizer = from_nothing(options)
+    cfg = replace(cfg, dropout=options.dropout)
+    task = make_task(options, tokenizer, cfg)
+    if isinstance(task, Classification):
+        labels = {str(i): label for i, label in enumerate(task.labels)}
+        cfg = replace(cfg, extra={**cfg.extra, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}})
+        params = {**params, "score": init_head(cfg, "score", len(labels), options.seed)}
+    elif isinstance(task, QuestionAnswering):
+        params = {**params, "qa_outputs": init_head(cfg, "qa_outputs", seed=options.seed)}
+    if options.task != "lm":
+        params.pop("lm_head", None)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    return Run(params, adamw_init(params), cfg, tokenizer, task)
+
+
+def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
+    """A tokenizer learnt from the training texts, and random parameters."""
+    texts = read_texts(options.text) if options.text else [str(value) for e in examples_of(options) for value in e.values()]
+    tokenizer = OPTTokenizer.train(texts, options.vocab_size)
+    cfg = OPTConfig(
+        vocab_size=options.vocab_size, hidden_size=options.hidden_size, num_hidden_layers=options.num_layers, ffn_dim=4 * options.hidden_size,
+        num_attention_heads=options.num_heads, max_position_embeddings=options.context,
+    )  # fmt: skip
+    return init_params(cfg, options.seed), cfg, tokenizer
+
+
+def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
+    if options.context > cfg.max_position_embeddings:
+        raise ValueError(f"--context {options.context} is more than the model's max_position_embeddings={cfg.max_position_embeddings}; lower it")
+    shape = options.context, options.batch_size, options.seed
+    if options.task == "lm":
+        texts = read_texts(options.text) if options.text else [e["text"] for e in examples_of(options)]
+        return LanguageModelling(tokenizer, texts, read_texts(options.eval_text) if options.eval_text else [], *shape)
+    if not options.data:
+        raise DataError(f"--task {options.task} learns from --data FILE, JSON lines with {', '.join(TASKS[options.task].keys)}")
+    return TASKS[options.task](tokenizer, options.data, options.eval_data, *shape)
+
+
+def examples_of(options: Options) -> list[dict]:
+    if not options.data:
+        raise DataError("nothing to learn from: give --text FILES, or --data FILE with JSON lines")
+    return read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",))
+
+
+def fingerprint(run: Run, options: Options) -> dict[str, str]:
+    """What must be equal for a resumed run to draw the same curve: the options, and the data's checksum."""
+    kept = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+    return {"options": json.dumps(kept, sort_keys=True), "data": str(zlib.crc32(repr(run.task.batch(0)).encode()))}
+
+
+def save(out: Path, run: Run, options: Options) -> None:
+    """The state to resume from, then the checkpoint; each file is replaced whole."""
+    from safetensors.numpy import save_file
+
+    state = flatten({"params": run.params, "m": run.optimizer["m"], "v": run.optimizer["v"]})
+    metadata = {"step": str(run.optimizer["step"]), "config": json.dumps(run.cfg.to_dict()), **fingerprint(run, options)}
+    checkpoint.write_atomically(out / STATE, lambda path: save_file(state, path, metadata))
+    checkpoint.save(out, run.params, run.cfg, options.save_dtype)
+
+
+def resumed_run(out: Path, options: Options) -> Run:
+    """The run as it was when last saved; raises ValueError where its options or data were others."""
+    from safetensors import safe_open
+
+    with safe_open(out / STATE, framework="numpy") as file:
+        metadata, state = file.metadata(), unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
+    optimizer = {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}
+    run = Run(state["params"], optimizer, cfg, tokenizer, make_task(options, tokenizer, cfg))
+    now = fingerprint(run, options)
+    then_options, now_options = json.loads(metadata["options"]), json.loads(now["options"])
+    changed = [f"{k}: {then_options.get(k)} then, {v} now" for k, v in now_options.items() if then_options.get(k) != v]
+    if changed or metadata["data"] != now["data"]:
+        raise ValueError(f"{out} was trained with other {'options (' + '; '.join(changed) + ')' if changed else 'data'}; resume it with the same")
+    return run
+
+
+class Log:
+    """One JSON object a step; on resuming, the lines after the step resumed from are dropped, for they will be written again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines[:step] if line.endswith("}")]
+        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+        self.last = json.loads(kept[-1]) if kept else {}
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in __exit__)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a wish to stop after this step; the second one stops at once."""
+
+    def __enter__(self) -> Interrupt:
+        self.asked = False
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._previous)
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self._previous)
