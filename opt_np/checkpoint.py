@@ -21,6 +21,10 @@ IGNORED = ("decoder.version", "output_projection.weight", "masked_bias")  # buff
 ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
 
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it is: names the file or tensor, what was found, what was wanted, and what to do."""
 
@@ -93,7 +97,9 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
     """The same tensors without the prefix that their file happens to use (model.decoder., decoder., none …), the tied matrix once."""
     prefixes = [name.removesuffix(ANCHOR) for name in flat if name.endswith(ANCHOR)]
     if len(prefixes) != 1:
-        raise CheckpointError(f"{folder} has {len(prefixes)} tensors named …{ANCHOR}; an OPT decoder has one. First names: {', '.join(list(flat)[:3])}")
+        raise CheckpointError(
+            f"{folder} has {len(prefixes)} tensors named …{ANCHOR}; an OPT decoder has one. First names: {', '.join(list(flat)[:3])}"
+        )
     outer = prefixes[0].removesuffix("decoder.").removesuffix("model.")
     rooted = {name.removeprefix(prefixes[0]).removeprefix(outer): array for name, array in flat.items()}
     head, embed = rooted.get("lm_head.weight"), rooted.get("embed_tokens.weight")
@@ -104,26 +110,30 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
                 f"Set it to false to keep both, or remove lm_head.weight"
             )
         rooted["embed_tokens.weight"] = rooted.pop("lm_head.weight")  # some files hold the tied matrix under this name only
-    elif not cfg.tie_word_embeddings and head is None and embed is not None and not any(name.split(".")[0] in HEADS for name in rooted):
-        rooted["lm_head.weight"] = embed  # saved from OPTModel, or by a writer that drops the duplicate
     return rooted
 
 
 def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
-    """The tensors in the config's order, once each is there in the right shape and none is left over. Raises CheckpointError."""
-    wanted = parameter_shapes(cfg)
-    heads = {name: array for name, array in flat.items() if name.split(".")[0] in HEADS}
-    if heads:
-        wanted.pop("lm_head.weight", None)  # a task model has its own head instead
-    missing, extra = [n for n in wanted if n not in flat], [n for n in flat if n not in wanted and n not in heads]
+    """The tensors in the config's order, once each is there in the right shape and none is left over; heads may be absent. Raises CheckpointError."""
+    heads = head_shapes(cfg, flat)
+    decoder = {name: shape for name, shape in parameter_shapes(cfg).items() if name not in heads}
+    missing, extra = [n for n in decoder if n not in flat], [n for n in flat if n not in decoder and n not in heads]
     if missing or extra:
         problems = [f"{len(names)} {word} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for word, names in
                     (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
         raise CheckpointError(f"{folder}: tensors {' and '.join(problems)}. Is config.json this checkpoint's, and was the checkpoint copied whole?")
-    for name, shape in wanted.items():
+    ordered = {name: shape for name, shape in {**decoder, **heads}.items() if name in flat}
+    for name, shape in ordered.items():
         if flat[name].shape != shape:
             raise CheckpointError(f"{folder}: {name} is {flat[name].shape}; config.json wants {shape}. Is it this checkpoint's config.json?")
-    return {name: flat[name] for name in wanted} | heads
+    return {name: flat[name] for name in ordered}
+
+
+def head_shapes(cfg: OPTConfig, flat: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Tensors that a checkpoint may have, according to the class it was saved from. The labels are counted by `score` itself."""
+    W = cfg.word_embed_proj_dim
+    labels = flat["score.weight"].shape[0] if "score.weight" in flat else cfg.num_labels
+    return {"lm_head.weight": (cfg.vocab_size, W), "score.weight": (labels, W), "qa_outputs.weight": (2, W), "qa_outputs.bias": (2,)}
 
 
 def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None) -> None:
@@ -133,7 +143,7 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = {name: np.ascontiguousarray(a, dtype) for name, a in flatten(params).items()}
-    heads = {"lm_head", *HEADS}
+    heads = ("lm_head", *HEADS)
     named = {name if name.split(".")[0] in heads else f"model.decoder.{name}": a for name, a in flat.items()}
     architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
     keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": str(next(iter(flat.values())).dtype)}
@@ -149,6 +159,7 @@ def write_atomically(path: Path, write: Any) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)  # safetensors makes its files private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -54,7 +54,15 @@ class OPTConfig:
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings", "word_embed_proj_dim", "num_attention_heads"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "ffn_dim",
+            "max_position_embeddings",
+            "word_embed_proj_dim",
+            "num_attention_heads",
+        ):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json's {key} is {value!r}; it must be a whole number of at least 1")
@@ -64,7 +72,9 @@ class OPTConfig:
                 f"choose a hidden_size that is a multiple of the heads"
             )
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"config.json's activation_function is {self.activation_function!r}; OPT checkpoints use one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"config.json's activation_function is {self.activation_function!r}; OPT checkpoints use one of {', '.join(ACTIVATIONS)}"
+            )
         for key, supported in ONLY_VALUES.items():
             if self.extra.get(key, supported) != supported:
                 raise ValueError(f"config.json's {key} is {self.extra[key]!r}; opt_np computes only {supported!r}. Is it an OPT checkpoint?")

@@ -198,7 +198,9 @@ def decoder_layer_bwd(dx: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
     return dx + dh, dp
 
 
-def decoder_fwd(params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+def decoder_fwd(
+    params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None
+) -> tuple[np.ndarray, tuple]:
     """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
     where = layout(cfg, input_ids, attention_mask)
     x, project_in = ops.embed(input_ids, **params["embed_tokens"]), None
@@ -283,6 +285,15 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
     return loss, dh, {name: {"weight": dweight}}
 
 
+def shifted_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The loss of language_model_head alone, from logits that exist already.  logits: (B, T, V);  labels: (B, T)"""
+    wanted = labels[:, 1:]
+    kept = np.nonzero(wanted != IGNORED)
+    if not kept[0].size:
+        raise ValueError(f"no label is left: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
+    return cross_entropy(logits[:, :-1][kept], wanted[kept])[0] / kept[0].size
+
+
 def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
     """Where each row is read for classification: its rightmost token that is not the pad (HF's rule: by id, whatever the mask says).
 
@@ -290,7 +301,9 @@ def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
     """
     if pad_token_id is None:
         if len(input_ids) > 1:
-            raise ValueError(f"config.json's pad_token_id is null, so the end of each of {len(input_ids)} rows cannot be found; set it, or pass one row")
+            raise ValueError(
+                f"config.json's pad_token_id is null, so the end of each of {len(input_ids)} rows cannot be found; set it, or pass one row"
+            )
         return np.array([input_ids.shape[1] - 1])
     return (np.arange(input_ids.shape[1]) * (input_ids != pad_token_id)).argmax(-1)
 

@@ -24,7 +24,7 @@ class KVCache:
         if i == len(self._layers):
             self._layers.append((np.empty_like(k), np.empty_like(v)))
         keys, values = self._layers[i]
-        if S > keys.shape[1]:
+        if keys.shape[1] < S:
             keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
         keys[:, self.length : S], values[:, self.length : S] = k, v
         return keys[:, :S], values[:, :S]

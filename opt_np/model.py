@@ -35,15 +35,19 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
 
     Raises ValueError for ids outside the vocabulary, a mask of another length, and rows with more real tokens than the model has positions.
     """
+    if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu":
+        raise ValueError(f"input_ids is {input_ids.dtype}{input_ids.shape}; it is whole numbers, (B, T): for one row pass [ids]")
     B, T = input_ids.shape
-    if T == 0 or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
-        span = f"hold {input_ids.min()} to {input_ids.max()}" if T else "are empty"
+    if not input_ids.size or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
+        span = f"hold {input_ids.min()} to {input_ids.max()}" if input_ids.size else f"are empty, {(B, T)}"
         raise ValueError(f"input_ids {span}; a row needs at least one token, and vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
     positions, visible = np.arange(past, past + T)[None], None
     if attention_mask is not None:
         mask = np.asarray(attention_mask)
         if mask.shape != (B, past + T):
-            raise ValueError(f"attention_mask is {mask.shape}; {past} cached and {T} new tokens of {B} rows want {(B, past + T)}: pass the whole mask")
+            raise ValueError(
+                f"attention_mask is {mask.shape}; {past} cached and {T} new tokens of {B} rows want {(B, past + T)}: pass the whole mask"
+            )
         if not np.isin(mask, (0, 1)).all():
             raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
         mask = mask.astype(np.int64)
@@ -126,8 +130,9 @@ def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleTyp
     return x
 
 
-def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None, ops: ModuleType = numpy_ops,
-                      position_ids: Any = None, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None,
+                      ops: ModuleType = numpy_ops, position_ids: Any = None, tap: Tap | None = None,
+                      hidden_states: list | None = None) -> Any:  # fmt: skip
     """Everything but the head: embeddings, blocks, final norm, projection.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
@@ -135,7 +140,7 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     With a cache, the mask covers past and new tokens; none means that all are real. Equals HF's OPTModel.
     """
     input_ids = np.asarray(input_ids)
-    where = layout(cfg, input_ids, attention_mask, position_ids, cache.length if cache else 0)
+    where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops)
     x = tap("model.decoder.embeddings", x) if tap else x
     x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
@@ -151,13 +156,20 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
 
 
 def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None, ops: ModuleType = numpy_ops,
-            position_ids: Any = None, logits_to_keep: int = 0, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
-    """The language model: a score for every token of the vocabulary, for the position after each token (or the last few only).
+            position_ids: Any = None, logits_to_keep: Any = 0, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+    """The language model: a score for every token of the vocabulary, for what follows each token.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, V)
 
+    logits_to_keep: the last so many positions only, or an array of positions; 0 keeps all (the logits of 2048 tokens are 400 MB).
     Raises ValueError as `layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
     """
-    x = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)
-    logits = ops.linear(x[:, -logits_to_keep:], **params.get("lm_head", params["embed_tokens"]))  # [-0:] keeps all
+    h = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)
+    return lm_logits(params, h, ops, logits_to_keep, tap)
+
+
+def lm_logits(params: dict, h: Any, ops: ModuleType, logits_to_keep: Any = 0, tap: Tap | None = None) -> Any:
+    """The head: the token matrix once more, or lm_head where the two are not tied.  h: (B, T, W)  ->  (B, T, V)"""
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # [-0:] keeps all
+    logits = ops.linear(h[:, kept], **params.get("lm_head", params["embed_tokens"]))
     return tap("lm_head", logits) if tap else logits

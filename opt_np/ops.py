@@ -181,7 +181,7 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
 def _erfc_coefficients(degree: int = 26) -> list[float]:
     """Chebyshev coefficients of log(erfc(z)/t) + z² in u, where it is nearly a straight line."""
 
-    def smooth(u: np.ndarray) -> np.ndarray:
+    def smooth(u: Any) -> Any:
         t = (5 + 3 * u) / 8
         z = 2 / t - 2
         return np.array([math.log(math.erfc(zi) / ti) + zi * zi for zi, ti in zip(z, t, strict=True)])

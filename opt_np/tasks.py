@@ -10,7 +10,7 @@ import collections
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,9 @@ class LanguageModelling:
         self.tokens = np.concatenate([np.array(tokenizer.encode(text), np.int32) for text in texts])
         self.eval_texts = eval_texts
         if len(self.tokens) < 2 * context:
-            raise DataError(f"the training text is {len(self.tokens)} tokens; windows of context={context} need at least {2 * context}: add text or shorten them")
+            raise DataError(
+                f"the training text is {len(self.tokens)} tokens; windows of context={context} need at least {2 * context}: add text or shorten them"
+            )
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray, None]:
         n = len(self.tokens) // self.context - 1  # one fewer, to leave room for the offset
@@ -141,8 +143,9 @@ class Examples:
 
     def prepare(self, examples: list[dict]) -> None: ...
 
-    def row(self, example: dict) -> tuple[list[int], Any]:
-        raise NotImplementedError
+    row: Callable[[dict], tuple[list[int], Any]]  # an example as ids and label
+    answer: Callable[..., np.ndarray]  # what the model says for each row
+    measures: Callable[[list, list], dict[str, float]]  # how good that is
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.stack([self.rows[i] for _, i in indices(len(self.rows), self.batch_size, index, self.seed)])
@@ -203,9 +206,11 @@ class QuestionAnswering(Examples):
         """</s> question </s> context, cut at `context` tokens; a span cut off gets the position T, which the loss ignores."""
         text, start, answer = example["context"], example["answer_start"], example["answer"]
         if not answer or text[start : start + len(answer)] != answer:
-            raise DataError(f"the answer {answer!r} does not stand at character {start} of its context, where {text[start : start + len(answer)]!r} is")
+            raise DataError(
+                f"the answer {answer!r} does not stand at character {start} of its context, where {text[start : start + len(answer)]!r} is"
+            )
         ids, spans = self.tokenizer.encode_with_spans(text)
-        question = self.tokenizer.encode(example["question"]) + [self.tokenizer.bos_token_id]
+        question = [*self.tokenizer.encode(example["question"]), self.tokenizer.bos_token_id]
         inside = [i for i, (a, b) in enumerate(spans) if a < start + len(answer) and b > start]
         ids = (question + ids)[: self.context]
         ends = [len(question) + inside[0], len(question) + inside[-1]]

@@ -30,7 +30,8 @@ class OPTTokenizer:
                                                           (("bos", "</s>"), ("eos", "</s>"), ("pad", "<pad>")))  # fmt: skip
         self.add_bos_token = self.config.get("add_bos_token", True)
         tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (self.bos_token, self.eos_token, self.pad_token)])
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (tokenizer.token_to_id(t) for t in (self.bos_token, self.eos_token, self.pad_token))
+        ids = [tokenizer.token_to_id(t) for t in (self.bos_token, self.eos_token, self.pad_token)]
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (int(i) for i in ids if i is not None)
         self.special_ids = frozenset((self.bos_token_id, self.eos_token_id, self.pad_token_id))
 
     @classmethod
@@ -52,7 +53,9 @@ class OPTTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> OPTTokenizer:
         """Learns merges from texts until there are vocab_size ids; ids 0 to 3 are OPT's specials."""
         if vocab_size < 256 + len(SPECIAL_TOKENS):
-            raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}")
+            raise ValueError(
+                f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}"
+            )
         tokenizer = _byte_level(models.BPE(), add_prefix_space=False)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -79,7 +82,7 @@ class OPTTokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def __call__(self, text: str | Sequence[str], text_pair: Any = None, padding: bool = False, padding_side: str = "right",
+    def __call__(self, text: Any, text_pair: Any = None, padding: bool = False, padding_side: str = "right",
                  truncation: bool = False, max_length: int | None = None, add_special_tokens: bool = True) -> dict[str, Any]:  # fmt: skip
         """Texts to input_ids and attention_mask: lists, or int64 arrays (B, T) with padding=True. Truncation keeps the first max_length ids."""
         if padding_side not in ("left", "right"):
@@ -113,10 +116,13 @@ class OPTTokenizer:
 
     def stream_decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterable[str]:
         """Text as it becomes certain, one piece per id and a last one; their sum is decode(ids)."""
-        detokenizer = Detokenizer(self, skip_special_tokens)
+        detokenizer = self.detokenizer(skip_special_tokens)
         for i in ids:
             yield detokenizer.put(i)
         yield detokenizer.end()
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        return Detokenizer(self, skip_special_tokens)
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that an id stands for; empty for an id without a token."""
@@ -135,15 +141,14 @@ class OPTTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bpe = json.loads(self._tokenizer.to_str())["model"]
-        token = {
-            name: {"content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
-            for name, content in zip(("bos_token", "eos_token", "unk_token", "pad_token"), (self.bos_token, self.eos_token, self.eos_token, self.pad_token))
-        }
+        contents = {"bos_token": self.bos_token, "eos_token": self.eos_token, "unk_token": self.eos_token, "pad_token": self.pad_token}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+        token = {name: {"content": content, **flags} for name, content in contents.items()}
         config = {"errors": "replace", "add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
         config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
         merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
-        contents = (json.dumps(bpe["vocab"], ensure_ascii=False), "#version: 0.2\n" + merges, json.dumps(config), json.dumps(token))
-        for name, content in zip(FILES, contents, strict=True):
+        files = (json.dumps(bpe["vocab"], ensure_ascii=False), "#version: 0.2\n" + merges, json.dumps(config), json.dumps(token))
+        for name, content in zip(FILES, files, strict=True):
             write_text(folder / name, content)
 
 

@@ -1,0 +1,203 @@
+"""OPTModel, OPTForCausalLM, OPTForSequenceClassification, OPTForQuestionAnswering: HF's names over the functions of model.py and grad.py."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_np import checkpoint, grad, model
+from opt_np import generate as decoding
+from opt_np.checkpoint import CheckpointError
+from opt_np.config import OPTConfig
+from opt_np.init import init_head
+from opt_np.kv_cache import KVCache
+from opt_np.tree import flatten
+
+BACKENDS = {"numpy": ("float32", "float64"), "cpu": ("float32", "float16", "bfloat16"), "cuda": ("float32", "float16", "bfloat16")}
+
+
+@dataclass
+class Output:
+    """What a model returns; fields that were not asked for, or that its class does not have, are None."""
+
+    logits: Any = None
+    loss: Any = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    past_key_values: KVCache | None = None
+    last_hidden_state: Any = None
+    start_logits: Any = None
+    end_logits: Any = None
+
+
+class OPTPreTrained:
+    """What the four classes share: `params`, `config`, `ops`, loading and saving."""
+
+    head: str | None = None  # the name of the head's tensors, in the checkpoint
+
+    def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy") -> None:
+        self.params, self.config, self.ops = params, config, load_ops(backend)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
+                        quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0) -> Any:  # fmt: skip
+        """Reads a folder. new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. Raises CheckpointError, ValueError."""
+        backend = choose_backend(backend)
+        if dtype not in BACKENDS[backend]:
+            raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
+        if quantize is not None:
+            raise ValueError(f"quantize={quantize!r}: backend {backend!r} has no quantised weights; leave it None")
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} belongs to a hub id; {folder} is read as a folder, which has one state")
+        params, config = checkpoint.load(folder, dtype)
+        unused = [name for name in ("lm_head", "score", "qa_outputs") if name in params and name != cls.head]
+        if unused:
+            warnings.warn(f"{folder}: {', '.join(unused)} is not used by {cls.__name__} and was dropped", stacklevel=2)
+            params = {name: p for name, p in params.items() if name not in unused}
+        needed = cls.head if cls.head != "lm_head" or not config.tie_word_embeddings else None
+        if needed and needed not in params:
+            if not new_head:
+                raise CheckpointError(f"{folder} has no {needed}.weight, which {cls.__name__} needs; new_head=True makes a fresh one, to be trained")
+            params, config = with_new_head(params, config, needed, num_labels, seed, dtype)
+        return cls(params, config, backend)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors; HF loads them to the same numbers."""
+        checkpoint.save(folder, self.params, self.config)
+
+    def num_parameters(self) -> int:
+        return sum(a.size for a in flatten(self.params).values())
+
+    def _hidden(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool, output_hidden_states: bool,
+                output_attentions: bool, tap: Any) -> tuple[Any, Output]:  # fmt: skip
+        """The decoder's output, and what goes beside the logits."""
+        cache = past_key_values if past_key_values is not None else KVCache() if use_cache else None
+        hidden: list | None = [] if output_hidden_states else None
+        attentions: list | None = [] if output_attentions else None
+        h = model.last_hidden_state(self.params, input_ids, self.config, cache, attention_mask, self.ops, position_ids,
+                                    collecting(attentions, tap), hidden)  # fmt: skip
+        return h, Output(past_key_values=cache, hidden_states=as_tuple(hidden), attentions=as_tuple(attentions))
+
+
+class OPTModel(OPTPreTrained):
+    """The decoder without a head; equals HF's OPTModel."""
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None, use_cache: bool = False,
+                 output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
+        """input_ids: (B, T);  attention_mask: (B, S)  ->  .last_hidden_state (B, T, W)"""
+        h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap)
+        return replace(out, last_hidden_state=h)
+
+
+class OPTForCausalLM(OPTPreTrained):
+    """The language model; equals HF's OPTForCausalLM."""
+
+    head = "lm_head"
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None, use_cache: bool = False,
+                 labels: Any = None, output_hidden_states: bool = False, output_attentions: bool = False, logits_to_keep: Any = 0,
+                 tap: Any = None) -> Output:  # fmt: skip
+        """input_ids: (B, T);  attention_mask: (B, S);  labels: (B, T)  ->  .logits (B, T, V), .loss
+
+        With past_key_values (a KVCache, which grows in place) input_ids holds the new tokens only, and attention_mask all of them.
+        Labels are shifted inside, and -100 is ignored. Raises ValueError.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
+        h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap)
+        logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap)
+        loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
+        return replace(out, logits=logits, loss=loss)
+
+    def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+        """The prompt with its continuation: greedy by default; do_sample, temperature, top_k, top_p, repetition_penalty, max_new_tokens, max_length,
+        eos_token_id, pad_token_id and seed as in generate.stream.  input_ids: (B, T)  ->  (B, T + new)"""
+        return decoding.generate(self.params, input_ids, self.config, attention_mask=attention_mask, ops=self.ops, **options)
+
+    def stream(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Iterator[decoding.Step]:
+        """As generate, one Step at a time; with tokenizer=, each step carries the text that became certain."""
+        return decoding.stream(self.params, input_ids, self.config, attention_mask=attention_mask, ops=self.ops, **options)
+
+
+class OPTForSequenceClassification(OPTPreTrained):
+    """A label per row, read at its last token that is not the pad; equals HF's OPTForSequenceClassification."""
+
+    head = "score"
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, labels: Any = None,
+                 output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
+        """input_ids: (B, T);  attention_mask: (B, T);  labels: (B) or (B, L)  ->  .logits (B, L), .loss"""
+        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
+        at = grad.pooled_rows(np.asarray(input_ids), self.config.pad_token_id)
+        logits = self.ops.linear(h[np.arange(len(at)), at], **self.params["score"])  # (B, W) -> (B, L)
+        loss = None if labels is None else np.float64(grad.classification_loss(np.asarray(logits), labels, self.config.extra.get("problem_type"))[0])
+        return replace(out, logits=logits, loss=loss)
+
+
+class OPTForQuestionAnswering(OPTPreTrained):
+    """A start and an end score per token; equals HF's OPTForQuestionAnswering."""
+
+    head = "qa_outputs"
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, start_positions: Any = None, end_positions: Any = None,
+                 output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
+        """input_ids: (B, T);  attention_mask: (B, T);  start_positions: (B);  end_positions: (B)  ->  .start_logits, .end_logits (B, T), .loss"""
+        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
+        logits = self.ops.linear(h, **self.params["qa_outputs"])  # (B, T, W) -> (B, T, 2)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = np.float64(grad.question_loss(np.asarray(logits), np.stack([np.ravel(start_positions), np.ravel(end_positions)], axis=1))[0])
+        return replace(out, start_logits=logits[..., 0], end_logits=logits[..., 1], loss=loss)
+
+
+def collecting(attentions: list | None, tap: Any) -> Any:
+    """A tap that keeps every layer's attention weights on their way, after the caller's own tap."""
+    if attentions is None:
+        return tap
+
+    def keep(name: str, value: Any) -> Any:
+        value = tap(name, value) if tap else value
+        if name.endswith("self_attn.attn_weights"):
+            attentions.append(value)
+        return value
+
+    return keep
+
+
+def as_tuple(items: list | None) -> tuple | None:
+    return None if items is None else tuple(items)
+
+
+def with_new_head(params: dict, config: OPTConfig, head: str, num_labels: int, seed: int, dtype: str) -> tuple[dict, OPTConfig]:
+    labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+    if head == "score":
+        config = replace(config, extra={**config.extra, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}})
+    return {**params, head: init_head(config, head, num_labels, seed, dtype)}, config
+
+
+def choose_backend(backend: str) -> str:
+    """ "auto" is the CPU kernels where opt_fast and Numba import, else NumPy; it never imports torch."""
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend {backend!r} is none of {', '.join((*BACKENDS, 'auto'))}")
+    if backend != "auto":
+        return backend
+    try:
+        load_ops("cpu")
+    except ValueError:
+        return "numpy"
+    return "cpu"
+
+
+def load_ops(backend: str) -> Any:
+    """The backend's module. Raises ValueError where it cannot be imported."""
+    name = "opt_np.ops" if backend == "numpy" else f"opt_fast.ops_{backend}"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"backend {backend!r} needs {name}, which does not import here ({error}); backend='numpy' always works") from None
