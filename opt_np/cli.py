@@ -113,6 +113,7 @@ def info(model: str | None, backend: str) -> None:
     stored = sum(path.stat().st_size for path in checkpoint.safetensors_files(folder))
     cache = 2 * cfg.num_hidden_layers * cfg.hidden_size * 4
     print(f"model        {folder}")
+    heads = f"{cfg.num_attention_heads} heads of {cfg.head_dim}"
     print(f"shape        {cfg.num_hidden_layers} {norm} layers, hidden {cfg.hidden_size}, {heads}, ffn {cfg.ffn_dim}")
     print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {cfg.extra.get('torch_dtype', 'unknown')}, {4 * count / 1e6:.1f} MB in float32)")
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
