@@ -111,7 +111,7 @@ class OPTForCausalLM(OPTPreTrained):
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
         h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap)
-        logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap)
+        logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)
         loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
         return replace(out, logits=logits, loss=loss)
 

@@ -20,6 +20,16 @@ from opt_np.kv_cache import KVCache
 Tap = Callable[[str, Any], Any]  # tap(name, value) -> value: called at named points, to read or to replace what flows by
 
 
+def no_tap(name: str, value: Any) -> Any:
+    """The tap that does nothing; with it the fused ops run."""
+    return value
+
+
+def within(path: str, tap: Tap) -> Tap:
+    """The same tap for names below `path`."""
+    return tap if tap is no_tap else lambda name, value: tap(f"{path}.{name}", value)
+
+
 class Layout(NamedTuple):
     """Where each token stands, and which keys may be seen: built once per call, on the host."""
 
@@ -64,67 +74,63 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
     return Layout(positions, visible, past)
 
 
-def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap | None) -> Any:
+def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap) -> Any:
     """h: (B, T, D)  ->  (B, T, D)"""
     heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
-    q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))  # (B, T, D) -> (B, T, H, Dh)
-    scale = cfg.head_dim**-0.5
-    if tap:
-        q, k, v = (tap(f"model.decoder.layers.{i}.self_attn.{name}", a) for name, a in (("q_proj", q), ("k_proj", k), ("v_proj", v)))
+    q, k, v = (tap(f"self_attn.{name}", ops.linear(h, **p[name])).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))  # -> (B, T, H, Dh)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
-    if tap:  # the same numbers by the unfused ops, so that the weights can be seen and edited
-        probs = tap(f"model.decoder.layers.{i}.self_attn.attn_weights", ops.attention_probs(q, k, scale, layout))  # (B, H, T, S)
-        O = tap(f"model.decoder.layers.{i}.self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))
-    else:
-        O = ops.attention(q, k, v, scale, layout)
+    if tap is no_tap:
+        O = ops.attention(q, k, v, cfg.head_dim**-0.5, layout)
+    else:  # the same numbers by the unfused ops, so that the weights can be seen and edited
+        probs = tap("self_attn.attn_weights", ops.attention_probs(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S)
+        O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))
     return ops.linear(O.reshape(h.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
 
 
-def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, i: int, tap: Tap | None) -> Any:
+def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
     """h: (B, T, D)  ->  (B, T, D)"""
-    if not tap:
+    if tap is no_tap:
         return ops.mlp(h, p["fc1"], p["fc2"], cfg.activation_function)
-    a = tap(f"model.decoder.layers.{i}.fc1", ops.linear(h, **p["fc1"]))  # (B, T, F)
-    a = tap(f"model.decoder.layers.{i}.activation_fn", ops.activation(a, cfg.activation_function))
+    a = tap("activation_fn", ops.activation(tap("fc1", ops.linear(h, **p["fc1"])), cfg.activation_function))  # (B, T, F)
     return ops.linear(a, **p["fc2"])
 
 
-def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap | None) -> Any:
+def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap) -> Any:
     """One transformer block. Pre-norm: x + f(LN(x)). Post-norm (opt-350m): LN(x + f(x)).  x: (B, T, D)  ->  (B, T, D)
 
     Equals HF's OPTDecoderLayer. Backward: grad.decoder_layer_bwd.
     """
     pre = cfg.do_layer_norm_before
-    named = (lambda name, value: tap(f"model.decoder.layers.{i}.{name}", value)) if tap else (lambda _, value: value)
 
-    h = named("self_attn_layer_norm", ops.layer_norm(x, **p.get("self_attn_layer_norm", {}))) if pre else x
-    x = x + named("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap))
-    if not pre:
-        x = named("self_attn_layer_norm", ops.layer_norm(x, **p.get("self_attn_layer_norm", {})))
+    def norm(name: str, x: Any) -> Any:
+        return tap(name, ops.layer_norm(x, **p.get(name, {})))  # no tensors where layer_norm_elementwise_affine is false
 
-    h = named("final_layer_norm", ops.layer_norm(x, **p.get("final_layer_norm", {}))) if pre else x
-    x = x + named("fc2", mlp(h, p, cfg, ops, i, tap))
-    if not pre:
-        x = named("final_layer_norm", ops.layer_norm(x, **p.get("final_layer_norm", {})))
-    return named("output", x)
+    h = norm("self_attn_layer_norm", x) if pre else x
+    x = x + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap))
+    x = x if pre else norm("self_attn_layer_norm", x)
+
+    h = norm("final_layer_norm", x) if pre else x
+    x = x + tap("fc2", mlp(h, p, cfg, ops, tap))
+    return x if pre else norm("final_layer_norm", x)
 
 
-def embeddings(params: dict, input_ids: np.ndarray, layout: Layout, ops: ModuleType) -> Any:
+def embeddings(params: dict, input_ids: np.ndarray, layout: Layout, ops: ModuleType, tap: Tap) -> Any:
     """Tokens plus learned positions; opt-350m projects the tokens first.  input_ids: (B, T)  ->  (B, T, D)"""
-    x = ops.embed(input_ids, **params["embed_tokens"])
+    x = tap("model.decoder.embed_tokens", ops.embed(input_ids, **params["embed_tokens"]))
     if "project_in" in params:
-        x = ops.linear(x, **params["project_in"])  # (B, T, W) -> (B, T, D)
-    return x + ops.embed(layout.positions + POSITION_OFFSET, **params["embed_positions"])
+        x = tap("model.decoder.project_in", ops.linear(x, **params["project_in"]))  # (B, T, W) -> (B, T, D)
+    return x + tap("model.decoder.embed_positions", ops.embed(layout.positions + POSITION_OFFSET, **params["embed_positions"]))
 
 
-def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None = None,
-            tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
+def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None = None, tap: Tap = no_tap,
+            hidden_states: list | None = None) -> Any:  # fmt: skip
     """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)"""
     for i, p in enumerate(params["layers"]):
         if hidden_states is not None:
             hidden_states.append(x)
-        x = decoder_layer(x, p, cfg, layout, ops, cache, i, tap)
+        here = f"model.decoder.layers.{i}"
+        x = tap(here, decoder_layer(x, p, cfg, layout, ops, cache, i, within(here, tap)))
     if cache is not None:
         cache.advance(x.shape[1])
     return x
@@ -139,17 +145,14 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
 
     With a cache, the mask covers past and new tokens; none means that all are real. Equals HF's OPTModel.
     """
-    input_ids = np.asarray(input_ids)
+    input_ids, tap = np.asarray(input_ids), tap or no_tap
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
-    x = embeddings(params, input_ids, where, ops)
-    x = tap("model.decoder.embeddings", x) if tap else x
+    x = embeddings(params, input_ids, where, ops, tap)
     x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
     if cfg.has_final_layer_norm:
-        x = ops.layer_norm(x, **params.get("final_layer_norm", {}))
-        x = tap("model.decoder.final_layer_norm", x) if tap else x
+        x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))
     if "project_out" in params:
-        x = ops.linear(x, **params["project_out"])  # (B, T, D) -> (B, T, W)
-        x = tap("model.decoder.project_out", x) if tap else x
+        x = tap("model.decoder.project_out", ops.linear(x, **params["project_out"]))  # (B, T, D) -> (B, T, W)
     if hidden_states is not None:
         hidden_states.append(x)
     return x
@@ -165,11 +168,10 @@ def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None 
     Raises ValueError as `layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
     """
     h = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)
-    return lm_logits(params, h, ops, logits_to_keep, tap)
+    return lm_logits(params, h, ops, logits_to_keep, tap or no_tap)
 
 
-def lm_logits(params: dict, h: Any, ops: ModuleType, logits_to_keep: Any = 0, tap: Tap | None = None) -> Any:
+def lm_logits(params: dict, h: Any, ops: ModuleType, logits_to_keep: Any = 0, tap: Tap = no_tap) -> Any:
     """The head: the token matrix once more, or lm_head where the two are not tied.  h: (B, T, W)  ->  (B, T, V)"""
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # [-0:] keeps all
-    logits = ops.linear(h[:, kept], **params.get("lm_head", params["embed_tokens"]))
-    return tap("lm_head", logits) if tap else logits
+    return tap("lm_head", ops.linear(h[:, kept], **params.get("lm_head", params["embed_tokens"])))

@@ -1,0 +1,26 @@
+"""What all tests share: quiet libraries, no network, a steady number of threads, Hypothesis without a clock."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("project")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # OPT's real vocabulary and configs, where a developer has them
+
+
+@pytest.fixture(scope="session")
+def opt_files() -> Path:
+    """OPT's real tokenizer files and hub configs; no copy of them is in the repository."""
+    folder = SHARED / "opt_tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"OPT's own tokenizer files are not at {folder}")
+    return folder

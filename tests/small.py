@@ -1,0 +1,64 @@
+"""Tiny configs, parameters, texts and folders, made in milliseconds, for tests about files, training and the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from opt_np import OPTConfig, OPTTokenizer, checkpoint
+from opt_np.config import parameter_shapes
+from opt_np.tree import flatten, unflatten
+
+TEXT = "the cat sat on the mat, and the dog sat on the log; it's 1999 and they'll never know why. " * 12
+TRICKY = "naïve café — 日本語のテキスト, emoji 🙂👩‍👩‍👧 and\ttabs\n\nnew lines   spaces é e\u0301 \x00 \ufffd"
+
+
+def config(**changes: Any) -> OPTConfig:
+    """Two layers of width 16; 308 rows for a tokenizer of 300 ids, as OPT has spare rows."""
+    small = {"vocab_size": 308, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 32}
+    return OPTConfig(**{**small, **changes})
+
+
+def params(cfg: OPTConfig, seed: int = 0, dtype: str = "float32") -> dict:
+    """Every tensor random, so that no bias is 0 and no LayerNorm 1: a test would not see them."""
+    rng = np.random.default_rng(seed)
+    return unflatten({name: rng.normal(0.1, 0.4, shape).astype(dtype) for name, shape in parameter_shapes(cfg).items()})
+
+
+def ids(cfg: OPTConfig, rows: int = 2, length: int = 9, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, cfg.vocab_size, (rows, length))
+
+
+def tokenizer() -> OPTTokenizer:
+    return OPTTokenizer.train([TEXT], 300)
+
+
+def folder(path: Path, cfg: OPTConfig | None = None, with_tokenizer: bool = True) -> Path:
+    """A whole checkpoint, as save_pretrained leaves it."""
+    cfg = cfg or config()
+    checkpoint.save(path, params(cfg), cfg)
+    if with_tokenizer:
+        tokenizer().save_pretrained(path)
+    return path
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], cfg: OPTConfig, file: str = "model.safetensors", **metadata: str) -> Path:
+    """A folder with these tensors under these very names."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, path / file, {"format": "pt", **metadata})
+    checkpoint.write_text(path / "config.json", json.dumps(cfg.to_dict()))
+    return path
+
+
+def named(cfg: OPTConfig, prefix: str = "model.decoder.", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors under a checkpoint's names: the decoder's after the prefix, the head's beside."""
+    flat = flatten(params(cfg, seed))
+    outer = prefix.removesuffix("decoder.").removesuffix("model.")
+    return {outer + name if name.startswith("lm_head") else prefix + name: a for name, a in flat.items()}
+
+
+def stored_as(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    return {name: a.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, a in tensors.items()}

@@ -1,0 +1,37 @@
+"""The core needs NumPy alone, shown in a process of its own; and nothing imports torch behind the user's back."""
+
+import subprocess
+import sys
+
+import pytest
+
+CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init")
+PROGRAM = """
+import sys, importlib
+for name in {modules!r}:
+    importlib.import_module(name)
+from importlib.metadata import packages_distributions
+known = packages_distributions()
+print(" ".join(sorted({{d for m in sys.modules for d in known.get(m.partition(".")[0], ())}})))
+"""
+
+
+def distributions(*modules: str) -> set[str]:
+    """Installed distributions, other than this one, that a fresh Python holds after importing these modules."""
+    run = subprocess.run([sys.executable, "-c", PROGRAM.format(modules=modules)], capture_output=True, text=True, check=True)
+    return set(run.stdout.split()) - {"opt-np", "setuptools"}
+
+
+def test_the_core_imports_numpy_alone():
+    assert distributions("opt_np", *(f"opt_np.{name}" for name in CORE)) <= {"numpy"}
+
+
+def test_running_and_training_import_no_torch():
+    found = distributions("opt_np.cli", "opt_np.classes", "opt_np.train", "opt_np.checkpoint", "opt_np.tokenizer")
+    assert found
+    assert not found & {"torch", "transformers", "numba"}
+
+
+@pytest.mark.parametrize("module", ["torch", "tokenizers"])
+def test_the_check_can_fail(module):
+    assert module in distributions(module)
