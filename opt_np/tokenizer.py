@@ -40,14 +40,26 @@ class OPTTokenizer:
         from opt_np.checkpoint import CheckpointError, model_folder
 
         folder = model_folder(folder)
-        path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            return cls(_byte_level(bpe, config.get("add_prefix_space", False)), config)
-        if (folder / "tokenizer.json").exists():
-            return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), config)
-        raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
+        config_file, vocab, merges, whole = (folder / name for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"))
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{config_file} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{config_file} holds a JSON {type(config).__name__}; a config is an object of keys and values")
+        split = vocab.exists() and merges.exists()
+        if not split and not whole.exists():
+            raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
+        try:
+            if split:
+                tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)), config.get("add_prefix_space", False))
+            else:
+                tokenizer = Tokenizer.from_file(str(whole))
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            raise CheckpointError(f"{f'{vocab} with {merges.name}' if split else whole} cannot be read as a tokenizer: {error}") from None
+        tokenizer.no_truncation()  # a tokenizer.json remembers both from whoever saved it; here they are the caller's
+        tokenizer.no_padding()
+        return cls(tokenizer, config)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> OPTTokenizer:
