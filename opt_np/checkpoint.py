@@ -71,8 +71,8 @@ def safetensors_files(folder: Path) -> list[Path]:
     if not index.exists():
         raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; is it a model's folder, and was it copied whole?")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of shards (a JSON object with weight_map): {error}") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():

@@ -24,17 +24,16 @@ LOGIT_ROWS = 1024  # tokens whose logits exist at one time
 # ---- operations --------------------------------------------------------------------------------------------------------------------------
 
 
-def embed_bwd(dx: np.ndarray, ids: np.ndarray, rows: int, padding_idx: int | None = None) -> np.ndarray:
-    """Each row of the table gathers the gradients of its uses; torch's padding_idx gathers none.
+def embed_bwd(dx: np.ndarray, ids: np.ndarray, dweight: np.ndarray, padding_idx: int | None = None) -> np.ndarray:
+    """Adds to each row of dweight, in place, the gradients of its uses; torch's padding_idx gathers none.
 
-    dx: (*N, D);  ids: (*N)  ->  (rows, D)
+    dx: (*N, D);  ids: (*N);  dweight: (V, D)  ->  (V, D)
     """
-    dweight = np.zeros((rows, dx.shape[-1]), dx.dtype)
     order = np.argsort(ids, axis=None, kind="stable")
     used, first = np.unique(ids.ravel()[order], return_index=True)
-    dweight[used] = np.add.reduceat(dx.reshape(-1, dx.shape[-1])[order], first, axis=0)
-    if padding_idx is not None:
-        dweight[padding_idx] = 0
+    sums = np.add.reduceat(dx.reshape(-1, dx.shape[-1])[order], first, axis=0)  # (used rows, D)
+    learns = used != padding_idx
+    dweight[used[learns]] += sums[learns]
     return dweight
 
 
@@ -218,10 +217,10 @@ def decoder_fwd(
     return x, (input_ids, where, cfg, project_in, layers, norm, project_out)
 
 
-def decoder_bwd(dx: np.ndarray, saved: tuple) -> dict:
-    """Gradients of the decoder's tree.  dx: (B, T, W)"""
+def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
+    """Gradients of the decoder's tree, beside the head's; the tied matrix, first layer and last, collects both.  dx: (B, T, W)"""
     input_ids, where, cfg, project_in, layers, norm, project_out = saved
-    grads: dict[str, Any] = {}
+    grads: dict[str, Any] = dict(d_head)
     if project_out is not None:
         dx, grads["project_out"] = linear_bwd(dx, project_out)
     if norm is not None:
@@ -231,10 +230,13 @@ def decoder_bwd(dx: np.ndarray, saved: tuple) -> dict:
     for i in reversed(range(len(layers))):
         dx, grads["layers"][i] = decoder_layer_bwd(dx, layers.pop())  # popped: its arrays are free once used
     rows = np.broadcast_to(where.positions, input_ids.shape) + POSITION_OFFSET
-    grads["embed_positions"] = {"weight": embed_bwd(dx, rows, cfg.max_position_embeddings + POSITION_OFFSET)}
+    d_positions = np.zeros((cfg.max_position_embeddings + POSITION_OFFSET, cfg.hidden_size), dx.dtype)
+    grads["embed_positions"] = {"weight": embed_bwd(dx, rows, d_positions)}
     if project_in is not None:
         dx, grads["project_in"] = linear_bwd(dx, project_in)
-    grads["embed_tokens"] = {"weight": embed_bwd(dx, input_ids, cfg.vocab_size, cfg.pad_token_id)}
+    if "embed_tokens" not in grads:
+        grads["embed_tokens"] = {"weight": np.zeros((cfg.vocab_size, cfg.word_embed_proj_dim), dx.dtype)}
+    embed_bwd(dx, input_ids, grads["embed_tokens"]["weight"], cfg.pad_token_id)
     return grads
 
 
@@ -273,14 +275,14 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
     count = num_items or len(wanted)
     if not len(wanted):
         raise ValueError(f"no label is left to learn from: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
-    loss, dh, dweight, dh_kept = 0.0, np.zeros_like(h), np.zeros_like(weight), np.empty_like(h_kept)
+    loss, dh, dweight, dh_kept = 0.0, np.zeros_like(h), np.empty(0), np.empty_like(h_kept)
     for first in range(0, len(wanted), LOGIT_ROWS):
         rows = slice(first, first + LOGIT_ROWS)
         part, dlogits = cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
         loss += part / count
         dlogits *= 1 / count
         dh_kept[rows] = dlogits @ weight
-        dweight += dlogits.T @ h_kept[rows]
+        dweight = dweight + dlogits.T @ h_kept[rows] if first else dlogits.T @ h_kept[rows]
     dh[kept] = dh_kept  # positions index the first T-1 columns, so they index h itself too
     return loss, dh, {name: {"weight": dweight}}
 
@@ -378,7 +380,4 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     input_ids, labels = np.asarray(input_ids), np.asarray(labels)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng)
     loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items)
-    grads = decoder_bwd(dh, saved)
-    if "embed_tokens" in d_head:  # tied: the matrix is both the first layer and the last, and its gradients add
-        grads["embed_tokens"]["weight"] += d_head.pop("embed_tokens")["weight"]
-    return loss, grads | d_head
+    return loss, decoder_bwd(dh, saved, d_head)

@@ -58,7 +58,7 @@ def normalize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     x: (*N, D)  ->  (*N, D), (*N, 1)
     """
-    y = x - x.mean(-1, keepdims=True)
+    y = x - x.sum(-1, keepdims=True) / x.shape[-1]
     variance = np.einsum("...d,...d->...", y, y)[..., None] / x.shape[-1]
     rstd = 1 / np.sqrt(variance + LAYER_NORM_EPS)
     y *= rstd
@@ -94,8 +94,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout:
     Equals torch's scaled_dot_product_attention. Backward: attention_bwd.
     """
     O = np.empty_like(q)
-    for rows, P in _probability_blocks(q, k, scale, layout):
-        O[:, rows] = (P @ v[:, : P.shape[-1]].swapaxes(1, 2)).swapaxes(1, 2)
+    for rows, P, total in _weight_blocks(q, k, scale, layout):
+        O[:, rows] = ((P @ v[:, : P.shape[-1]].swapaxes(1, 2)) / total).swapaxes(1, 2)  # dividing O is less work than dividing P
     return O
 
 
@@ -108,8 +108,8 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = No
     """
     B, T, H, _ = q.shape
     probs = np.zeros((B, H, T, k.shape[1]), q.dtype)
-    for rows, P in _probability_blocks(q, k, scale, layout):
-        probs[:, :, rows, : P.shape[-1]] = P
+    for rows, P, total in _weight_blocks(q, k, scale, layout):
+        np.divide(P, total, out=probs[:, :, rows, : P.shape[-1]])
     return probs
 
 
@@ -121,7 +121,8 @@ def attention_bwd(
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
-    for rows, P in _probability_blocks(q, k, scale, layout):
+    for rows, P, total in _weight_blocks(q, k, scale, layout):
+        P /= total
         keys = slice(P.shape[-1])
         dO_, q_, k_, v_ = (a.swapaxes(1, 2) for a in (dO[:, rows], q[:, rows], k[:, keys], v[:, keys]))  # (B, H, ·, Dh)
         dv[:, keys] += (P.swapaxes(2, 3) @ dO_).swapaxes(1, 2)
@@ -134,8 +135,11 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def _probability_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> Iterator[tuple[slice, np.ndarray]]:
-    """The weights of a block of query rows at a time, over the keys up to the block's last row: what lies above the diagonal is never computed."""
+def _weight_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """A block of query rows at a time: the weights before they are divided by their total, and the total.
+
+    -> rows, (B, H, n, keys), (B, H, n, 1). Only keys up to the block's last row: what lies above the diagonal is never computed.
+    """
     T, S = q.shape[1], k.shape[1]
     visible = getattr(layout, "visible", None)
     for first in range(0, T, QUERY_BLOCK):
@@ -148,7 +152,7 @@ def _probability_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any)
             scores[..., keys - n :] += np.triu(np.full((n, n), -np.inf, q.dtype), 1)  # the block on the diagonal
         if visible is not None:
             np.copyto(scores, -np.inf, where=~visible[:, None, None, :keys])
-        yield rows, softmax(scores)
+        yield rows, *softmax_terms(scores)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -156,11 +160,20 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
     scores: (*N, S)  ->  (*N, S)
     """
+    weights, total = softmax_terms(scores)
+    weights /= total
+    return weights
+
+
+def softmax_terms(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """exp(scores - their maximum), in place, and its sum.
+
+    scores: (*N, S)  ->  (*N, S), (*N, 1)
+    """
     m = scores.max(-1, keepdims=True)
-    scores -= np.maximum(m, np.finfo(scores.dtype).min)  # a row of -inf stays -inf
+    scores -= np.maximum(m, np.finfo(scores.dtype).min)  # a row of -inf stays -inf, and becomes 0
     np.exp(scores, out=scores)
-    scores /= np.maximum(scores.sum(-1, keepdims=True), 1)  # the sum is at least exp(0) = 1, or the row is all 0
-    return scores
+    return scores, np.maximum(scores.sum(-1, keepdims=True), 1)  # at least exp(0) = 1, unless the row is all 0
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:

@@ -87,12 +87,13 @@ CALLS = {
         normal(2, 3, 2, 4, dtype=d), normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), 0.5,
     ),
     ops.softmax: lambda d: (normal(2, 3, dtype=d),),
+    ops.softmax_terms: lambda d: (normal(2, 3, dtype=d),),
     ops.normal_cdf: lambda d: (normal(2, 3, dtype=d),),
     flash.attention: lambda d: (normal(3, 4, dtype=d), normal(5, 4, dtype=d), normal(5, 4, dtype=d), 0.5),
     flash.attention_bwd: lambda d: (
         normal(3, 4, dtype=d), normal(3, 4, dtype=d), normal(5, 4, dtype=d), normal(5, 4, dtype=d), normal(3, 4, dtype=d), normal(3, dtype=d), 0.5,
     ),
-    grad.embed_bwd: lambda d: (normal(2, 3, 4, dtype=d), np.array([[1, 2, 2], [0, 2, 1]]), 5),
+    grad.embed_bwd: lambda d: (normal(2, 3, 4, dtype=d), np.array([[1, 2, 2], [0, 2, 1]]), normal(5, 4, dtype=d)),
     grad.activation_bwd: lambda d: (normal(2, 3, dtype=d), normal(2, 3, dtype=d), "gelu"),
     grad.cross_entropy: lambda d: (normal(3, 5, dtype=d), np.array([0, 4, 2])),
 }  # fmt: skip
