@@ -23,7 +23,16 @@ from opt_np.tree import flatten, unflatten
 
 STATE = "train_state.safetensors"  # parameters, moments and step in one file: one rename moves the run forward
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
-MAY_CHANGE = {"out", "resume", "save_every", "save_dtype", "eval_every", "eval_text", "eval_data"}  # options that leave the loss curve as it is
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "steps",
+    "save_every",
+    "save_dtype",
+    "eval_every",
+    "eval_text",
+    "eval_data",
+}  # options that may differ on resuming; the learning rate follows the new steps
 
 
 @dataclass(frozen=True)

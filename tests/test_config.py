@@ -153,4 +153,4 @@ def test_names_and_shapes_equal_hfs(changes):
     theirs = transformers.OPTForCausalLM(transformers.OPTConfig(**TINY, **changes)).named_parameters()
     wanted = {name.removeprefix("model.decoder."): tuple(p.shape) for name, p in theirs}
     assert parameter_shapes(OPTConfig(**TINY, **changes)) == wanted
-    assert POSITION_OFFSET == wanted["embed_positions.weight"][0] - TINY["max_position_embeddings"]
+    assert wanted["embed_positions.weight"][0] - TINY["max_position_embeddings"] == POSITION_OFFSET

@@ -247,11 +247,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [*((name, text) for name in ("vocab.json", "tokenizer_config.json") for text in ("", "{", "[]", "{\n\xff")), ("merges.txt", "a b c\n"), ("merges.txt", "Q"),
-     ("merges.txt", "zq qz\n")],
-)  # fmt: skip
+DAMAGED = [(name, text) for name in ("vocab.json", "tokenizer_config.json") for text in ("", "{", "[]", "{\n\xff")]
+
+
+@pytest.mark.parametrize(("name", "content"), [*DAMAGED, ("merges.txt", "a b c\n"), ("merges.txt", "Q"), ("merges.txt", "zq qz\n")])
 def test_a_damaged_file_is_refused_by_name(small_folder, tmp_path, name, content):
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(small_folder / file, tmp_path)
