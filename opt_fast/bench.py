@@ -169,8 +169,8 @@ def hf_jobs(cfg: OPTConfig, params: dict) -> dict[str, Callable[[], Any]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    keys = {k: v for k, v in cfg.to_dict().items() if k != "model_type"}
-    hf = transformers.OPTForCausalLM(transformers.OPTConfig(**keys, attn_implementation="sdpa")).eval()
+    keys: dict[str, Any] = {k: v for k, v in cfg.to_dict().items() if k != "model_type"} | {"attn_implementation": "sdpa"}
+    hf = transformers.OPTForCausalLM(transformers.OPTConfig(**keys)).eval()
     named = {f"model.decoder.{name}": torch.from_numpy(a) for name, a in flatten(params).items()}
     hf.load_state_dict({**named, "lm_head.weight": named["model.decoder.embed_tokens.weight"]})
     optimizer = torch.optim.AdamW(hf.parameters(), lr=0.0)

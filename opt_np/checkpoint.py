@@ -17,6 +17,7 @@ from opt_np.init import HEADS
 from opt_np.tree import flatten, unflatten
 
 DTYPES = ("float32", "float64")  # what the NumPy reference computes in
+STORED = ("F16", "BF16", "F32", "F64")  # in files
 IGNORED = ("decoder.version", "output_projection.weight", "masked_bias")  # buffers of old conversions, without meaning
 ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
 
@@ -58,8 +59,7 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[dict, OPTConfig]:
     flat = {}
     for path in safetensors_files(model_folder(folder)):
         for name, array in read_safetensors(path):
-            if not name.endswith(IGNORED):
-                flat[name] = array.astype(dtype)
+            flat[name] = array.astype(dtype)
     return unflatten(checked(rooted_at_decoder(flat, cfg, folder), cfg, folder)), cfg
 
 
@@ -81,13 +81,18 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def read_safetensors(path: Path):
-    """(name, array) for each tensor of a file; bfloat16 comes as ml_dtypes' type. Raises CheckpointError for a damaged file."""
+    """(name, array) for each weight of a file; bfloat16 comes as ml_dtypes' type. Raises CheckpointError for a damaged file."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then uses)
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
+                if name.endswith(IGNORED):
+                    continue
+                stored = file.get_slice(name).get_dtype()
+                if stored not in STORED:
+                    raise CheckpointError(f"{path}: {name} is stored as {stored}; weights are {', '.join(STORED)}. Is the checkpoint quantised?")
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Was it copied whole?") from None
@@ -154,7 +159,7 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
 
 def write_atomically(path: Path, write: Any) -> None:
     """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a process killed while writing leaves at most one behind
     try:
         write(temporary)
         with open(temporary, "rb") as file:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"opt-np: warning: {message}", file=sys.stderr)
     try:
         command(**args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:  # DataError and CheckpointError are ValueErrors
         print(f"opt-np: {error}", file=sys.stderr)
         return 1
@@ -27,8 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes told in one line; subcommands get this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="opt-np", description="OPT in NumPy: generate text, look at logits, train.")
+    parser = Parser(prog="opt-np", description="OPT in NumPy: generate text, look at logits, train.")
     commands = parser.add_subparsers(dest="run", required=True, metavar="COMMAND")
     add_generate(commands)
     add_logits(commands)
@@ -52,7 +63,9 @@ def add_generate(commands: Any) -> None:
     p = add_command(commands, "generate", generate, "Continue a text, printing each word as it comes.")
     p.add_argument("prompt", help="the text to continue; - reads it from standard input")
     add_model(p)
-    p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="how many tokens to add at most")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=None, metavar="N", help="how many tokens to add at most (default: 100, or what the context holds)"
+    )
     p.add_argument("--do-sample", action="store_true", help="draw tokens at random instead of always taking the likeliest")
     p.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder (with --do-sample)")
     p.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest; 0 for all (with --do-sample)")
@@ -61,10 +74,12 @@ def add_generate(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
 
 
-def generate(prompt: str, model: str | None, backend: str, max_new_tokens: int, **options: Any) -> None:
+def generate(prompt: str, model: str | None, backend: str, max_new_tokens: int | None, **options: Any) -> None:
     language_model, tokenizer = load(model, backend)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = [tokenizer.encode(text)]
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(100, language_model.config.max_position_embeddings + 1 - len(ids[0])))
     steps = language_model.stream(ids, max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
     print(text, end="", flush=True)
     for step in steps:
@@ -83,6 +98,8 @@ def add_logits(commands: Any) -> None:
 def logits(text: str, model: str | None, backend: str, top: int, out: str | None) -> None:
     import numpy as np
 
+    if top < 1:
+        raise ValueError(f"--top is {top}; it must be at least 1")
     language_model, tokenizer = load(model, backend)
     ids = tokenizer.encode(sys.stdin.read() if text == "-" else text)
     rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
@@ -108,6 +125,7 @@ def info(model: str | None, backend: str) -> None:
 
     folder = find_model(model)
     params, cfg = checkpoint.load(folder)
+    tokens = OPTTokenizer.from_pretrained(folder).vocab_size
     count = sum(a.size for a in flatten(params).values())
     norm = "pre-norm" if cfg.do_layer_norm_before else "post-norm"
     stored = sum(path.stat().st_size for path in checkpoint.safetensors_files(folder))
@@ -117,7 +135,7 @@ def info(model: str | None, backend: str) -> None:
     print(f"shape        {cfg.num_hidden_layers} {norm} layers, hidden {cfg.hidden_size}, {heads}, ffn {cfg.ffn_dim}")
     print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {cfg.extra.get('torch_dtype', 'unknown')}, {4 * count / 1e6:.1f} MB in float32)")
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
-    print(f"vocabulary   {cfg.vocab_size} rows, {OPTTokenizer.from_pretrained(folder).vocab_size} tokens")
+    print(f"vocabulary   {cfg.vocab_size} rows, {tokens} tokens")
     print(f"head         {', '.join(h for h in ('lm_head', 'score', 'qa_outputs') if h in params) or 'tied to embed_tokens'}")
     print(f"backend      {choose_backend(backend)}")
 

@@ -145,12 +145,15 @@ def stream(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = N
     input_ids = np.asarray(input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"input_ids is {input_ids.shape}; generation continues at least one token per row, (B, T): for one prompt pass [ids]")
+    settings = Sampling(**sampling)
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
     pad = cfg.pad_token_id if pad_token_id is None else pad_token_id
     eos: Any = next((e for e in (eos_token_id, cfg.eos_token_id) if e is not None), [])
     mask = prompt_mask(input_ids, attention_mask, pad, eos)
     new = new_tokens(input_ids, mask, cfg, max_new_tokens, max_length)
     seed = int(np.random.SeedSequence().entropy) if seed is None else seed  # type: ignore[arg-type]
-    return _stream(params, *left_padded(input_ids, mask), cfg, new, eos, pad or 0, seed, Sampling(**sampling), tokenizer, ops)
+    return _stream(params, *left_padded(input_ids, mask), cfg, new, eos, pad or 0, seed, settings, tokenizer, ops)
 
 
 def _stream(params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, new: int, eos: Any, pad: int, seed: int, sampling: Sampling,

@@ -1,7 +1,8 @@
 """What `train` learns from: text, labelled examples, or questions, as batches that depend on (seed, step) alone, and how each is judged.
 
 A task has `head` (its loss, from grad.py), `batch(index) -> (input_ids, labels, attention_mask)`, `items(labels)` (what the mean loss divides
-by) and `evaluate(params, cfg) -> {measure: value}`. Batches have no state, so a run resumed at any step sees what it would have seen.
+by), `evaluate(params, cfg) -> {measure: value}` and `checksum()` of its data. Batches have no state, so a run resumed at any step sees what
+it would have seen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import collections
 import functools
 import json
 import math
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from opt_np import grad, ops
 from opt_np.config import OPTConfig
 from opt_np.model import forward, last_hidden_state
 from opt_np.tokenizer import OPTTokenizer
+
+KINDS: dict[str, Any] = {"label": str | int | float, "answer_start": int}  # of the keys that are not text
 
 
 class DataError(ValueError):
@@ -42,24 +47,28 @@ def read_texts(files: Iterable[str | Path]) -> list[str]:
     return texts
 
 
-def read_examples(path: str | Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """A file of JSON lines, each an object with these keys. Raises DataError naming the line."""
-    examples = []
+def read_examples(path: str | Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """A file of JSON lines, each an object with these keys, by line number. Raises DataError naming the line."""
+    examples = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             example = json.loads(line)
-            absent = [key for key in keys if key not in example]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise DataError(f"{path}:{number} is not a JSON object: {error}") from None
-        if absent:
-            raise DataError(f"{path}:{number} has no {' and no '.join(absent)}; each line is an object with {', '.join(keys)}")
-        examples.append(example)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}") from None
+        if not isinstance(example, dict):
+            raise DataError(f"{path}:{number} holds a JSON {type(example).__name__}; each line is an object with {', '.join(keys)}")
+        for key in keys:
+            if key not in example:
+                raise DataError(f"{path}:{number} has no {key}; each line is an object with {', '.join(keys)}")
+            if not isinstance(example[key], KINDS.get(key, str)):
+                raise DataError(f"{path}:{number}: {key} is {example[key]!r}, a {type(example[key]).__name__}")
+        examples[number] = example
     if not examples:
         raise DataError(f"{path} holds no example")
     return examples
@@ -108,6 +117,9 @@ class LanguageModelling:
     def items(self, labels: np.ndarray) -> int:
         return labels[:, 1:].size
 
+    def checksum(self) -> int:
+        return zlib.crc32(self.tokens.tobytes())
+
     def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
         return mean_scores([bits_per_byte(params, cfg, self.tokenizer, text, self.context) for text in self.eval_texts])
 
@@ -137,11 +149,21 @@ class Examples:
 
     def __init__(self, tokenizer: OPTTokenizer, data: str, eval_data: str | None, context: int, batch_size: int, seed: int) -> None:
         self.tokenizer, self.context, self.batch_size, self.seed = tokenizer, context, batch_size, seed
-        self.prepare(read_examples(data, self.keys))
-        self.rows = [self.row(e) for e in read_examples(data, self.keys)]
-        self.eval_rows = [self.row(e) for e in read_examples(eval_data, self.keys)] if eval_data else []
+        examples = read_examples(data, self.keys)
+        self.prepare(list(examples.values()))
+        self.rows = self.rows_of(data, examples)
+        self.eval_rows = self.rows_of(eval_data, read_examples(eval_data, self.keys)) if eval_data else []
 
     def prepare(self, examples: list[dict]) -> None: ...
+
+    def rows_of(self, path: str, examples: dict[int, dict]) -> list[tuple[list[int], Any]]:
+        rows = []
+        for number, example in examples.items():
+            try:
+                rows.append(self.row(example))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+        return rows
 
     row: Callable[[dict], tuple[list[int], Any]]  # an example as ids and label
     answer: Callable[..., np.ndarray]  # what the model says for each row
@@ -156,6 +178,9 @@ class Examples:
 
     def items(self, labels: np.ndarray) -> int:
         return len(labels)
+
+    def checksum(self) -> int:
+        return zlib.crc32(repr(self.rows).encode())
 
     def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
         """Loss and the task's measures over the evaluation rows."""
@@ -182,7 +207,7 @@ class Classification(Examples):
 
     def row(self, example: dict) -> tuple[list[int], int]:
         if str(example["label"]) not in self.labels:
-            raise DataError(f"the evaluation data has the label {example['label']!r}, which the training data lacks ({', '.join(self.labels)})")
+            raise DataError(f"the label {example['label']!r} is not in the training data ({', '.join(self.labels)})")
         return self.tokenizer.encode(example["text"])[: self.context], self.labels.index(str(example["label"]))
 
     def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
@@ -202,8 +227,20 @@ class QuestionAnswering(Examples):
     head = staticmethod(grad.question_head)
     keys = ("question", "context", "answer", "answer_start")
 
+    def rows_of(self, path: str, examples: dict[int, dict]) -> list[tuple[list[int], Any]]:
+        """Without the examples whose answer is cut off: there is nothing to learn from them."""
+        rows = super().rows_of(path, examples)
+        whole = [row for row in rows if max(row[1]) < self.context]
+        if not whole:
+            raise DataError(f"{path}: every answer lies beyond the first --context {self.context} tokens; raise it")
+        if len(whole) < len(rows):
+            warnings.warn(
+                f"{path}: {len(rows) - len(whole)} of {len(rows)} answers lie beyond --context {self.context} and are left out", stacklevel=2
+            )
+        return whole
+
     def row(self, example: dict) -> tuple[list[int], tuple[int, int]]:
-        """</s> question </s> context, cut at `context` tokens; a span cut off gets the position T, which the loss ignores."""
+        """</s> question </s> context, cut at `context` tokens; an end that is cut off gets the position `context`."""
         text, start, answer = example["context"], example["answer_start"], example["answer"]
         if not answer or text[start : start + len(answer)] != answer:
             raise DataError(

@@ -84,15 +84,25 @@ class OPTTokenizer:
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
         """One text to ids: </s> text, or </s> text </s> text_pair."""
         bos = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
-        ids = bos + self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = bos + self._encoding(text).ids
         if text_pair is not None:
-            ids += bos + self._tokenizer.encode(text_pair, add_special_tokens=False).ids
+            ids += bos + self._encoding(text_pair).ids
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without </s>, and the characters [start, end) of the text that each stands for."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return encoding.ids, encoding.offsets
+
+    def _encoding(self, text: str) -> Any:
+        """Raises ValueError for what is no Unicode text: half a surrogate pair, as Python makes of undecodable bytes."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+            bad = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+            raise ValueError(f"the text is not valid Unicode: character {bad} is {text[bad]!r}, half of a pair; is it UTF-8?") from None
 
     def __call__(self, text: Any, text_pair: Any = None, padding: bool = False, padding_side: str = "right",
                  truncation: bool = False, max_length: int | None = None, add_special_tokens: bool = True) -> dict[str, Any]:  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import zlib
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,14 @@ from opt_np.tokenizer import OPTTokenizer
 from opt_np.tree import flatten, unflatten
 
 STATE = "train_state.safetensors"  # parameters, moments and step in one file: one rename moves the run forward
+BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "steps",
-    "save_every",
-    "save_dtype",
-    "eval_every",
-    "eval_text",
-    "eval_data",
-}  # options that may differ on resuming; the learning rate follows the new steps
+HEAD_OF = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
+MAY_CHANGE = {"out", "resume", "steps", "save_every", "save_dtype", "eval_every", "eval_text", "eval_data"}  # the learning rate follows the new steps
+
+LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
+         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
+CHOICES = {"task": ("lm", *TASKS), "schedule": ("linear", "cosine", "constant"), "save_dtype": ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,24 @@ class Options:
     max_grad_norm: float = 1.0
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the option."""
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:  # NaN too
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
+        needed = "eval_text" if self.task == "lm" else "eval_data"
+        if self.eval_every and not getattr(self, needed):
+            raise ValueError(f"--eval-every {self.eval_every} needs {flag(needed)}, something to evaluate on")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
 
 @dataclass
 class Run:
@@ -88,11 +103,13 @@ def train(options: Options) -> dict[str, Any]:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
     run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
     first, line = run.optimizer["step"], {}
+    if first >= options.steps:
+        save(out, run, options)  # the run may have been killed between its last state and the checkpoint
     with Log(out / "log.jsonl", first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
         for step in range(first, options.steps):
             line = train_step(run, options, step)
             done = step + 1 == options.steps or interrupt.asked
-            if options.eval_every and (done or (step + 1) % options.eval_every == 0):
+            if options.eval_every and (step + 1 == options.steps or (step + 1) % options.eval_every == 0):
                 line |= run.task.evaluate(run.params, run.cfg)
             log.write(line)
             if done or (step + 1) % options.save_every == 0:
@@ -115,7 +132,7 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
         loss, grads = loss + part, part_grads if grads is None else add_(grads, part_grads)
     norm = clip_by_global_norm(grads, options.max_grad_norm)
     lr = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps, options.schedule)
-    adamw_step(run.params, grads, run.optimizer, lr, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+    adamw_step(run.params, grads, run.optimizer, lr, BETAS, weight_decay=options.weight_decay)
     tokens = sum(ids.size if mask is None else int(mask.sum()) for ids, _, mask in batches)
     return {"step": step + 1, "loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens": tokens}
 
@@ -137,12 +154,15 @@ def new_run(out: Path, options: Options) -> Run:
     task = make_task(options, tokenizer, cfg)
     if isinstance(task, Classification):
         labels = {str(i): label for i, label in enumerate(task.labels)}
+        if "score" not in params or cfg.extra.get("id2label") != labels:  # a head for these very labels is trained further
+            params["score"] = init_head(cfg, "score", len(labels), options.seed)
         cfg = replace(cfg, extra={**cfg.extra, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}})
-        params = {**params, "score": init_head(cfg, "score", len(labels), options.seed)}
-    elif isinstance(task, QuestionAnswering):
-        params = {**params, "qa_outputs": init_head(cfg, "qa_outputs", seed=options.seed)}
-    if options.task != "lm":
-        params.pop("lm_head", None)
+    elif isinstance(task, QuestionAnswering) and "qa_outputs" not in params:
+        params["qa_outputs"] = init_head(cfg, "qa_outputs", seed=options.seed)
+    unused = {"lm_head", "score", "qa_outputs"} & params.keys() - {HEAD_OF[options.task]}
+    if unused:
+        warnings.warn(f"{options.model}: {', '.join(sorted(unused))} is not used by --task {options.task} and was dropped", stacklevel=2)
+        params = {name: p for name, p in params.items() if name not in unused}
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     return Run(params, adamw_init(params), cfg, tokenizer, task)
@@ -174,13 +194,13 @@ def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
 def examples_of(options: Options) -> list[dict]:
     if not options.data:
         raise DataError("nothing to learn from: give --text FILES, or --data FILE with JSON lines")
-    return read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",))
+    return list(read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",)).values())
 
 
 def fingerprint(run: Run, options: Options) -> dict[str, str]:
     """What must be equal for a resumed run to draw the same curve: the options, and the data's checksum."""
     kept = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
-    return {"options": json.dumps(kept, sort_keys=True), "data": str(zlib.crc32(repr(run.task.batch(0)).encode()))}
+    return {"options": json.dumps(kept, sort_keys=True), "checksum": str(run.task.checksum())}
 
 
 def save(out: Path, run: Run, options: Options) -> None:
@@ -195,17 +215,20 @@ def save(out: Path, run: Run, options: Options) -> None:
 
 def resumed_run(out: Path, options: Options) -> Run:
     """The run as it was when last saved; raises ValueError where its options or data were others."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(out / STATE, framework="numpy") as file:
-        metadata, state = file.metadata(), unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    try:
+        with safe_open(out / STATE, framework="numpy") as file:
+            metadata, state = file.metadata(), unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except SafetensorError as error:
+        raise checkpoint.CheckpointError(f"{out / STATE} cannot be read: {error}. Was it copied whole? Without it the run starts anew") from None
     cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
     optimizer = {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}
     run = Run(state["params"], optimizer, cfg, tokenizer, make_task(options, tokenizer, cfg))
     now = fingerprint(run, options)
     then_options, now_options = json.loads(metadata["options"]), json.loads(now["options"])
     changed = [f"{k}: {then_options.get(k)} then, {v} now" for k, v in now_options.items() if then_options.get(k) != v]
-    if changed or metadata["data"] != now["data"]:
+    if changed or metadata["checksum"] != now["checksum"]:
         raise ValueError(f"{out} was trained with other {'options (' + '; '.join(changed) + ')' if changed else 'data'}; resume it with the same")
     return run
 

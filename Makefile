@@ -1,0 +1,37 @@
+# make demo   read English from the model in the box
+# make test   prove everything
+# Each makes .venv and installs what it needs, from nothing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo
+	$(BIN)/opt-np generate "It was a dark and stormy night, and" --do-sample --temperature 0.8 --top-p 0.95 --seed 1 --max-new-tokens 120
+
+test: lint
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/bench
+	$(BIN)/python -m opt_fast.bench cpu
+
+# One stamp per set of extras; a change of setup.cfg installs again.
+.venv/demo: setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opt-np needs Python 3.11 or later; name one with make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/test .venv/bench: .venv/%: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
