@@ -48,7 +48,7 @@ class OPTPreTrained:
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
                         quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0) -> Any:  # fmt: skip
         """Reads a folder. new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. Raises CheckpointError, ValueError."""
-        backend = choose_backend(backend)
+        backend, dtype = choose_backend(backend), dtype if isinstance(dtype, str) else np.dtype(dtype).name
         if dtype not in BACKENDS[backend]:
             raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
         if quantize is not None:

@@ -203,17 +203,16 @@ def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, max_new_
     if not mask.any(1).all():
         raise ValueError(f"row {int((~mask.any(1)).argmax())} of the prompt is all padding; generation continues at least one token")
     room = limit - longest + 1  # the last token is never fed back, so it needs no position
-    new = (
-        max_new_tokens if max_new_tokens is not None else max_length - input_ids.shape[1] if max_length is not None else min(DEFAULT_NEW_TOKENS, room)
-    )
+    new = max_new_tokens
+    if new is None:
+        new = min(DEFAULT_NEW_TOKENS, max(room, 1)) if max_length is None else max_length - input_ids.shape[1]
     if new < 1:
-        raise ValueError(
-            f"nothing to generate: max_new_tokens={max_new_tokens}, max_length={max_length}, and the prompt has {input_ids.shape[1]} tokens"
-        )
+        asked = f"max_new_tokens={max_new_tokens}" if max_new_tokens is not None else f"max_length={max_length}"
+        raise ValueError(f"nothing to generate: {asked}, and the prompt has {input_ids.shape[1]} tokens")
     if new > room:
         raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones outgrow this model's max_position_embeddings={limit}; "
-            f"ask for at most {max(room, 0)}, or keep the end of the prompt"
+            f"a prompt of {longest} tokens and {new} new ones outgrow this model's max_position_embeddings={limit}: "
+            + (f"ask for at most {room}, or keep the end of the prompt" if room > 0 else f"keep its last {limit} tokens")
         )
     return new
 
