@@ -14,14 +14,33 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "OPTConfig", "OPTForCausalLM", "OPTForQuestionAnswering", "OPTForSequenceClassification", "OPTModel", "OPTTokenizer"]
 
+_SUBMODULES = (
+    "checkpoint",
+    "classes",
+    "config",
+    "flash",
+    "generate",
+    "grad",
+    "init",
+    "kv_cache",
+    "model",
+    "ops",
+    "optim",
+    "tasks",
+    "tokenizer",
+    "train",
+    "tree",
+)
 _MODULES = {"OPTConfig": "config", "OPTTokenizer": "tokenizer", "CheckpointError": "checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"opt_np.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'opt_np' has no attribute {name!r}")
     return getattr(importlib.import_module(f"opt_np.{_MODULES.get(name, 'classes')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -18,7 +18,7 @@ from opt_np.tree import flatten, unflatten
 
 DTYPES = ("float32", "float64")  # what the NumPy reference computes in
 STORED = ("F16", "BF16", "F32", "F64")  # in files
-IGNORED = ("decoder.version", "output_projection.weight", "masked_bias")  # buffers of old conversions, without meaning
+MEANINGLESS = ("decoder.version", "output_projection.weight")  # metaseq's version mark and its copy of the tied matrix; HF's conversion drops both
 ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
 
 
@@ -59,6 +59,8 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[dict, OPTConfig]:
     flat = {}
     for path in safetensors_files(model_folder(folder)):
         for name, array in read_safetensors(path):
+            if name in flat:
+                raise CheckpointError(f"{path}: {name} stands in another shard too; was the checkpoint copied from two?")
             flat[name] = array.astype(dtype)
     return unflatten(checked(rooted_at_decoder(flat, cfg, folder), cfg, folder)), cfg
 
@@ -88,7 +90,7 @@ def read_safetensors(path: Path):
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name.endswith(IGNORED):
+                if name.endswith(MEANINGLESS):
                     continue
                 stored = file.get_slice(name).get_dtype()
                 if stored not in STORED:
@@ -147,7 +149,11 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.ascontiguousarray(a, dtype) for name, a in flatten(params).items()}
+    with np.errstate(over="ignore"):
+        flat = {name: np.ascontiguousarray(a, dtype) for name, a in flatten(params).items()}
+    lost = [name for name, a in flatten(params).items() if np.isfinite(a).all() and not np.isfinite(flat[name]).all()]
+    if lost:
+        raise CheckpointError(f"{', '.join(lost[:3])}: values too large for {dtype}; save as float32")
     heads = ("lm_head", *HEADS)
     named = {name if name.split(".")[0] in heads else f"model.decoder.{name}": a for name, a in flat.items()}
     architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")

@@ -42,6 +42,8 @@ class OPTPreTrained:
     head: str | None = None  # the name of the head's tensors, in the checkpoint
 
     def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy") -> None:
+        if self.head is not None and self.head not in params and not (self.head == "lm_head" and config.tie_word_embeddings):
+            raise CheckpointError(f"the parameters have no {self.head}, which {type(self).__name__} needs")
         self.params, self.config, self.ops = params, config, load_ops(backend)
 
     @classmethod
@@ -65,6 +67,8 @@ class OPTPreTrained:
             if not new_head:
                 raise CheckpointError(f"{folder} has no {needed}.weight, which {cls.__name__} needs; new_head=True makes a fresh one, to be trained")
             params, config = with_new_head(params, config, needed, num_labels, seed, dtype)
+        elif new_head:
+            raise ValueError(f"{folder} has a head already ({needed or 'the tied embed_tokens'}); new_head=True is for a checkpoint without one")
         return cls(params, config, backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -108,7 +112,7 @@ class OPTForCausalLM(OPTPreTrained):
         With past_key_values (a KVCache, which grows in place) input_ids holds the new tokens only, and attention_mask all of them.
         Labels are shifted inside, and -100 is ignored. Raises ValueError.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if labels is not None and not np.array_equal(logits_to_keep, 0):
             raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
         h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap)
         logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)

@@ -133,7 +133,8 @@ def info(model: str | None, backend: str) -> None:
     print(f"model        {folder}")
     heads = f"{cfg.num_attention_heads} heads of {cfg.head_dim}"
     print(f"shape        {cfg.num_hidden_layers} {norm} layers, hidden {cfg.hidden_size}, {heads}, ffn {cfg.ffn_dim}")
-    print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {cfg.extra.get('torch_dtype', 'unknown')}, {4 * count / 1e6:.1f} MB in float32)")
+    dtype = cfg.extra.get("torch_dtype", cfg.extra.get("dtype", "unknown"))
+    print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {dtype}, {4 * count / 1e6:.1f} MB in float32)")
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
     print(f"vocabulary   {cfg.vocab_size} rows, {tokens} tokens")
     print(f"head         {', '.join(h for h in ('lm_head', 'score', 'qa_outputs') if h in params) or 'tied to embed_tokens'}")
@@ -161,7 +162,8 @@ def add_train(commands: Any) -> None:
     for name, help in (
         ("context", "tokens per window"), ("batch_size", "windows or examples per batch"), ("accumulate", "batches per step"), ("steps", "updates"),
         ("seed", "of parameters, order and dropout"), ("learning_rate", "its peak"), ("schedule", "linear, cosine or constant after the warm-up"),
-        ("warmup_steps", "steps of rising learning rate"), ("weight_decay", "of matrices"), ("max_grad_norm", "gradients are clipped to this norm"),
+        ("warmup_steps", "steps of rising learning rate"), ("weight_decay", "of matrices"),
+        ("max_grad_norm", "gradients are clipped to this norm, 0 for no clipping"),
         ("dropout", "after attention and after fc2"), ("save_every", "steps between checkpoints"),
         ("eval_every", "steps between evaluations, 0 for none"),
         ("save_dtype", "float32 or float16, of the checkpoint"),

@@ -66,6 +66,15 @@ class OPTConfig:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"config.json's {key} is {value!r}; it must be a whole number of at least 1")
+        for key in ("do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"config.json's {key} is {getattr(self, key)!r}; it must be true or false")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"config.json's pad_token_id is {self.pad_token_id}; vocab_size={self.vocab_size} allows 0 to {self.vocab_size - 1}, or null"
+            )
+        if not isinstance(self.extra.get("id2label", {}), dict):
+            raise ValueError(f"config.json's id2label is {self.extra['id2label']!r}; it must be an object of ids and names")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config.json's hidden_size={self.hidden_size} does not divide into num_attention_heads={self.num_attention_heads} heads; "

@@ -1,7 +1,7 @@
 """FlashAttention-2 in NumPy: tiled attention, forward and backward, in O(T) memory. The specification of every kernel in opt_fast.
 
-Symbols of the paper (arXiv:2307.08691): Q, K, V, O; S = scale·Q Kᵀ and P = softmax(S), never whole; m and l, each query's running maximum and
-sum; L = m + log l, all that the backward pass needs to make P again; Br and Bc, rows and columns of a tile.
+Symbols of the paper (arXiv:2307.08691): Q, K, V, O; scores = scale·Q Kᵀ and P = softmax(scores), never whole; m and l, each query's running
+maximum and sum; L = m + log l, all that the backward pass needs to make P again; Br and Bc, rows and columns of a tile.
 One head: Q is (T, Dh), K and V are (S, Dh). Query t stands at key S - T + t (causal, aligned to the end) and sees the keys up to there.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
-from opt_np.model import forward
+from opt_np.model import forward, id_array
 from opt_np.ops import softmax
 
 DEFAULT_NEW_TOKENS = 20  # HF's default length
@@ -41,13 +41,13 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be above 0; for the likeliest token every time use do_sample=False")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0 (0 turns it off)")
+        if not isinstance(self.top_k, int | np.integer) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be a whole number of at least 0 (0 turns it off)")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 turns it off)")
         unused = [name for name in ("temperature", "top_k", "top_p") if not self.do_sample and getattr(self, name) != getattr(Sampling, name)]
         if unused:
-            warnings.warn(f"{', '.join(unused)} only matter with do_sample=True", stacklevel=4)
+            warnings.warn(f"{', '.join(unused)}: of effect only with do_sample=True", stacklevel=4)
 
     def process(self, scores: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Scores after every processor, in HF's order.  scores: (B, V);  ids: (B, T);  mask: (B, T)  ->  (B, V)"""
@@ -61,6 +61,16 @@ class Sampling:
             if self.top_p < 1:
                 scores = top_p(scores, self.top_p)
         return scores
+
+
+def sampling_from(options: dict[str, Any]) -> Sampling:
+    """Sampling, without the options left at None. Raises TypeError naming what it does not have."""
+    known = [f.name for f in fields(Sampling)]
+    unknown = options.keys() - set(known)
+    if unknown:
+        others = "attention_mask, max_new_tokens, max_length, eos_token_id, pad_token_id, seed, tokenizer"
+        raise TypeError(f"generate has no option {', '.join(sorted(unknown))}; it has {others}, {', '.join(known)}")
+    return Sampling(**{name: value for name, value in options.items() if value is not None})
 
 
 def repetition_penalty(scores: np.ndarray, ids: np.ndarray, mask: np.ndarray, penalty: float) -> np.ndarray:
@@ -142,18 +152,19 @@ def stream(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = N
     eos_token_id: one id, several, or [] for none; default config.json's. Without a mask, pad_token_id in the prompt counts as padding (as HF).
     Raises ValueError for a prompt and length that outgrow the model's positions.
     """
-    input_ids = np.asarray(input_ids)
+    input_ids = id_array(input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"input_ids is {input_ids.shape}; generation continues at least one token per row, (B, T): for one prompt pass [ids]")
-    settings = Sampling(**sampling)
+    settings = sampling_from(sampling)
     if seed is not None and seed < 0:
         raise ValueError(f"seed={seed} must be at least 0")
     pad = cfg.pad_token_id if pad_token_id is None else pad_token_id
     eos: Any = next((e for e in (eos_token_id, cfg.eos_token_id) if e is not None), [])
     mask = prompt_mask(input_ids, attention_mask, pad, eos)
     new = new_tokens(input_ids, mask, cfg, max_new_tokens, max_length)
+    fill = pad if pad is not None else int(np.ravel(eos)[0]) if np.size(eos) else 0  # what follows a finished row
     seed = int(np.random.SeedSequence().entropy) if seed is None else seed  # type: ignore[arg-type]
-    return _stream(params, *left_padded(input_ids, mask), cfg, new, eos, pad or 0, seed, settings, tokenizer, ops)
+    return _stream(params, *left_padded(input_ids, mask), cfg, new, eos, fill, seed, settings, tokenizer, ops)
 
 
 def _stream(params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, new: int, eos: Any, pad: int, seed: int, sampling: Sampling,
@@ -194,6 +205,8 @@ def prompt_mask(input_ids: np.ndarray, attention_mask: Any, pad: int | None, eos
     mask = np.asarray(attention_mask)
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {mask.shape}, input_ids {input_ids.shape}; both cover the prompt")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
     return mask.astype(np.int64)
 
 
@@ -205,7 +218,8 @@ def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, max_new_
     room = limit - longest + 1  # the last token is never fed back, so it needs no position
     new = max_new_tokens
     if new is None:
-        new = min(DEFAULT_NEW_TOKENS, max(room, 1)) if max_length is None else max_length - input_ids.shape[1]
+        T = input_ids.shape[1]
+        new = min(DEFAULT_NEW_TOKENS, max(limit - T, 1)) if max_length is None else max_length - T
     if new < 1:
         asked = f"max_new_tokens={max_new_tokens}" if max_new_tokens is not None else f"max_length={max_length}"
         raise ValueError(f"nothing to generate: {asked}, and the prompt has {input_ids.shape[1]} tokens")

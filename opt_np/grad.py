@@ -15,7 +15,7 @@ import numpy as np
 
 from opt_np import ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
-from opt_np.model import Layout, layout
+from opt_np.model import Layout, id_array, layout
 
 IGNORED = -100  # a label that asks for nothing
 LOGIT_ROWS = 1024  # tokens whose logits exist at one time
@@ -38,11 +38,15 @@ def embed_bwd(dx: np.ndarray, ids: np.ndarray, dweight: np.ndarray, padding_idx:
 
 
 def linear_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+    """x: (*N, I)  ->  (*N, O), saved"""
     return ops.linear(x, **p), (x, p)
 
 
 def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
-    """y = x Wᵀ + b:  dx = dy W,  dW = dyᵀ x,  db = Σ dy."""
+    """y = x Wᵀ + b:  dx = dy W,  dW = dyᵀ x,  db = Σ dy.
+
+    dy: (*N, O)  ->  (*N, I), gradients of weight and bias
+    """
     x, p = saved
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (*N, O) -> (ΣN, O)
     dp = {"weight": dy2.T @ x2}
@@ -52,11 +56,15 @@ def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 
 def layer_norm_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+    """x: (*N, D)  ->  (*N, D), saved"""
     return ops.layer_norm(x, **p), (x, p)
 
 
 def layer_norm_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
-    """y = x̂ w + b with x̂ = (x - mean)·rstd:  dx = rstd (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂))."""
+    """y = x̂ w + b with x̂ = (x - mean)·rstd:  dx = rstd (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)).
+
+    dy: (*N, D)  ->  (*N, D), gradients of weight and bias
+    """
     x, p = saved
     xhat, rstd = ops.normalize(x)
     dp = {}
@@ -81,12 +89,14 @@ def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
 
 
 def mlp_fwd(h: np.ndarray, fc1: dict, fc2: dict, function: str) -> tuple[np.ndarray, tuple]:
+    """h: (*N, D)  ->  (*N, D), saved"""
     a, saved1 = linear_fwd(h, fc1)  # (B, T, D) -> (B, T, F)
     y, saved2 = linear_fwd(ops.activation(a, function), fc2)
     return y, (saved1, a, function, saved2)
 
 
 def mlp_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict, dict]:
+    """dy: (*N, D)  ->  (*N, D), gradients of fc1 and of fc2"""
     saved1, a, function, saved2 = saved
     da, dfc2 = linear_bwd(dy, saved2)
     dh, dfc1 = linear_bwd(activation_bwd(da, a, function), saved1)
@@ -94,7 +104,7 @@ def mlp_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict, dict]:
 
 
 def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); without an rng, x itself."""
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); without an rng, x itself.  x: (*N)  ->  (*N), what was kept"""
     if rng is None or rate == 0:
         return x, None
     kept = (rng.random(x.shape, np.float32) >= rate).astype(x.dtype)
@@ -103,6 +113,7 @@ def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> 
 
 
 def dropout_bwd(dy: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    """dy: (*N)  ->  (*N)"""
     return dy if kept is None else dy * kept
 
 
@@ -110,7 +121,10 @@ def dropout_bwd(dy: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
 
 
 def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
-    """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out."""
+    """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), saved
+    """
     if rng is None or rate == 0:
         return ops.attention(q, k, v, scale, where), (q, k, v, scale, where, None, None)
     P = ops.attention_probs(q, k, scale, where)
@@ -118,8 +132,11 @@ def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: flo
     return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, P, kept)
 
 
-def attention_dropout_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As ops.attention_bwd, with the mask between the weights and the values."""
+def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ops.attention_bwd, or the same with what dropout kept standing between the weights and the values.
+
+    dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
     q, k, v, scale, where, P, kept = saved
     if P is None:
         return ops.attention_bwd(dO, q, k, v, scale, where)
@@ -131,6 +148,7 @@ def attention_dropout_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.
 
 
 def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+    """model.self_attention, keeping what the backward needs.  h: (B, T, D)  ->  (B, T, D), saved"""
     heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
     O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, where, cfg.attention_dropout, rng)
@@ -139,9 +157,10 @@ def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rn
 
 
 def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
+    """dy: (B, T, D)  ->  (B, T, D), gradients of the four projections"""
     h, p, attn, out_proj = saved
     dO, d_out = linear_bwd(dy, out_proj)
-    dqkv = attention_dropout_bwd(dO.reshape(attn[0].shape), attn)
+    dqkv = attention_bwd(dO.reshape(attn[0].shape), attn)
     dh, dp = np.zeros_like(h), {}
     for name, d in zip(("q_proj", "k_proj", "v_proj"), dqkv, strict=True):
         dh_, dp[name] = linear_bwd(d.reshape(h.shape), (h, p[name]))
@@ -153,7 +172,10 @@ def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 
 def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None = None) -> tuple[np.ndarray, tuple]:
-    """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer)."""
+    """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer).
+
+    x: (B, T, D)  ->  (B, T, D), saved
+    """
     pre, ln1, ln2 = cfg.do_layer_norm_before, p.get("self_attn_layer_norm", {}), p.get("final_layer_norm", {})
     h, norm1 = layer_norm_fwd(x, ln1) if pre else (x, None)
     h, attn = self_attention_fwd(h, p["self_attn"], cfg, where, rng)
@@ -269,12 +291,8 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
     """
     name = "lm_head" if "lm_head" in params else "embed_tokens"
     weight = params[name]["weight"]
-    wanted = np.asarray(labels)[:, 1:]
-    kept = np.nonzero(wanted != IGNORED)  # tokens that have something to predict
-    h_kept, wanted = h[:, :-1][kept], wanted[kept]  # (n, W), (n)
-    count = num_items or len(wanted)
-    if not len(wanted):
-        raise ValueError(f"no label is left to learn from: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
+    kept, wanted = wanted_tokens(labels, input_ids.shape, cfg.vocab_size)
+    h_kept, count = h[:, :-1][kept], num_items or len(wanted)  # (n, W)
     loss, dh, dweight, dh_kept = 0.0, np.zeros_like(h), np.empty(0), np.empty_like(h_kept)
     for first in range(0, len(wanted), LOGIT_ROWS):
         rows = slice(first, first + LOGIT_ROWS)
@@ -289,11 +307,31 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
 
 def shifted_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     """The loss of language_model_head alone, from logits that exist already.  logits: (B, T, V);  labels: (B, T)"""
-    wanted = labels[:, 1:]
-    kept = np.nonzero(wanted != IGNORED)
-    if not kept[0].size:
-        raise ValueError(f"no label is left: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
-    return cross_entropy(logits[:, :-1][kept], wanted[kept])[0] / kept[0].size
+    kept, wanted = wanted_tokens(labels, logits.shape[:2], logits.shape[2])
+    return cross_entropy(logits[:, :-1][kept], wanted)[0] / len(wanted)
+
+
+def wanted_tokens(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Where (rows, columns) something is to be predicted, and what: the label of the token after.  Raises ValueError.
+
+    labels: (B, T)  ->  indices of the n positions, (n)
+    """
+    if labels.shape != shape:
+        raise ValueError(f"labels is {labels.shape}, input_ids {shape}; there is one label for each token, shifted inside")
+    kept = np.nonzero(labels[:, 1:] != IGNORED)
+    wanted = labels[:, 1:][kept]
+    if not len(wanted):
+        raise ValueError(f"no label is left to learn from: after shifting by one, all {labels.size} labels are {IGNORED} or cut off")
+    check_labels(wanted, vocab_size)
+    return kept, wanted
+
+
+def check_labels(labels: np.ndarray, count: int) -> None:
+    """Raises ValueError for a label that is not a whole number from 0 to count - 1."""
+    if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
+        raise ValueError(
+            f"labels hold {labels.dtype} from {labels.min()} to {labels.max()}; they are whole numbers from 0 to {count - 1}, or {IGNORED} for none"
+        )
 
 
 def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
@@ -313,7 +351,7 @@ def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
 def classification_loss(logits: np.ndarray, labels: np.ndarray, problem_type: str | None) -> tuple[float, np.ndarray]:
     """Mean loss and its gradient by HF's three problem types: regression (MSE), single_label (CE), multi_label (BCE with logits).
 
-    logits: (B, L)  ->  loss, (B, L)
+    logits: (B, L);  labels: (B) or (B, L)  ->  loss, (B, L)
     """
     labels = np.asarray(labels)
     B, L = logits.shape
@@ -323,9 +361,15 @@ def classification_loss(logits: np.ndarray, labels: np.ndarray, problem_type: st
         difference = logits - labels.reshape(B, L).astype(logits.dtype)
         return float((difference**2).mean()), difference * (2 / difference.size)
     if problem_type == "single_label_classification":
-        loss, dlogits = cross_entropy(logits.copy(), labels.reshape(B))
-        return loss / B, dlogits / B
+        kept = np.nonzero(labels.reshape(B) != IGNORED)[0]
+        check_labels(labels.reshape(B)[kept], L)
+        loss, part = cross_entropy(logits[kept], labels.reshape(B)[kept])
+        dlogits = np.zeros_like(logits)
+        dlogits[kept] = part / max(len(kept), 1)
+        return loss / len(kept) if len(kept) else math.nan, dlogits
     if problem_type == "multi_label_classification":
+        if labels.shape != logits.shape:
+            raise ValueError(f"labels is {labels.shape}; multi_label_classification wants a 0 or 1 for each row and label, {logits.shape}")
         wanted = labels.astype(logits.dtype)
         loss = np.maximum(logits, 0) - logits * wanted + np.log1p(np.exp(-np.abs(logits)))
         return float(loss.mean()), (np.exp(np.minimum(logits, 0)) / (1 + np.exp(-np.abs(logits))) - wanted) / logits.size
@@ -348,7 +392,9 @@ def question_loss(logits: np.ndarray, positions: np.ndarray) -> tuple[float, np.
 
     logits: (B, T, 2);  positions: (B, 2)  ->  loss, (B, T, 2)
     """
-    T = logits.shape[1]
+    B, T = logits.shape[:2]
+    if positions.shape != (B, 2):
+        raise ValueError(f"start and end positions are {positions.shape}; {B} rows want {(B, 2)}")
     loss, dlogits = 0.0, np.zeros_like(logits)
     for side in (0, 1):
         wanted = np.clip(positions[:, side], 0, T)
@@ -377,7 +423,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on.
     Labels as HF: shifted inside, -100 ignored. Raises ValueError as `layout` does, and where no label is left.
     """
-    input_ids, labels = np.asarray(input_ids), np.asarray(labels)
+    input_ids, labels = id_array(input_ids), np.asarray(labels)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng)
     loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items)
     return loss, decoder_bwd(dh, saved, d_head)

@@ -22,8 +22,17 @@ class KVCache:
         """
         S = self.length + k.shape[1]
         if i == len(self._layers):
+            if self.length:
+                raise ValueError(
+                    f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
+                )
             self._layers.append((np.empty_like(k), np.empty_like(v)))
         keys, values = self._layers[i]
+        B, _, *heads = keys.shape
+        if k.shape[0] != B or [*k.shape[2:]] != heads:
+            raise ValueError(
+                f"this cache holds {B} rows with heads {tuple(heads)}; the new keys are {k.shape[0]} rows with {k.shape[2:]}: start a new one"
+            )
         if keys.shape[1] < S:
             keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
         keys[:, self.length : S], values[:, self.length : S] = k, v

@@ -38,6 +38,17 @@ class Layout(NamedTuple):
     past: int  # keys already in the cache
 
 
+def id_array(input_ids: Any) -> np.ndarray:
+    """Lists or an array as an array; raises ValueError for rows of different lengths."""
+    try:
+        return np.asarray(input_ids)
+    except ValueError:
+        lengths = [len(row) for row in input_ids]
+        raise ValueError(
+            f"input_ids has rows of {min(lengths)} to {max(lengths)} tokens; pad them, tok(…, padding=True), and pass the attention_mask"
+        ) from None
+
+
 def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
     """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so that pads on the left move nothing.
 
@@ -64,7 +75,9 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
         positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]
         visible = None if mask.all() else mask.astype(bool)
     if position_ids is not None:
-        positions = np.asarray(position_ids).reshape(-1, T)
+        positions = np.atleast_2d(position_ids)
+        if positions.shape not in ((B, T), (1, T)) or positions.dtype.kind not in "iu":
+            raise ValueError(f"position_ids is {positions.dtype}{positions.shape}; it is whole numbers, {(B, T)} or {(1, T)}")
     if positions.max() >= cfg.max_position_embeddings or positions.min() < -1:
         raise ValueError(
             f"position {positions.max() if positions.max() > 0 else positions.min()} is outside this model's 0 to {cfg.max_position_embeddings - 1}: "
@@ -82,7 +95,7 @@ def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleT
         k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
     if tap is no_tap:
         O = ops.attention(q, k, v, cfg.head_dim**-0.5, layout)
-    else:  # the same numbers by the unfused ops, so that the weights can be seen and edited
+    else:  # the same up to rounding, by the unfused ops, so that the weights can be seen and edited
         probs = tap("self_attn.attn_weights", ops.attention_probs(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S)
         O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))
     return ops.linear(O.reshape(h.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
@@ -145,7 +158,7 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
 
     With a cache, the mask covers past and new tokens; none means that all are real. Equals HF's OPTModel.
     """
-    input_ids, tap = np.asarray(input_ids), tap or no_tap
+    input_ids, tap = id_array(input_ids), tap or no_tap
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops, tap)
     x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
@@ -173,5 +186,5 @@ def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None 
 
 def lm_logits(params: dict, h: Any, ops: ModuleType, logits_to_keep: Any = 0, tap: Tap = no_tap) -> Any:
     """The head: the token matrix once more, or lm_head where the two are not tied.  h: (B, T, W)  ->  (B, T, V)"""
-    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # [-0:] keeps all
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int | np.integer) else logits_to_keep  # [-0:] keeps all
     return tap("lm_head", ops.linear(h[:, kept], **params.get("lm_head", params["embed_tokens"])))

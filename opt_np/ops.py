@@ -187,7 +187,7 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
     b, c = np.zeros_like(u), np.zeros_like(u)
     for coefficient in _ERFC[:0:-1]:  # Clenshaw's recurrence
         b, c = 2 * u * b - c + coefficient, b
-    tail = t * np.exp(u * b - c + _ERFC[0] - z * z) / 2  # erfc(z) / 2
+    tail = t * np.exp(u * b - c + _ERFC[0] - z * z) / 2 * (z < 6)  # erfc(z) / 2
     return np.where(x < 0, tail, 1 - tail)
 
 

@@ -34,7 +34,9 @@ def adamw_step(params: Any, grads: Any, state: dict[str, Any], lr: float, betas:
     flat_grads, flat_m, flat_v = flatten(grads), flatten(state["m"]), flatten(state["v"])
     for name, p in flatten(params).items():
         shrink = 1 - lr * weight_decay if decays(name) else 1.0
-        arrays = [a.reshape(-1) for a in (p, flat_grads[name], flat_m[name], flat_v[name])]  # views: our arrays are contiguous
+        if not p.flags.c_contiguous:  # its flat form would be a copy, and the step would be lost
+            raise ValueError(f"{name} is not C-contiguous; train on np.ascontiguousarray of it")
+        arrays = [a.reshape(-1) for a in (p, flat_grads[name], flat_m[name], flat_v[name])]
         for first in range(0, p.size, CHUNK):
             p_, g, m, v = (a[first : first + CHUNK] for a in arrays)
             m += (1 - b1) * (g - m)
@@ -56,11 +58,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine", floor: float = 0.0) -> float:
-    """Linear warm-up to `peak`, then "linear" or "cosine" decay to `floor`·peak at the last step; "constant" stays."""
+    """Linear warm-up to `peak`, then "linear" or "cosine" decay that would reach `floor`·peak at step `steps`; "constant" stays."""
+    if schedule not in ("linear", "cosine", "constant"):
+        raise ValueError(f"schedule {schedule!r} is none of linear, cosine, constant")
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)
     shares = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-    if schedule not in shares:
-        raise ValueError(f"schedule {schedule!r} is none of {', '.join(shares)}")
     return peak * (floor + (1 - floor) * shares[schedule])

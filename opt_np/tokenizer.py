@@ -32,7 +32,8 @@ class OPTTokenizer:
         tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (self.bos_token, self.eos_token, self.pad_token)])
         ids = [tokenizer.token_to_id(t) for t in (self.bos_token, self.eos_token, self.pad_token)]
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (int(i) for i in ids if i is not None)
-        self.special_ids = frozenset((self.bos_token_id, self.eos_token_id, self.pad_token_id))
+        self._added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> OPTTokenizer:
@@ -40,21 +41,19 @@ class OPTTokenizer:
         from opt_np.checkpoint import CheckpointError, model_folder
 
         folder = model_folder(folder)
-        config_file, vocab, merges, whole = (folder / name for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json"))
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-        except ValueError as error:
-            raise CheckpointError(f"{config_file} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{config_file} holds a JSON {type(config).__name__}; a config is an object of keys and values")
+        vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
         split = vocab.exists() and merges.exists()
         if not split and not whole.exists():
             raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
         try:
             if split:
                 tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)), config.get("add_prefix_space", False))
+                _add_tokens(tokenizer, _added_tokens(folder, config), folder)
             else:
                 tokenizer = Tokenizer.from_file(str(whole))
+        except CheckpointError:
+            raise
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise CheckpointError(f"{f'{vocab} with {merges.name}' if split else whole} cannot be read as a tokenizer: {error}") from None
         tokenizer.no_truncation()  # a tokenizer.json remembers both from whoever saved it; here they are the caller's
@@ -109,6 +108,8 @@ class OPTTokenizer:
         """Texts to input_ids and attention_mask: lists, or int64 arrays (B, T) with padding=True. Truncation keeps the first max_length ids."""
         if padding_side not in ("left", "right"):
             raise ValueError(f'padding_side is {padding_side!r}; it is "left" (to generate) or "right"')
+        if padding not in (True, False, "longest"):
+            raise ValueError(f'padding is {padding!r}; it is True or "longest" (to the longest row), or False')
         if truncation and max_length is None:
             raise ValueError("truncation=True needs max_length")
         single = isinstance(text, str)
@@ -122,7 +123,7 @@ class OPTTokenizer:
 
     def pad(self, rows: Sequence[Sequence[int]], padding_side: str = "right") -> dict[str, np.ndarray]:
         """Rows of ids to one array and its mask.  -> input_ids (B, T), attention_mask (B, T), int64"""
-        T = max(map(len, rows))
+        T = max(map(len, rows), default=0)
         ids, mask = np.full((len(rows), T), self.pad_token_id, np.int64), np.zeros((len(rows), T), np.int64)
         for b, row in enumerate(rows):
             where = slice(T - len(row), T) if padding_side == "left" else slice(len(row))
@@ -148,13 +149,12 @@ class OPTTokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that an id stands for; empty for an id without a token."""
-        token = self._tokenizer.id_to_token(int(i))
+        token = self._tokenizer.id_to_token(int(i)) if i >= 0 else None
         if token is None:
             return b""
-        try:
-            return bytes(BYTE_OF[c] for c in token)
-        except KeyError:  # a token added as plain text
+        if int(i) in self._added:
             return token.encode()
+        return bytes(BYTE_OF[c] for c in token)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes vocab.json, merges.txt and the two small configs: the files of facebook/opt-125m, which HF reads too."""
@@ -168,6 +168,11 @@ class OPTTokenizer:
         token = {name: {"content": content, **flags} for name, content in contents.items()}
         config = {"errors": "replace", "add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
         config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
+        added = {i: t for i, t in self._added.items() if t.content not in bpe["vocab"]}
+        if added:
+            config["added_tokens_decoder"] = {
+                str(i): {"content": t.content, **flags, "normalized": t.normalized, "special": t.special} for i, t in added.items()
+            }
         merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
         files = (json.dumps(bpe["vocab"], ensure_ascii=False), "#version: 0.2\n" + merges, json.dumps(config), json.dumps(token))
         for name, content in zip(FILES, files, strict=True):
@@ -191,6 +196,40 @@ class Detokenizer:
     def end(self) -> str:
         """What is left, broken characters as U+FFFD."""
         return self._decoder.decode(b"", final=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is not there. Raises CheckpointError."""
+    from opt_np.checkpoint import CheckpointError
+
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(keys).__name__}; it is an object of keys and values")
+    return keys
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Tokens that a fine-tune added to the vocabulary, by id, from whichever file tells them."""
+    if "added_tokens_decoder" in config:
+        return {int(i): token for i, token in config["added_tokens_decoder"].items()}
+    if (folder / "tokenizer.json").exists():
+        return {token["id"]: token for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    return {i: {"content": content} for content, i in _read_json(folder / "added_tokens.json").items()}
+
+
+def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: Path) -> None:
+    from opt_np.checkpoint import CheckpointError
+
+    for i, token in sorted(added.items()):
+        tokenizer.add_tokens([AddedToken(token["content"], special=token.get("special", False), normalized=token.get("normalized", False))])
+        if tokenizer.token_to_id(token["content"]) != i:
+            found = tokenizer.token_to_id(token["content"])
+            raise CheckpointError(
+                f"{folder}: the added token {token['content']!r} should have id {i}, and gets {found}; is a file of the vocabulary missing?"
+            )
 
 
 def _byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import threading
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +27,19 @@ STATE = "train_state.safetensors"  # parameters, moments and step in one file: o
 BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
 HEAD_OF = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
-MAY_CHANGE = {"out", "resume", "steps", "save_every", "save_dtype", "eval_every", "eval_text", "eval_data"}  # the learning rate follows the new steps
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "text",
+    "data",
+    "model",
+    "steps",
+    "save_every",
+    "save_dtype",
+    "eval_every",
+    "eval_text",
+    "eval_data",
+}  # data has a checksum
 
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
@@ -73,6 +87,10 @@ class Options:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.text and self.data:
+            raise ValueError("--text and --data are two sources; give one")
+        if self.text and self.task != "lm":
+            raise ValueError(f"--task {self.task} learns from --data, not from --text")
         needed = "eval_text" if self.task == "lm" else "eval_data"
         if self.eval_every and not getattr(self, needed):
             raise ValueError(f"--eval-every {self.eval_every} needs {flag(needed)}, something to evaluate on")
@@ -101,6 +119,10 @@ def train(options: Options) -> dict[str, Any]:
     out = Path(options.out)
     if (out / STATE).exists() and not options.resume:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
+    if not (out / STATE).exists() and (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model, but no training run to go on with; choose another --out")
+    if options.resume and not (out / STATE).exists():
+        warnings.warn(f"{out} holds no training run yet; starting one", stacklevel=2)
     run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
     first, line = run.optimizer["step"], {}
     if first >= options.steps:
@@ -130,7 +152,9 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
         rng = np.random.default_rng([options.seed, step, j])
         part, part_grads = loss_and_grads(run.params, ids, labels, run.cfg, mask, head=run.task.head, num_items=items, rng=rng)
         loss, grads = loss + part, part_grads if grads is None else add_(grads, part_grads)
-    norm = clip_by_global_norm(grads, options.max_grad_norm)
+    norm = clip_by_global_norm(grads, options.max_grad_norm or math.inf)
+    if not math.isfinite(norm):
+        raise ValueError(f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm}; the last checkpoint stands. Lower --learning-rate")
     lr = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps, options.schedule)
     adamw_step(run.params, grads, run.optimizer, lr, BETAS, weight_decay=options.weight_decay)
     tokens = sum(ids.size if mask is None else int(mask.sum()) for ids, _, mask in batches)
@@ -156,7 +180,15 @@ def new_run(out: Path, options: Options) -> Run:
         labels = {str(i): label for i, label in enumerate(task.labels)}
         if "score" not in params or cfg.extra.get("id2label") != labels:  # a head for these very labels is trained further
             params["score"] = init_head(cfg, "score", len(labels), options.seed)
-        cfg = replace(cfg, extra={**cfg.extra, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}})
+        cfg = replace(
+            cfg,
+            extra={
+                **cfg.extra,
+                "problem_type": "single_label_classification",
+                "id2label": labels,
+                "label2id": {v: int(k) for k, v in labels.items()},
+            },
+        )
     elif isinstance(task, QuestionAnswering) and "qa_outputs" not in params:
         params["qa_outputs"] = init_head(cfg, "qa_outputs", seed=options.seed)
     unused = {"lm_head", "score", "qa_outputs"} & params.keys() - {HEAD_OF[options.task]}
@@ -197,10 +229,9 @@ def examples_of(options: Options) -> list[dict]:
     return list(read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",)).values())
 
 
-def fingerprint(run: Run, options: Options) -> dict[str, str]:
-    """What must be equal for a resumed run to draw the same curve: the options, and the data's checksum."""
-    kept = {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
-    return {"options": json.dumps(kept, sort_keys=True), "checksum": str(run.task.checksum())}
+def kept_options(options: Options) -> dict[str, Any]:
+    """The options that must be equal for a resumed run to draw the same curve."""
+    return {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
 
 
 def save(out: Path, run: Run, options: Options) -> None:
@@ -208,7 +239,12 @@ def save(out: Path, run: Run, options: Options) -> None:
     from safetensors.numpy import save_file
 
     state = flatten({"params": run.params, "m": run.optimizer["m"], "v": run.optimizer["v"]})
-    metadata = {"step": str(run.optimizer["step"]), "config": json.dumps(run.cfg.to_dict()), **fingerprint(run, options)}
+    metadata = {
+        "step": str(run.optimizer["step"]),
+        "config": json.dumps(run.cfg.to_dict()),
+        "options": json.dumps(kept_options(options)),
+        "checksum": str(run.task.checksum()),
+    }
     checkpoint.write_atomically(out / STATE, lambda path: save_file(state, path, metadata))
     checkpoint.save(out, run.params, run.cfg, options.save_dtype)
 
@@ -223,14 +259,14 @@ def resumed_run(out: Path, options: Options) -> Run:
     except SafetensorError as error:
         raise checkpoint.CheckpointError(f"{out / STATE} cannot be read: {error}. Was it copied whole? Without it the run starts anew") from None
     cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
-    optimizer = {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}
-    run = Run(state["params"], optimizer, cfg, tokenizer, make_task(options, tokenizer, cfg))
-    now = fingerprint(run, options)
-    then_options, now_options = json.loads(metadata["options"]), json.loads(now["options"])
-    changed = [f"{k}: {then_options.get(k)} then, {v} now" for k, v in now_options.items() if then_options.get(k) != v]
-    if changed or metadata["checksum"] != now["checksum"]:
-        raise ValueError(f"{out} was trained with other {'options (' + '; '.join(changed) + ')' if changed else 'data'}; resume it with the same")
-    return run
+    then = json.loads(metadata["options"])
+    changed = [f"{flag(name)} {then[name]}" for name, value in kept_options(options).items() if then.get(name, value) != value]
+    if changed:
+        raise ValueError(f"{out} was trained with {', '.join(changed)}; resume it with the same options")
+    task = make_task(options, tokenizer, cfg)
+    if metadata["checksum"] != str(task.checksum()):
+        raise ValueError(f"{out} was trained on other data; resume it with the same --text or --data")
+    return Run(state["params"], {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}, cfg, tokenizer, task)
 
 
 class Log:
@@ -255,11 +291,12 @@ class Log:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second one stops at once."""
+    """Turns the first Ctrl-C into a wish to stop after this step; the second one stops at once. Other threads than the main one have no Ctrl-C."""
 
     def __enter__(self) -> Interrupt:
-        self.asked = False
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self.asked, self._previous = False, None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def _handle(self, *_: Any) -> None:
@@ -267,4 +304,5 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)

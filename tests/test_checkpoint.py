@@ -384,10 +384,12 @@ def test_a_new_head_follows_its_seed(tmp_path, head):
 
 
 @pytest.mark.parametrize("head", TASKS)
-def test_a_head_in_the_file_is_kept(tmp_path, head):
+def test_a_head_in_the_file_is_read_and_no_fresh_one_put_in_its_place(tmp_path, head):
     model = TASKS[head].from_pretrained(small.folder(tmp_path / "base"), new_head=True, num_labels=3)
     model.save_pretrained(tmp_path / "head")
-    assert same(TASKS[head].from_pretrained(tmp_path / "head", new_head=True, num_labels=7, seed=1).params, model.params)
+    assert same(TASKS[head].from_pretrained(tmp_path / "head").params, model.params)
+    with pytest.raises(ValueError, match="has a head already"):
+        TASKS[head].from_pretrained(tmp_path / "head", new_head=True, num_labels=7)
 
 
 @pytest.mark.parametrize(("head", "cls"), [("score", OPTForCausalLM), ("score", OPTModel), ("qa_outputs", OPTForCausalLM), ("lm_head", OPTModel)])

@@ -192,9 +192,26 @@ def test_bad_requests_are_refused_before_anything_is_computed(options, message):
         ours.stream([[5, 6, 7]], **options)
 
 
+def test_unknown_options_are_named_and_none_means_the_default():
+    _, ours = language_model()
+    with pytest.raises(TypeError, match="no option num_beams; it has attention_mask"):
+        ours.generate([[5]], num_beams=4)
+    assert ours.generate([[5]], top_k=None, temperature=None, max_new_tokens=1).shape == (1, 2)
+
+
+def test_without_a_pad_id_finished_rows_are_filled_with_eos_as_in_hf():
+    hf, ours = language_model(pad_token_id=None)
+    ids, _ = batch("none", seed=3)
+    eos = int(ours.generate(ids, max_new_tokens=6, **NO_EOS)[0, ids.shape[1] + 1])
+    expected = hf.generate(
+        torch.tensor(ids), attention_mask=torch.ones_like(torch.tensor(ids)), max_new_tokens=6, do_sample=False, eos_token_id=eos
+    ).numpy()
+    assert np.array_equal(ours.generate(ids, max_new_tokens=6, eos_token_id=eos), expected)
+
+
 def test_settings_that_do_nothing_are_said():
     _, ours = language_model()
-    with pytest.warns(UserWarning, match="temperature only matter"):
+    with pytest.warns(UserWarning, match="temperature: of effect only with do_sample"):
         ours.generate([[5]], temperature=0.5, max_new_tokens=1)
 
 

@@ -170,6 +170,39 @@ def test_nothing_to_learn_from_is_an_error():
         grad.loss_and_grads(params, [[5, 6]], [[5, -100]], cfg)
 
 
+@pytest.mark.parametrize(
+    ("head", "labels", "message"),
+    [
+        (grad.language_model_head, [[5, -1, 6]], "from -1"),
+        (grad.language_model_head, [[5, 6, 99]], "to 98"),
+        (grad.language_model_head, [[5, 6]], r"labels is \(1, 2\)"),
+        (grad.classification_head, [3], "from 3 to 3"),
+        (grad.question_head, [[0, 1], [0, 1]], r"\(2, 2\); 1 rows"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(head, labels, message):
+    _, cfg, params = build("pre_norm", {"classification_head": "classify", "question_head": "qa"}.get(head.__name__, "lm"), num_labels=3)
+    with pytest.raises(ValueError, match=message):
+        grad.loss_and_grads(params, [[5, 6, 7]], labels, cfg, head=head)
+
+
+def test_a_row_without_a_class_is_left_out_as_in_hf():
+    hf, cfg, params = build("pre_norm", "classify", num_labels=3)
+    ids, mask = batch("left")
+    hf.zero_grad()
+    expected = hf(*tensors(ids, mask), labels=torch.tensor([1, -100, 2])).loss
+    expected.backward()
+    loss, grads = grad.loss_and_grads(params, ids, [1, -100, 2], cfg, mask, head=grad.classification_head)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    compare(grads, hf)
+
+
+def test_parameters_that_a_step_could_not_reach_are_refused():
+    p = {"weight": np.asfortranarray(np.ones((2, 3)))}
+    with pytest.raises(ValueError, match="weight is not C-contiguous"):
+        optim.adamw_step(p, {"weight": np.ones((2, 3))}, optim.adamw_init(p), 0.1)
+
+
 def test_gradients_are_in_the_dtype_of_the_parameters():
     _, cfg, params = build("like_350m", dtype="float32")
     ids, mask = batch("left")

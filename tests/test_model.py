@@ -1,5 +1,8 @@
 """The model equals HF's, hidden state by hidden state: first the structure in float64, then the precision in float32."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -191,11 +194,37 @@ def test_bad_input_is_one_clear_error(arguments, message):
         model.forward(params, cfg=cfg, **arguments)
 
 
+def test_a_cache_of_another_batch_or_model_is_refused():
+    _, cfg, params = build("pre_norm")
+    ids, _ = batch("none")
+    cache = KVCache()
+    model.forward(params, ids, cfg, cache)
+    with pytest.raises(ValueError, match="holds 3 rows"):
+        model.forward(params, ids[:1, :2], cfg, cache)
+    deeper = {**params, "layers": [*params["layers"], params["layers"][0]]}
+    with pytest.raises(ValueError, match="another model"):
+        model.forward(deeper, ids[:, :2], cfg, cache.fork())
+
+
+@pytest.mark.parametrize("positions", [[[0, 1, 2]] * 3, [[0, 1, 2, 3]], [[0.0, 1.0]]])
+def test_positions_of_another_shape_or_kind_are_refused(positions):
+    _, cfg, params = build("pre_norm")
+    with pytest.raises(ValueError, match="position_ids is"):
+        model.forward(params, [[5, 6]], cfg, position_ids=positions)
+
+
+def test_rows_of_different_lengths_are_refused_with_the_way_out():
+    _, cfg, params = build("pre_norm")
+    with pytest.raises(ValueError, match=r"rows of 1 to 2 tokens; pad them"):
+        model.forward(params, [[5, 6], [7]], cfg)
+
+
 def test_logits_to_keep():
     _, cfg, params = build("pre_norm")
     ids, _ = batch("none")
     every = model.forward(params, ids, cfg)
-    assert np.allclose(model.forward(params, ids, cfg, logits_to_keep=3), every[:, -3:], rtol=1e-12)
+    for keep in (3, np.int64(3)):
+        assert np.allclose(model.forward(params, ids, cfg, logits_to_keep=keep), every[:, -3:], rtol=1e-12)
     assert np.allclose(model.forward(params, ids, cfg, logits_to_keep=np.array([0, 5])), every[:, [0, 5]], rtol=1e-12)
 
 
@@ -365,7 +394,9 @@ def test_layer_norm_epsilon_matters_at_this_precision(monkeypatch):
     assert worst(model.forward(params, ids, cfg), hf(torch.tensor(ids)).logits) > 1e-9
 
 
-def test_public_names():
+def test_public_names_and_modules_are_there_after_one_import():
+    program = "import opt_np; opt_np.model.forward; opt_np.grad.loss_and_grads; opt_np.tree.flatten; opt_np.OPTConfig; print('model' in dir(opt_np))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
     assert all(getattr(opt_np, name) is not None for name in opt_np.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         opt_np.nothing  # noqa: B018

@@ -265,3 +265,47 @@ def test_a_damaged_tokenizer_json_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         OPTTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["tokenizer_config.json", "tokenizer.json", "added_tokens.json"])
+def test_tokens_that_a_fine_tune_added_are_found_in_whichever_file_tells_them(tmp_path, kept):
+    tokenizer = small.tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    n = tokenizer.vocab_size
+    words = {"<|user|>": n, "café": n + 1}
+    if kept == "tokenizer_config.json":
+        config = json.loads((tmp_path / kept).read_text())
+        config["added_tokens_decoder"] = {str(i): {"content": w, "special": w.startswith("<"), "normalized": False} for w, i in words.items()}
+        (tmp_path / kept).write_text(json.dumps(config))
+    elif kept == "tokenizer.json":
+        added = [{"id": i, "content": w, "special": w.startswith("<"), "normalized": False} for w, i in words.items()]
+        (tmp_path / kept).write_text(json.dumps({"added_tokens": added}))
+    else:
+        (tmp_path / kept).write_text(json.dumps(words))
+    read = OPTTokenizer.from_pretrained(tmp_path)
+    ids = read.encode("<|user|>a café")
+    assert ids[:2] == [2, n]
+    assert ids[-1] == n + 1
+    assert read.decode(ids[1:]) == "<|user|>a café"
+    read.save_pretrained(tmp_path / "again")
+    assert OPTTokenizer.from_pretrained(tmp_path / "again").encode("<|user|>a café") == ids
+
+
+def test_an_added_token_with_another_id_is_an_error(tmp_path):
+    small.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|user|>": 9999}')
+    with pytest.raises(CheckpointError, match="should have id 9999"):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
+def test_special_tokens_map_is_read_where_the_config_is_silent(tmp_path):
+    small.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "</s>"}')
+    assert OPTTokenizer.from_pretrained(tmp_path).pad_token_id == 2
+
+
+def test_padding_is_a_yes_or_no():
+    with pytest.raises(ValueError, match="'max_length'"):
+        small.tokenizer()(["a"], padding="max_length", max_length=8)
+    assert small.tokenizer()([], padding=True)["input_ids"].shape == (0, 0)

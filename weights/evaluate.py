@@ -24,8 +24,10 @@ def main() -> None:
     params, cfg = checkpoint.load(args.model)
     tokenizer = OPTTokenizer.from_pretrained(args.model)
     ngrams = NGrams("".join(read_texts(args.train)).encode()) if args.train else None
-    for book, text in zip(args.books, read_texts(args.books), strict=True):
-        bits = mean_scores([bits_per_byte(params, cfg, tokenizer, text, args.context or cfg.max_position_embeddings)])["bits_per_byte"]
+    context = max(2, min(args.context or cfg.max_position_embeddings, cfg.max_position_embeddings))
+    for book in args.books:
+        text = "".join(read_texts([book]))
+        bits = mean_scores([bits_per_byte(params, cfg, tokenizer, text, context)])["bits_per_byte"]
         beside = f", byte 5-gram {ngrams.bits_per_byte(text.encode()):.3f}" if ngrams else ""
         print(f"{book}: {bits:.3f} bits per byte{beside}")
 
