@@ -50,8 +50,7 @@ if __name__ == "__main__":
         for padding in PADDINGS:
             for what, value in {**forward(variant, padding), **backward(variant, padding)}.items():
                 results[what] = max(results.get(what, 0.0), value)
-    print(
-        f"worst over {len(VARIANTS)} variants and {len(PADDINGS)} kinds of padding; {SMALL['num_hidden_layers']} layers, hidden {SMALL['hidden_size']}"
-    )
+    shape = f"{SMALL['num_hidden_layers']} layers of {SMALL['hidden_size']} or so"
+    print(f"worst over {len(VARIANTS)} variants and {len(PADDINGS)} kinds of padding, {shape}")
     for what, value in results.items():
         print(f"| {what} | {value:.1e} |" if value < 0.01 else f"| {what} | {value:.2f} |")
