@@ -183,6 +183,8 @@ def train(**args: Any) -> None:
     args["text"], args["eval_text"] = tuple(args["text"]), tuple(args["eval_text"])
     options = Options(**args)
     last = run(options)
+    if last["step"] < options.steps:
+        print(f"stopped after step {last['step']} of {options.steps}; the same command with --resume goes on", file=sys.stderr)
     print(f"{options.out}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
 
 
