@@ -273,8 +273,8 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.nda
     logits: (N, V);  labels: (N)  ->  loss, (N, V)
     """
     rows = np.arange(len(labels))
-    wanted = logits[rows, labels] - logits.max(-1)
     logits -= logits.max(-1, keepdims=True)
+    wanted = logits[rows, labels]
     np.exp(logits, out=logits)
     total = logits.sum(-1, keepdims=True)
     logits /= total
@@ -298,9 +298,10 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
         rows = slice(first, first + LOGIT_ROWS)
         part, dlogits = cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
         loss += part / count
-        dlogits *= 1 / count
         dh_kept[rows] = dlogits @ weight
-        dweight = dweight + dlogits.T @ h_kept[rows] if first else dlogits.T @ h_kept[rows]
+        dh_kept[rows] /= count  # the mean's share: on (n, W) less work than on (n, V)
+        part_dweight = dlogits.T @ (h_kept[rows] / count)
+        dweight = dweight + part_dweight if first else part_dweight
     dh[kept] = dh_kept  # positions index the first T-1 columns, so they index h itself too
     return loss, dh, {name: {"weight": dweight}}
 

@@ -39,11 +39,17 @@ def adamw_step(params: Any, grads: Any, state: dict[str, Any], lr: float, betas:
         arrays = [a.reshape(-1) for a in (p, flat_grads[name], flat_m[name], flat_v[name])]
         for first in range(0, p.size, CHUNK):
             p_, g, m, v = (a[first : first + CHUNK] for a in arrays)
-            m += (1 - b1) * (g - m)
+            m *= b1
+            m += (1 - b1) * g
             v *= b2
             v += (1 - b2) * (g * g)
+            update = np.sqrt(v)
+            update *= 1 / root_correction
+            update += eps
+            np.divide(m, update, out=update)
+            update *= step_size
             p_ *= shrink
-            p_ -= step_size * m / (np.sqrt(v) / root_correction + eps)
+            p_ -= update
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> float:
