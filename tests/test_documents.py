@@ -1,0 +1,43 @@
+"""The documents keep what they promise: links lead somewhere, code runs, line counts are near, no blank is left to fill."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from opt_np import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = DOCUMENTS[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere_and_no_blank_is_left(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+    assert not re.findall(r"^[A-Z_]{6,}$", text, re.M)
+
+
+def test_python_in_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(program, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) > 10
+
+
+def test_commands_in_the_readme_are_understood():
+    commands = re.findall(r"^opt-np (.*?)(?:  +#.*)?$", README, re.M)
+    assert len(commands) >= 5
+    for words in commands:
+        assert cli.build_parser().parse_args(shlex.split(words)).run
+
+
+def test_line_counts_in_the_readme_are_near():
+    rows = re.findall(r"^\| (\[`.*?) \| (\d+) \|", README, re.M)
+    assert len(rows) > 8
+    for files, said in rows:
+        lines = sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in re.findall(r"\((opt_np/\w+\.py)\)", files))
+        assert abs(lines - int(said)) <= 0.1 * lines, f"{files}: {lines}"
