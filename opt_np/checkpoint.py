@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opt_np.config import OPTConfig, parameter_shapes
-from opt_np.init import HEADS
+from opt_np.init import ALL_HEADS, HEADS
 from opt_np.tree import flatten, unflatten
 
-DTYPES = ("float32", "float64")  # what the NumPy reference computes in
 STORED = ("F16", "BF16", "F32", "F64")  # in files
 MEANINGLESS = ("decoder.version", "output_projection.weight")  # metaseq's version mark and its copy of the tied matrix; HF's conversion drops both
 ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
@@ -143,6 +143,14 @@ def head_shapes(cfg: OPTConfig, flat: dict[str, np.ndarray]) -> dict[str, tuple[
     return {"lm_head.weight": (cfg.vocab_size, W), "score.weight": (labels, W), "qa_outputs.weight": (2, W), "qa_outputs.bias": (2,)}
 
 
+def with_head_only(params: dict, head: str | None, source: Any, user: str) -> dict:
+    """The parameters without the heads that are not `head`; warns of each that it drops."""
+    unused = [name for name in ALL_HEADS if name in params and name != head]
+    if unused:
+        warnings.warn(f"{source}: {', '.join(unused)} is not used by {user} and was dropped", stacklevel=3)
+    return {name: p for name, p in params.items() if name not in unused}
+
+
 def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None) -> None:
     """Writes config.json and model.safetensors under HF's names (model.decoder.…), each file whole or not at all."""
     from safetensors.numpy import save_file
@@ -154,8 +162,7 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
     lost = [name for name, a in flatten(params).items() if np.isfinite(a).all() and not np.isfinite(flat[name]).all()]
     if lost:
         raise CheckpointError(f"{', '.join(lost[:3])}: values too large for {dtype}; save as float32")
-    heads = ("lm_head", *HEADS)
-    named = {name if name.split(".")[0] in heads else f"model.decoder.{name}": a for name, a in flat.items()}
+    named = {name if name.split(".")[0] in ALL_HEADS else f"model.decoder.{name}": a for name, a in flat.items()}
     architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
     keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": str(next(iter(flat.values())).dtype)}
     keys.pop("dtype", None)  # transformers 5's name for torch_dtype; one of the two is enough

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +41,8 @@ class OPTPreTrained:
     head: str | None = None  # the name of the head's tensors, in the checkpoint
 
     def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy") -> None:
-        if self.head is not None and self.head not in params and not (self.head == "lm_head" and config.tie_word_embeddings):
-            raise CheckpointError(f"the parameters have no {self.head}, which {type(self).__name__} needs")
+        if missing := self.missing_head(params, config):
+            raise CheckpointError(f"the parameters have no {missing}, which {type(self).__name__} needs")
         self.params, self.config, self.ops = params, config, load_ops(backend)
 
     @classmethod
@@ -58,18 +57,22 @@ class OPTPreTrained:
         if revision is not None:
             raise ValueError(f"revision={revision!r} belongs to a hub id; {folder} is read as a folder, which has one state")
         params, config = checkpoint.load(folder, dtype)
-        unused = [name for name in ("lm_head", "score", "qa_outputs") if name in params and name != cls.head]
-        if unused:
-            warnings.warn(f"{folder}: {', '.join(unused)} is not used by {cls.__name__} and was dropped", stacklevel=2)
-            params = {name: p for name, p in params.items() if name not in unused}
-        needed = cls.head if cls.head != "lm_head" or not config.tie_word_embeddings else None
-        if needed and needed not in params:
-            if not new_head:
-                raise CheckpointError(f"{folder} has no {needed}.weight, which {cls.__name__} needs; new_head=True makes a fresh one, to be trained")
-            params, config = with_new_head(params, config, needed, num_labels, seed, dtype)
-        elif new_head:
-            raise ValueError(f"{folder} has a head already ({needed or 'the tied embed_tokens'}); new_head=True is for a checkpoint without one")
+        params = checkpoint.with_head_only(params, cls.head, folder, cls.__name__)
+        missing = cls.missing_head(params, config)
+        if missing and not new_head:
+            raise CheckpointError(f"{folder} has no {missing}.weight, which {cls.__name__} needs; new_head=True makes a fresh one, to be trained")
+        if new_head and not missing:
+            raise ValueError(f"{folder} has a head already, that of {cls.__name__}; new_head=True is for a checkpoint without one")
+        if missing:
+            params[missing] = init_head(config, missing, num_labels, seed, dtype)
+            config = config.with_labels([f"LABEL_{i}" for i in range(num_labels)]) if missing == "score" else config
         return cls(params, config, backend)
+
+    @classmethod
+    def missing_head(cls, params: dict, config: OPTConfig) -> str | None:
+        """The head that this class needs and the parameters lack; a tied language model needs none."""
+        tied = cls.head == "lm_head" and config.tie_word_embeddings
+        return cls.head if cls.head and not tied and cls.head not in params else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors; HF loads them to the same numbers."""
@@ -176,13 +179,6 @@ def collecting(attentions: list | None, tap: Any) -> Any:
 
 def as_tuple(items: list | None) -> tuple | None:
     return None if items is None else tuple(items)
-
-
-def with_new_head(params: dict, config: OPTConfig, head: str, num_labels: int, seed: int, dtype: str) -> tuple[dict, OPTConfig]:
-    labels = {str(i): f"LABEL_{i}" for i in range(num_labels)}
-    if head == "score":
-        config = replace(config, extra={**config.extra, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}})
-    return {**params, head: init_head(config, head, num_labels, seed, dtype)}, config
 
 
 def choose_backend(backend: str) -> str:

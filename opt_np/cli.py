@@ -120,6 +120,7 @@ def add_info(commands: Any) -> None:
 def info(model: str | None, backend: str) -> None:
     from opt_np import checkpoint
     from opt_np.classes import choose_backend
+    from opt_np.init import ALL_HEADS
     from opt_np.tokenizer import OPTTokenizer
     from opt_np.tree import flatten
 
@@ -137,7 +138,7 @@ def info(model: str | None, backend: str) -> None:
     print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {dtype}, {4 * count / 1e6:.1f} MB in float32)")
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
     print(f"vocabulary   {cfg.vocab_size} rows, {tokens} tokens")
-    print(f"head         {', '.join(h for h in ('lm_head', 'score', 'qa_outputs') if h in params) or 'tied to embed_tokens'}")
+    print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
     print(f"backend      {choose_backend(backend)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ class OPTConfig:
     def num_labels(self) -> int:
         """Classes of OPTForSequenceClassification, as HF writes them: the length of id2label, else 2."""
         return len(self.extra["id2label"]) if "id2label" in self.extra else int(self.extra.get("num_labels", 2))
+
+    def with_labels(self, names: Sequence[str], **extra: Any) -> OPTConfig:
+        """The same config with these names of a classifier's labels, as HF writes them."""
+        labels = {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
+        return dataclasses.replace(self, extra={**self.extra, **extra, **labels})
 
     @classmethod
     def from_size(cls, size: str, **changes: Any) -> OPTConfig:

@@ -17,7 +17,7 @@ import numpy as np
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
-from opt_np.model import forward, id_array
+from opt_np.model import forward, id_array, mask_array
 from opt_np.ops import softmax
 
 DEFAULT_NEW_TOKENS = 20  # HF's default length
@@ -202,12 +202,10 @@ def prompt_mask(input_ids: np.ndarray, attention_mask: Any, pad: int | None, eos
     """The mask given; without one, pads are hidden unless the pad is also an end (HF's rule).  ->  (B, T) int64"""
     if attention_mask is None:
         return (input_ids != pad).astype(np.int64) if pad is not None and not np.isin(pad, eos) else np.ones_like(input_ids)
-    mask = np.asarray(attention_mask)
+    mask = mask_array(attention_mask)
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {mask.shape}, input_ids {input_ids.shape}; both cover the prompt")
-    if not np.isin(mask, (0, 1)).all():
-        raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
-    return mask.astype(np.int64)
+    return mask
 
 
 def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, max_new_tokens: int | None, max_length: int | None) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from opt_np import ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
-from opt_np.model import Layout, id_array, layout
+from opt_np.model import Layout, embeddings, id_array, layout, no_tap
 
 IGNORED = -100  # a label that asks for nothing
 LOGIT_ROWS = 1024  # tokens whose logits exist at one time
@@ -224,10 +224,8 @@ def decoder_fwd(
 ) -> tuple[np.ndarray, tuple]:
     """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
     where = layout(cfg, input_ids, attention_mask)
-    x, project_in = ops.embed(input_ids, **params["embed_tokens"]), None
-    if "project_in" in params:
-        x, project_in = linear_fwd(x, params["project_in"])
-    x = x + ops.embed(where.positions + POSITION_OFFSET, **params["embed_positions"])
+    x = embeddings(params, input_ids, where, ops, no_tap)
+    project_in = (ops.embed(input_ids, **params["embed_tokens"]), params["project_in"]) if "project_in" in params else None
     layers, norm, project_out = [], None, None
     for p in params["layers"]:
         x, saved = decoder_layer_fwd(x, p, cfg, where, rng)

@@ -11,6 +11,7 @@ from opt_np.config import OPTConfig, parameter_shapes
 from opt_np.tree import unflatten
 
 HEADS = {"score": "OPTForSequenceClassification", "qa_outputs": "OPTForQuestionAnswering"}
+ALL_HEADS = ("lm_head", *HEADS)
 
 
 def init_params(cfg: OPTConfig, seed: int = 0, dtype: Any = np.float32) -> dict:

@@ -49,6 +49,14 @@ def id_array(input_ids: Any) -> np.ndarray:
         ) from None
 
 
+def mask_array(attention_mask: Any) -> np.ndarray:
+    """bool, int or float 0 and 1 as int64; raises ValueError for other values."""
+    mask = np.asarray(attention_mask)
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
+    return mask.astype(np.int64)
+
+
 def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
     """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so that pads on the left move nothing.
 
@@ -64,14 +72,11 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
         raise ValueError(f"input_ids {span}; a row needs at least one token, and vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
     positions, visible = np.arange(past, past + T)[None], None
     if attention_mask is not None:
-        mask = np.asarray(attention_mask)
+        mask = mask_array(attention_mask)
         if mask.shape != (B, past + T):
             raise ValueError(
                 f"attention_mask is {mask.shape}; {past} cached and {T} new tokens of {B} rows want {(B, past + T)}: pass the whole mask"
             )
-        if not np.isin(mask, (0, 1)).all():
-            raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
-        mask = mask.astype(np.int64)
         positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]
         visible = None if mask.all() else mask.astype(bool)
     if position_ids is not None:

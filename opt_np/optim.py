@@ -9,6 +9,7 @@ import numpy as np
 
 from opt_np.tree import flatten, map_leaves
 
+SCHEDULES = ("linear", "cosine", "constant")
 CHUNK = 1 << 16  # elements updated together: AdamW's six passes then stay in the processor's cache
 
 
@@ -65,8 +66,8 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine", floor: float = 0.0) -> float:
     """Linear warm-up to `peak`, then "linear" or "cosine" decay that would reach `floor`·peak at step `steps`; "constant" stays."""
-    if schedule not in ("linear", "cosine", "constant"):
-        raise ValueError(f"schedule {schedule!r} is none of linear, cosine, constant")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from opt_np import checkpoint
 from opt_np.config import OPTConfig
 from opt_np.grad import loss_and_grads
 from opt_np.init import init_head, init_params
-from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm, learning_rate
+from opt_np.optim import SCHEDULES, adamw_init, adamw_step, clip_by_global_norm, learning_rate
 from opt_np.tasks import Classification, DataError, LanguageModelling, QuestionAnswering, read_examples, read_texts
 from opt_np.tokenizer import OPTTokenizer
 from opt_np.tree import flatten, unflatten
@@ -43,7 +42,7 @@ MAY_CHANGE = {
 
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
-CHOICES = {"task": ("lm", *TASKS), "schedule": ("linear", "cosine", "constant"), "save_dtype": ("float32", "float16")}
+CHOICES = {"task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,8 @@ def train(options: Options) -> dict[str, Any]:
 
     Raises DataError, CheckpointError and ValueError. Interrupted once (Ctrl-C), it finishes the step, saves, and returns.
     """
+    from tqdm import tqdm  # here, for every other command would wait for it
+
     out = Path(options.out)
     if (out / STATE).exists() and not options.resume:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
@@ -177,24 +178,13 @@ def new_run(out: Path, options: Options) -> Run:
     cfg = replace(cfg, dropout=options.dropout)
     task = make_task(options, tokenizer, cfg)
     if isinstance(task, Classification):
-        labels = {str(i): label for i, label in enumerate(task.labels)}
-        if "score" not in params or cfg.extra.get("id2label") != labels:  # a head for these very labels is trained further
-            params["score"] = init_head(cfg, "score", len(labels), options.seed)
-        cfg = replace(
-            cfg,
-            extra={
-                **cfg.extra,
-                "problem_type": "single_label_classification",
-                "id2label": labels,
-                "label2id": {v: int(k) for k, v in labels.items()},
-            },
-        )
+        labelled = cfg.with_labels(task.labels, problem_type="single_label_classification")
+        if "score" not in params or cfg.extra.get("id2label") != labelled.extra["id2label"]:  # a head for these very labels is trained further
+            params["score"] = init_head(cfg, "score", len(task.labels), options.seed)
+        cfg = labelled
     elif isinstance(task, QuestionAnswering) and "qa_outputs" not in params:
         params["qa_outputs"] = init_head(cfg, "qa_outputs", seed=options.seed)
-    unused = {"lm_head", "score", "qa_outputs"} & params.keys() - {HEAD_OF[options.task]}
-    if unused:
-        warnings.warn(f"{options.model}: {', '.join(sorted(unused))} is not used by --task {options.task} and was dropped", stacklevel=2)
-        params = {name: p for name, p in params.items() if name not in unused}
+    params = checkpoint.with_head_only(params, HEAD_OF[options.task], options.model, f"--task {options.task}")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     return Run(params, adamw_init(params), cfg, tokenizer, task)
