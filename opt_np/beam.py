@@ -1,0 +1,101 @@
+"""Beam search: the num_beams likeliest continuations of each prompt, kept side by side; and the same drawn at random (do_sample=True)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opt_np.processors import highest, log_softmax, process
+
+if TYPE_CHECKING:
+    from opt_np.generate import Request
+
+WORST = np.float32(-1e9)  # HF's score for what must not win; sums with it are rounded as in HF
+
+
+def search(request: Request) -> np.ndarray:
+    """The new tokens of the num_return_sequences best continuations, best first; shorter ones end in pads.  ->  (B·n, new)
+
+    A continuation's score is Σ log P / length^length_penalty over the new tokens. Equals HF's `_beam_search`, in float32 as there. Among equal
+    scores the better beam comes first, then the lower id; HF leaves their order to torch.topk.
+    """
+    s, T, k = request.settings, request.ids.shape[1], request.settings.num_beams
+    B = len(request.ids)
+    wide = max(2, 1 + len(s.eos_token_id)) * k  # so many candidates that k go on even where all ends are among them
+    first_beam = np.arange(B)[:, None] * k
+    ids, mask = np.repeat(request.ids, k, 0), np.repeat(request.mask, k, 0)  # (B·k, T)
+    running = np.where(np.arange(k) == 0, np.float32(0), WORST)[None].repeat(B, 0)  # (B, k): beams start equal, so only the first one counts
+    best = Finished(request, B, k)
+    processors = request.chain(k)
+    for length in range(1, request.new + 1):  # of the new tokens
+        _, logits = request.reader(ids, mask, copies=1 if length > 1 else k)
+        log_p = process(processors, log_softmax(logits), ids).reshape(B, k, -1) + running[:, :, None]
+        picked = candidates_of(log_p.reshape(B, -1), wide, request, length - 1)  # (B, wide)
+        scores = np.take_along_axis(log_p.reshape(B, -1), picked, 1)
+        beams, tokens = np.divmod(picked, log_p.shape[-1])
+        candidates = np.concatenate([ids[first_beam + beams], tokens[..., None]], axis=2)  # (B, wide, T + length)
+        ended = request.ended(candidates.reshape(B * wide, -1)).reshape(B, wide) | (length == request.new)
+
+        still = scores + ended * WORST
+        on = highest(still, k)  # (B, k): what goes on
+        running = np.take_along_axis(still, on, 1)
+        ids = np.take_along_axis(candidates, on[..., None], 1).reshape(B * k, -1)
+        mask = np.concatenate([mask, np.ones((B * k, 1), mask.dtype)], axis=1)
+        request.reader.reorder((first_beam + np.take_along_axis(beams, on, 1)).ravel())
+
+        best.add(candidates[..., T:], scores, ended, length)
+        if best.complete(running, length) or ended.all():
+            break
+    return best.returned()
+
+
+def candidates_of(scores: np.ndarray, wide: int, request: Request, step: int) -> np.ndarray:
+    """The highest, or as many drawn without replacement: with Gumbel noise added, the highest are such a draw (arXiv:1903.06059).
+
+    scores: (B, N)  ->  (B, wide)
+    """
+    if not request.settings.do_sample:
+        return highest(scores, wide)
+    noise = [request.random_numbers(row, step).gumbel(size=scores.shape[1]) for row in range(len(scores))]
+    return highest(scores + np.stack(noise), wide)
+
+
+class Finished:
+    """The k best finished continuations of each prompt, and whether a running one could still be better."""
+
+    def __init__(self, request: Request, B: int, k: int) -> None:
+        self.s, self.new, self.pad = request.settings, request.new, request.pad
+        self.length_penalty = float(request.settings.length_penalty)  # a Python number keeps float32 as it is
+        self.ids = np.full((B, k, self.new), self.pad)
+        self.lengths = np.zeros((B, k), int)
+        self.scores = np.full((B, k), WORST)
+        self.real = np.zeros((B, k), bool)
+        self.open = np.ones((B, 1), bool)  # once closed, a prompt stays closed
+
+    def add(self, candidates: np.ndarray, scores: np.ndarray, ended: np.ndarray, length: int) -> None:
+        """Takes in the candidates that ended; only the first k of them may.  candidates: (B, wide, L);  scores: (B, wide);  ended: (B, wide)"""
+        k = self.scores.shape[1]
+        allowed = ended & (np.arange(scores.shape[1]) < k)
+        full = self.real.all(1, keepdims=True) & (self.s.early_stopping is True)
+        scores = scores / length**self.length_penalty + full * WORST + ~self.open * WORST + ~allowed * WORST
+        padded = np.full((*allowed.shape, self.new), self.pad)
+        padded[..., :length] = candidates
+        merged = np.concatenate([self.scores, scores], 1)
+        order = highest(merged, k)
+        self.scores = np.take_along_axis(merged, order, 1)
+        self.ids = np.take_along_axis(np.concatenate([self.ids, padded], 1), order[..., None], 1)
+        self.lengths = np.take_along_axis(np.concatenate([self.lengths, np.full(allowed.shape, length)], 1), order, 1)
+        self.real = np.take_along_axis(np.concatenate([self.real, allowed], 1), order, 1)
+
+    def complete(self, running: np.ndarray, length: int) -> bool:
+        """Whether no prompt can be bettered, by HF's estimate; with early_stopping=True also when all have k finished.  running: (B, k)"""
+        hoped = self.new if self.s.early_stopping == "never" and self.length_penalty > 0 else length
+        worst = np.where(self.real, self.scores.min(1, keepdims=True), WORST)
+        self.open = self.open & (running[:, :1] / hoped**self.length_penalty > worst).any(1, keepdims=True)
+        return not self.open.any() or bool(self.real.all() and self.s.early_stopping is True)
+
+    def returned(self) -> np.ndarray:
+        """->  (B·n, new)"""
+        n = self.s.num_return_sequences
+        return self.ids[:, :n, : self.lengths[:, :n].max()].reshape(-1, self.lengths[:, :n].max())

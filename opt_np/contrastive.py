@@ -1,0 +1,57 @@
+"""Contrastive search (Su et al., arXiv:2202.06417): of the top_k likeliest tokens, the one that is likely and unlike what the text already holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opt_np.ops import softmax
+from opt_np.processors import highest, process
+
+if TYPE_CHECKING:
+    from opt_np.generate import Request
+
+
+def picker(request: Request) -> Any:
+    """Picks the candidate with the highest (1 - α) P - α max cos(h, h_j), over the tokens j that the model sees before it, padding excluded.
+
+    h is the last hidden state, after the final norm and project_out; P comes after the processors. Each step reads all candidates of a row
+    together. Equals HF's `_contrastive_search`, which left transformers with version 5.
+    """
+    B, k, alpha = len(request.ids), request.settings.top_k, request.settings.penalty_alpha
+    processors, reader = request.chain(), request.reader
+    context: Any = None  # (B, S, W): the directions of what was read
+    logits: Any = None  # (B, V): of what comes next
+
+    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal context, logits
+        if step == 0:
+            h, logits = reader(ids, mask)
+            context = directions(h)
+        P = softmax(process(processors, logits, ids).copy())
+        tokens = highest(P, min(k, P.shape[1]))  # (B, K)
+        K = tokens.shape[1]
+        rows = np.repeat(np.arange(B), K)
+        reader.reorder(rows)
+        read, after = reader(np.concatenate([ids[rows], tokens.reshape(-1, 1)], 1), np.concatenate([mask[rows], np.ones((B * K, 1), mask.dtype)], 1))
+        h = directions(read)  # (B·K, 1, W)
+        if h.shape[1] > 1:  # past the model's positions all was read again: these are the tokens that it sees
+            context = h[::K, :-1]
+        candidates = h[:, -1].reshape(B, K, -1)
+        text = mask[:, None, mask.shape[1] - context.shape[1] :] != 0  # (B, 1, S)
+        likeness = np.where(text, candidates @ context.swapaxes(1, 2), -np.inf)  # (B, K, S)
+        best = ((1 - alpha) * np.take_along_axis(P, tokens, 1) - alpha * likeness.max(-1)).argmax(1)  # (B)
+        kept = np.arange(B) * K + best
+        reader.reorder(kept)
+        context = np.concatenate([context, candidates[np.arange(B), best][:, None]], 1)
+        before, logits = logits, after[kept]
+        return tokens[np.arange(B), best], before
+
+    return pick
+
+
+def directions(h: Any) -> np.ndarray:
+    """Vectors of length 1.  h: (N, T, W)  ->  (N, T, W)"""
+    h = np.asarray(h)
+    return h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), np.finfo(h.dtype).tiny)

@@ -1,0 +1,158 @@
+"""Processors: what changes the scores between the model and the choice of a token. Each is a function scores, ids -> scores; `chain` has HF's order.
+
+They see all of a row, the padding on its left included, except for the repetition penalty (HF 5.23 does the same).
+A removed token has the score -inf. Equal to HF's classes in transformers/generation/logits_process.py; ties are said where they matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from opt_np.ops import softmax
+from opt_np.settings import Settings
+
+Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores (B, V), ids (B, T) -> scores (B, V)
+
+
+def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Processor]]:
+    """The processors that are on, by the name of their option, in HF's order.
+
+    padding: (B)        how many ids on the left of each row are no text; `prompt`: tokens in the prompt, padding included.
+    """
+    least = len(s.eos_token_id) + 1 if s.beams else 1  # beams go on only from tokens that are no end
+    words = [word for word in s.bad_words_ids if [*word] not in [[end] for end in s.eos_token_id]]  # HF's rule: an end is no bad word
+    shortest = s.min_length if s.min_new_tokens is None else 0
+    steps: list[tuple[str, bool, Processor]] = [
+        ("repetition_penalty", s.repetition_penalty != 1, partial(repetition_penalty, padding=padding, penalty=float(s.repetition_penalty))),
+        ("no_repeat_ngram_size", s.no_repeat_ngram_size > 0, partial(no_repeat_ngram, size=s.no_repeat_ngram_size)),
+        ("bad_words_ids", len(s.bad_words_ids) > 0, partial(bad_words, words=words)),
+        ("min_length", shortest > 0, partial(min_length, length=shortest, eos=s.eos_token_id)),
+        ("min_new_tokens", bool(s.min_new_tokens), partial(min_length, length=prompt + (s.min_new_tokens or 0), eos=s.eos_token_id)),
+        ("temperature", s.do_sample and s.temperature != 1, lambda scores, _: scores / float(s.temperature)),
+        ("top_k", s.do_sample and s.top_k > 0, lambda scores, _: top_k(scores, max(s.top_k, least))),
+        ("top_p", s.do_sample and s.top_p < 1, lambda scores, _: top_p(scores, s.top_p, least)),
+        ("min_p", s.do_sample and s.min_p > 0, lambda scores, _: min_p(scores, s.min_p, least)),
+        ("typical_p", s.do_sample and s.typical_p < 1, lambda scores, _: typical_p(scores, s.typical_p, least)),
+    ]
+    return [(name, processor) for name, on, processor in steps if on]
+
+
+def process(processors: list[tuple[str, Processor]], scores: np.ndarray, ids: np.ndarray,
+            tap: Callable[[str, np.ndarray], None] | None = None) -> np.ndarray:  # fmt: skip
+    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    for name, processor in processors:
+        scores = processor(scores, ids)
+        if tap:
+            tap(name, scores)
+    return scores
+
+
+def removed(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
+    return np.where(which, scores.dtype.type(-np.inf), scores)
+
+
+def repetition_penalty(scores: np.ndarray, ids: np.ndarray, padding: np.ndarray, penalty: float) -> np.ndarray:
+    """Scores of tokens already seen, divided by the penalty where positive and multiplied where negative; padding has not been seen.
+
+    scores: (B, V);  ids: (B, T);  padding: (B)  ->  (B, V)        Source: CTRL, arXiv:1909.05858
+    """
+    scores = scores.copy()
+    for row, seen, pads in zip(scores, ids, padding, strict=True):
+        said = np.unique(seen[pads:])
+        row[said] = np.where(row[said] < 0, row[said] * penalty, row[said] / penalty)
+    return scores
+
+
+def no_repeat_ngram(scores: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
+    """Removes each token that would complete a run of `size` tokens which the row has already.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    T = ids.shape[1]
+    if size > T:
+        return scores
+    runs = np.lib.stride_tricks.sliding_window_view(ids, size, axis=1)  # (B, T - size + 1, size)
+    row, at = np.nonzero((runs[..., :-1] == ids[:, None, T + 1 - size :]).all(-1))
+    banned = np.zeros(scores.shape, bool)
+    banned[row, runs[row, at, -1]] = True
+    return removed(scores, banned)
+
+
+def bad_words(scores: np.ndarray, ids: np.ndarray, words: Sequence[Sequence[int]]) -> np.ndarray:
+    """Removes the last id of each word whose other ids end the row.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    banned = np.zeros(scores.shape, bool)
+    for *before, last in words:
+        if len(before) <= ids.shape[1]:
+            banned[:, last] |= (ids[:, ids.shape[1] - len(before) :] == before).all(-1)
+    return removed(scores, banned)
+
+
+def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[int]) -> np.ndarray:
+    """Removes the ends while a row, padding included, is shorter.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    return removed(scores, np.isin(np.arange(scores.shape[-1]), eos)) if ids.shape[1] < length else scores
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Removes all but the k highest; ties with the k-th stay.  scores: (B, V)  ->  (B, V)"""
+    k = min(k, scores.shape[-1])
+    return removed(scores, scores < np.partition(scores, -k, axis=-1)[:, -k, None])
+
+
+def top_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
+    """Removes all but the smallest set of likeliest tokens that reaches probability p (nucleus sampling, arXiv:1904.09751).
+
+    scores: (B, V)  ->  (B, V)        `least` stay. Among equal scores the lower ids go first; in HF the order of ties is not defined.
+    """
+    order = np.argsort(scores, axis=-1, kind="stable")  # ascending: the tail is cut from the front
+    cut = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1) <= 1 - p
+    cut[:, -least:] = False
+    return removed(scores, unsorted(cut, order))
+
+
+def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
+    """Removes tokens less likely than p times the likeliest (arXiv:2407.01082); `least` stay.  scores: (B, V)  ->  (B, V)"""
+    probabilities = softmax(scores.copy())
+    cut = probabilities < scores.dtype.type(p) * probabilities.max(-1, keepdims=True)
+    np.put_along_axis(cut, np.argsort(-probabilities, axis=-1, kind="stable")[:, :least], False, -1)
+    return removed(scores, cut)
+
+
+def typical_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
+    """Keeps the tokens whose surprise -log P is nearest to the entropy, until they reach probability p (arXiv:2202.00666).
+
+    scores: (B, V)  ->  (B, V)        `least` stay, and so do ties with the last one kept.
+    """
+    P = softmax(scores.copy())
+    surprise = -log_softmax(scores)
+    entropy = np.where(P > 0, P * np.where(P > 0, surprise, 0), 0).sum(-1, keepdims=True)
+    distance = np.abs(surprise - entropy)
+    order = np.argsort(distance, axis=-1, kind="stable")
+    nearest = np.take_along_axis(distance, order, -1)
+    reached = np.cumsum(np.take_along_axis(P, order, -1), axis=-1)
+    last = np.minimum((reached < p).sum(-1), scores.shape[-1] - 1)
+    cut = nearest > np.take_along_axis(nearest, last[:, None], -1)
+    cut[:, :least] = False
+    return removed(scores, unsorted(cut, order))
+
+
+def unsorted(cut: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """From places in the order back to token ids.  cut: (B, V);  order: (B, V)  ->  (B, V)"""
+    back = np.empty_like(cut)
+    np.put_along_axis(back, order, cut, -1)
+    return back
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Log probabilities.  scores: (B, V)  ->  (B, V)"""
+    shifted = scores - scores.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def highest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k highest, best first; of equal scores the lower index comes first.  scores: (B, N)  ->  (B, K)"""
+    kth = np.partition(scores, -k, axis=-1)[:, -k]
+    rows = []
+    for row, least in zip(scores, kth, strict=True):
+        among = np.flatnonzero(row >= least)
+        rows.append(among[np.argsort(-row[among], kind="stable")[:k]])
+    return np.stack(rows)
