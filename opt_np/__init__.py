@@ -15,21 +15,32 @@ __version__ = "0.1.0"
 __all__ = ["CheckpointError", "OPTConfig", "OPTForCausalLM", "OPTForQuestionAnswering", "OPTForSequenceClassification", "OPTModel", "OPTTokenizer"]
 
 _SUBMODULES = (
+    "beam",
     "checkpoint",
     "classes",
+    "cli",
     "config",
+    "contrastive",
+    "explain",
     "flash",
     "generate",
     "grad",
+    "hub",
     "init",
     "kv_cache",
     "model",
     "ops",
     "optim",
+    "pickle_bin",
+    "processors",
+    "settings",
+    "stopping",
     "tasks",
+    "tf_flax",
     "tokenizer",
     "train",
     "tree",
+    "verify",
 )
 _MODULES = {"OPTConfig": "config", "OPTTokenizer": "tokenizer", "CheckpointError": "checkpoint"}
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,16 @@ from opt_np.config import OPTConfig, parameter_shapes
 from opt_np.init import ALL_HEADS, HEADS
 from opt_np.tree import flatten, unflatten
 
-STORED = ("F16", "BF16", "F32", "F64")  # in files
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5",
+           "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json")  # the first that is there is read  # fmt: skip
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+STORED = ("F16", "BF16", "F32", "F64")  # in safetensors
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+TIED = ("lm_head.weight", "embed_tokens.weight")  # an index may name both where the file holds the shared matrix once
 MEANINGLESS = ("decoder.version", "output_projection.weight")  # metaseq's version mark and its copy of the tied matrix; HF's conversion drops both
+METASEQ = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}  # its names, at the decoder's root
+LONGEST_MESSAGE = 1500  # characters
+KEPT_OPEN = 64_000_000  # bytes that are read of a file before it is opened anew
 ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
 
 
@@ -27,14 +38,23 @@ os.umask(UMASK)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it is: names the file or tensor, what was found, what was wanted, and what to do."""
+    """A checkpoint that cannot be read as it is: names the file or tensor, what was found, what was wanted, and what to do, in one line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """In one line, without what would steer a terminal (the names in a file are a stranger's), and not endless."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 303]} … {text[-300:]}"
 
 
 def model_folder(folder: str | Path) -> Path:
     """The folder itself, once it is certain that it exists."""
     folder = Path(folder)
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "not there"
+    if not os.path.isdir(folder):
+        kind = "a file" if os.path.exists(folder) else "a link that leads nowhere" if os.path.islink(folder) else "not there"
         raise CheckpointError(f"{folder} is {kind}; a model is a folder with config.json, model.safetensors and the tokenizer's files")
     return folder
 
@@ -42,62 +62,167 @@ def model_folder(folder: str | Path) -> Path:
 def load_config(folder: str | Path) -> OPTConfig:
     """The folder's config.json; raises CheckpointError."""
     path = model_folder(folder) / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{path} is not there; copy it from the model's repository")
     try:
         return OPTConfig.from_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there; copy it from the model's repository") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Is it a file, and may you read it?") from None
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
 
-def load(folder: str | Path, dtype: str = "float32") -> tuple[dict, OPTConfig]:
-    """Parameters (nested, rooted at the decoder, with lm_head, score or qa_outputs beside where the file has them) and config.
-
-    Raises CheckpointError. Tensors in F16, BF16, F32 or F64 are cast to dtype, exactly or by rounding.
-    """
-    cfg = load_config(folder)
-    flat = {}
-    for path in safetensors_files(model_folder(folder)):
-        for name, array in read_safetensors(path):
-            if name in flat:
-                raise CheckpointError(f"{path}: {name} stands in another shard too; was the checkpoint copied from two?")
-            flat[name] = array.astype(dtype)
-    return unflatten(checked(rooted_at_decoder(flat, cfg, folder), cfg, folder)), cfg
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The one file, or the shards that the index names. Raises CheckpointError when one is missing."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}; is it a model's folder, and was it copied whole?")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is not there. Raises CheckpointError."""
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards (a JSON object with weight_map): {error}") from None
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Is it a file, and may you read it?") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(keys).__name__}; it is an object of keys and values")
+    return keys
+
+
+def load(name: str | Path, dtype: str | None = "float32", revision: str | None = None, strict: bool = False) -> tuple[dict, OPTConfig]:
+    """Parameters (nested, rooted at the decoder, with lm_head, score or qa_outputs beside where the file has them) and config, of a folder or hub id.
+
+    Raises CheckpointError. Tensors in F16, BF16, F32 or F64 are cast to dtype, exactly or by rounding; None keeps them as they are stored.
+    NaN and infinite weights are warned of, or refused with strict.
+    """
+    from opt_np.hub import find
+
+    return load_from(find(name, revision, tokenizer=False), dtype, strict)
+
+
+def load_from(source: Any, dtype: str | None = "float32", strict: bool = False) -> tuple[dict, OPTConfig]:
+    """The same from folders already found (hub.Source)."""
+    cfg = load_config(source.config)
+    flat, not_finite = {}, []
+    for tensor, array in read_weights(source.weights):
+        if array.dtype.name not in FLOATS:
+            raise CheckpointError(
+                f"{source.name}: {tensor} is stored as {array.dtype}; weights are {', '.join(FLOATS)}. Is the checkpoint quantised?"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is told below
+            cast = np.array(array, dtype)  # a copy always: the array may be a view of the file
+            if cast.size and not (np.isfinite(cast.min()) and np.isfinite(cast.max())):
+                not_finite.append(tensor)
+        flat[tensor] = cast
+    if not_finite:
+        told = f"{source.name}: {', '.join(not_finite[:3])}{' …' if len(not_finite) > 3 else ''} hold NaN or infinite weights"
+        if strict:
+            raise CheckpointError(f"{told}; get the checkpoint again, or load it without strict")
+        warnings.warn(printable(f"{told}, and so will the results; strict refuses such a checkpoint"), stacklevel=3)
+    return unflatten(checked(rooted_at_decoder(flat, cfg, source.name), cfg, source.name)), cfg
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The file, or the shards that its index names, of the first format that is there. Raises CheckpointError when there is none."""
+    found = next((folder / file for file in WEIGHTS if os.path.exists(folder / file)), None)
+    if found is None:
+        dead = [file for file in WEIGHTS if os.path.islink(folder / file)]
+        raise CheckpointError(
+            f"{folder}: {dead[0]} is a link that leads nowhere; copy or download it again"
+            if dead
+            else f"{folder} has no weights: none of {', '.join(WEIGHTS)}. Is it a model's folder, and was it copied whole?"
+        )
+    if not os.path.isfile(found):
+        raise CheckpointError(f"{found} is no file; copy the weights again")
+    if not found.name.endswith(".index.json"):
+        return [found]
+    paths = [folder / name for name in shards(found)]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{found} names the shard {path.name!r}, which is not in {folder}; copy the missing file")
+    return paths
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, each once. Raises CheckpointError for what is no index, or leads out of the folder."""
+    names = sorted(set(weight_map(index).values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"{index} names the shard {name!r}, which is not in {folder}; copy the missing file")
-    return [folder / name for name in names]
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index} names the shard {name!r}; shards lie beside their index. Do not trust this checkpoint")
+    return names
 
 
-def read_safetensors(path: Path):
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor, as an index says. Raises CheckpointError."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index} is not an index of shards: it has no weight_map from tensors to files")
+    return {tensor: str(file) for tensor, file in found.items()}
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) for each weight of a folder, whatever its format, under the names of the PyTorch checkpoint. Raises CheckpointError."""
+    paths, seen = weight_files(folder), set()
+    for path in paths:
+        for name, array in reader(path)(path):
+            if name in seen:
+                raise CheckpointError(f"{path}: {name} stands in another shard too; was the checkpoint copied from two?")
+            seen.add(name)
+            if not name.endswith(MEANINGLESS):
+                yield name, array
+    index = next(folder / file for file in WEIGHTS if (folder / file).exists())
+    if index.name.endswith(("safetensors.index.json", "bin.index.json")):
+        lost = [name for name in weight_map(index) if name not in seen and not name.endswith((*MEANINGLESS, *TIED))]
+        if lost:
+            raise CheckpointError(f"{index} names {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which no shard holds; copy the shards again")
+
+
+def reader(path: Path) -> Callable[[Path], Iterator[tuple[str, np.ndarray]]]:
+    """What reads a file of weights."""
+    if path.suffix == ".bin":
+        from opt_np.pickle_bin import read_bin
+
+        return read_bin
+    if path.suffix in (".h5", ".msgpack"):
+        from opt_np import tf_flax
+
+        return tf_flax.read_h5 if path.suffix == ".h5" else tf_flax.read_msgpack
+    return read_safetensors
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) for each weight of a file; bfloat16 comes as ml_dtypes' type. Raises CheckpointError for a damaged file."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then uses)
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                if name.endswith(MEANINGLESS):
-                    continue
-                stored = file.get_slice(name).get_dtype()
-                if stored not in STORED:
-                    raise CheckpointError(f"{path}: {name} is stored as {stored}; weights are {', '.join(STORED)}. Is the checkpoint quantised?")
-                yield name, file.get_tensor(name)
+        file, read = safe_open(path, framework="numpy"), 0
+        names, twins = names_once(path), {kept: dropped for dropped, kept in (file.metadata() or {}).items() if dropped.endswith(TIED)}
+        for name in names:
+            if read > KEPT_OPEN:  # an open file keeps all that was read of it in memory
+                file, read = safe_open(path, framework="numpy"), 0
+            stored = file.get_slice(name).get_dtype()
+            if stored not in STORED and name.endswith(MEANINGLESS):
+                continue
+            if stored not in STORED:
+                raise CheckpointError(f"{path}: {name} is stored as {stored}; weights are {', '.join(STORED)}. Is the checkpoint quantised?")
+            array = file.get_tensor(name)
+            read += array.nbytes
+            yield name, array
+            if name in twins and twins[name] not in names:
+                yield twins[name], array  # the converter wrote shared tensors once, and the other name into the metadata
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Was it copied whole?") from None
+
+
+def names_once(path: Path) -> dict[str, None]:
+    """The names in the header of a file that safetensors has accepted: it takes the last of two that are the same, we take none."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+    names = json.loads(header, object_pairs_hook=lambda items: [name for name, _ in items], parse_int=str)
+    once = dict.fromkeys(names)
+    if len(once) < len(names):
+        raise CheckpointError(f"{path} names {Counter(names).most_common(1)[0][0]} twice in its header; get the file again")
+    once.pop("__metadata__", None)
+    return once
 
 
 def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
@@ -108,7 +233,17 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
             f"{folder} has {len(prefixes)} tensors named …{ANCHOR}; an OPT decoder has one. First names: {', '.join(list(flat)[:3])}"
         )
     outer = prefixes[0].removesuffix("decoder.").removesuffix("model.")
-    rooted = {name.removeprefix(prefixes[0]).removeprefix(outer): array for name, array in flat.items()}
+    others = [name for name in flat if not name.startswith(outer)]  # of a model that OPT is a part of, such as BLIP-2
+    if others:
+        told = f"{folder}: {len(others)} tensors outside {outer} ({', '.join(others[:2])} …) are not OPT's and were dropped"
+        warnings.warn(printable(told), stacklevel=4)
+    rooted: dict[str, np.ndarray] = {}
+    for name in (name for name in flat if name.startswith(outer)):
+        first, dot, rest = name.removeprefix(prefixes[0]).removeprefix(outer).partition(".")
+        short = METASEQ.get(first, first) + dot + rest
+        if short in rooted:
+            raise CheckpointError(f"{folder} holds {short} under two names, {name} one of them; remove one")
+        rooted[short] = flat[name]
     head, embed = rooted.get("lm_head.weight"), rooted.get("embed_tokens.weight")
     if cfg.tie_word_embeddings and head is not None:
         if embed is not None and not np.array_equal(head, embed):
@@ -122,6 +257,9 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
 
 def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
     """The tensors in the config's order, once each is there in the right shape and none is left over; heads may be absent. Raises CheckpointError."""
+    if cfg.num_hidden_layers > max(1000, len(flat)):  # so many names would take forever to list
+        told = f"{folder} has {len(flat)} tensors; config.json's num_hidden_layers={cfg.num_hidden_layers} wants more"
+        raise CheckpointError(f"{told}. Is it this checkpoint's config.json?")
     heads = head_shapes(cfg, flat)
     decoder = {name: shape for name, shape in parameter_shapes(cfg).items() if name not in heads}
     missing, extra = [n for n in decoder if n not in flat], [n for n in flat if n not in decoder and n not in heads]
@@ -151,23 +289,97 @@ def with_head_only(params: dict, head: str | None, source: Any, user: str) -> di
     return {name: p for name, p in params.items() if name not in unused}
 
 
-def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None) -> None:
-    """Writes config.json and model.safetensors under HF's names (model.decoder.…), each file whole or not at all."""
+def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Writes config.json and model.safetensors, or shards with an index when they would be larger, under HF's names (model.decoder.…).
+
+    A reader, or a crash, finds the old checkpoint or the new one, never a mixture. Raises CheckpointError for values that dtype cannot hold.
+    """
+    folder, flat = Path(folder), flatten(params)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {name if name.split(".")[0] in ALL_HEADS else f"model.decoder.{name}": a for name, a in flat.items()}
+    parts = divided(named, dtype, max_shard_bytes)
+    architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
+    stored_as = next(iter(flat.values())).dtype.name if dtype is None else dtype
+    keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": stored_as}
+    keys.pop("dtype", None)  # transformers 5's name for torch_dtype; one of the two is enough
+    write_weights(folder, parts, dtype)
+    write_text(folder / "config.json", json.dumps(keys, indent=2, sort_keys=True) + "\n")
+
+
+def divided(named: dict[str, np.ndarray], dtype: str | None, most: int) -> list[dict[str, np.ndarray]]:
+    """The tensors in their order, in parts of at most so many bytes as they will be stored (a larger tensor is a part alone)."""
+    parts: list[dict[str, np.ndarray]] = [{}]
+    for name, array in named.items():
+        if parts[-1] and stored_bytes({**parts[-1], name: array}, dtype) > most:
+            parts.append({})
+        parts[-1][name] = array
+    return parts
+
+
+def stored_bytes(part: dict[str, np.ndarray], dtype: str | None) -> int:
+    return sum(a.size * (a.dtype if dtype is None else float_type(dtype)).itemsize for a in part.values())
+
+
+def write_weights(folder: Path, parts: list[dict[str, np.ndarray]], dtype: str | None) -> None:
+    """Writes the parts, and makes them the folder's weights in one rename: of model.safetensors, or of the index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    old = [folder / name for name in shards(index)] if index.exists() else []
+    if len(parts) == 1:
+        write_atomically(single, lambda path: write_part(path, parts[0], dtype))
+        stale = [index, *old]  # the single file is read first: from here on they are not
+    else:
+        names = free_names(folder, len(parts))
+        try:
+            for name, part in zip(names, parts, strict=True):
+                write_atomically(folder / name, lambda path, part=part: write_part(path, part, dtype))
+            total = sum(stored_bytes(part, dtype) for part in parts)
+            weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+            write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        except BaseException:
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+            raise
+        stale = [single, *old]
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def free_names(folder: Path, n: int) -> list[str]:
+    """HF's names for n shards; where some are in use, others, for those in use are the checkpoint until the index has changed."""
+    for attempt in range(1, 1000):
+        again = f"{attempt}-" if attempt > 1 else ""
+        names = [f"model-{again}{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise CheckpointError(f"{folder} holds a thousand unfinished checkpoints; empty it")
+
+
+def write_part(path: Path, part: dict[str, np.ndarray], dtype: str | None) -> None:
+    """One file of safetensors. Raises CheckpointError for values that overflow dtype."""
     from safetensors.numpy import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with np.errstate(over="ignore"):
-        flat = {name: np.ascontiguousarray(a, dtype) for name, a in flatten(params).items()}
-    lost = [name for name, a in flatten(params).items() if np.isfinite(a).all() and not np.isfinite(flat[name]).all()]
+        cast = {name: np.ascontiguousarray(a, None if dtype is None else float_type(dtype)) for name, a in part.items()}
+    lost = [name for name, a in part.items() if dtype is not None and not np.isfinite(cast[name]).all() and np.isfinite(a).all()]
     if lost:
         raise CheckpointError(f"{', '.join(lost[:3])}: values too large for {dtype}; save as float32")
-    named = {name if name.split(".")[0] in ALL_HEADS else f"model.decoder.{name}": a for name, a in flat.items()}
-    architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
-    keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": str(next(iter(flat.values())).dtype)}
-    keys.pop("dtype", None)  # transformers 5's name for torch_dtype; one of the two is enough
-    write_atomically(folder / "model.safetensors", lambda path: save_file(named, path, {"format": "pt"}))
-    write_text(folder / "config.json", json.dumps(keys, indent=2, sort_keys=True) + "\n")
+    save_file(cast, path, {"format": "pt"})
+
+
+def float_type(dtype: str) -> np.dtype:
+    """NumPy's type of this name; bfloat16 is ml_dtypes'. Raises ValueError."""
+    import ml_dtypes  # noqa: F401
+
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+    return np.dtype(dtype)
+
+
+def copy_small_files(source: Any, folder: str | Path) -> None:
+    """Copies the tokenizer's files and generation_config.json, as many as there are, of a hub.Source."""
+    for path in (source.config / "generation_config.json", *(source.tokenizer / name for name in TOKENIZER_FILES)):
+        if path.exists():
+            write_atomically(Path(folder) / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
 
 
 def write_atomically(path: Path, write: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from opt_np import checkpoint, grad, model
+from opt_np import checkpoint, grad, hub, model
+from opt_np import explain as explaining
 from opt_np import generate as decoding
 from opt_np.checkpoint import CheckpointError
 from opt_np.config import OPTConfig
@@ -40,23 +41,28 @@ class OPTPreTrained:
 
     head: str | None = None  # the name of the head's tensors, in the checkpoint
 
-    def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy") -> None:
+    def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy", generation_config: dict | None = None) -> None:
         if missing := self.missing_head(params, config):
             raise CheckpointError(f"the parameters have no {missing}, which {type(self).__name__} needs")
         self.params, self.config, self.ops = params, config, load_ops(backend)
+        self.generation_config = generation_config or {}  # generation_config.json: what generate does unless told otherwise
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
-                        quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0) -> Any:  # fmt: skip
-        """Reads a folder. new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. Raises CheckpointError, ValueError."""
+                        quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0,
+                        strict: bool = False) -> Any:  # fmt: skip
+        """Reads a folder, or a hub id at a revision: from the cache, else from the hub.
+
+        new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. strict refuses NaN and infinite weights, which
+        are otherwise warned of. Raises CheckpointError, ValueError.
+        """
         backend, dtype = choose_backend(backend), dtype if isinstance(dtype, str) else np.dtype(dtype).name
         if dtype not in BACKENDS[backend]:
             raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
         if quantize is not None:
             raise ValueError(f"quantize={quantize!r}: backend {backend!r} has no quantised weights; leave it None")
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} belongs to a hub id; {folder} is read as a folder, which has one state")
-        params, config = checkpoint.load(folder, dtype)
+        source = hub.find(folder, revision, tokenizer=False)
+        params, config = checkpoint.load_from(source, dtype, strict)
         params = checkpoint.with_head_only(params, cls.head, folder, cls.__name__)
         missing = cls.missing_head(params, config)
         if missing and not new_head:
@@ -66,7 +72,7 @@ class OPTPreTrained:
         if missing:
             params[missing] = init_head(config, missing, num_labels, seed, dtype)
             config = config.with_labels([f"LABEL_{i}" for i in range(num_labels)]) if missing == "score" else config
-        return cls(params, config, backend)
+        return cls(params, config, backend, checkpoint.read_json(source.config / "generation_config.json"))
 
     @classmethod
     def missing_head(cls, params: dict, config: OPTConfig) -> str | None:
@@ -123,13 +129,27 @@ class OPTForCausalLM(OPTPreTrained):
         return replace(out, logits=logits, loss=loss)
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
-        """The prompt with its continuation: greedy by default; do_sample, temperature, top_k, top_p, repetition_penalty, max_new_tokens, max_length,
-        eos_token_id, pad_token_id and seed as in generate.stream.  input_ids: (B, T)  ->  (B, T + new)"""
-        return decoding.generate(self.params, input_ids, self.config, attention_mask=attention_mask, ops=self.ops, **options)
+        """The prompt with its continuation: greedy by default; the options, HF's, are listed in settings.py, and `tokenizer` for stop_strings.
+
+        input_ids: (B, T)  ->  (B·num_return_sequences, T + new)
+
+        An option that is not given is generation_config's, then HF's default. Raises ValueError, TypeError.
+        """
+        return decoding.generate(self.params, input_ids, self.config, attention_mask=attention_mask, generation_config=self.generation_config,
+                                 ops=self.ops, **options)  # fmt: skip
 
     def stream(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Iterator[decoding.Step]:
         """As generate, one Step at a time; with tokenizer=, each step carries the text that became certain."""
-        return decoding.stream(self.params, input_ids, self.config, attention_mask=attention_mask, ops=self.ops, **options)
+        return decoding.stream(self.params, input_ids, self.config, attention_mask=attention_mask, generation_config=self.generation_config,
+                               ops=self.ops, **options)  # fmt: skip
+
+    def explain(self, input_ids: Any, top: int = 5, tokenizer: Any = None, attention_mask: Any = None, **options: Any) -> list[explaining.Choice]:
+        """Generates, and tells for each step and row what each processor did to the `top` likeliest tokens; str() of a Choice is a table.
+
+        input_ids: (B, T);  attention_mask: (B, T)        Raises ValueError for beams and contrastive search.
+        """
+        request = decoding.prepare(self.params, input_ids, self.config, attention_mask, self.generation_config, tokenizer, self.ops, **options)
+        return explaining.explain(request, top)
 
 
 class OPTForSequenceClassification(OPTPreTrained):

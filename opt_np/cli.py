@@ -1,4 +1,4 @@
-"""The command line: opt-np generate | logits | info | train. A user's mistake is one line on stderr and a status of 1, never a traceback."""
+"""The command line, opt-np: a user's mistake is one line on stderr and a status of 1, never a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     command = args.pop("run")
     warnings.showwarning = lambda message, *_, **__: print(f"opt-np: warning: {message}", file=sys.stderr)
     try:
-        command(**args)
+        status = command(**args)
         sys.stdout.flush()
     except BrokenPipeError:  # what reads our output, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("opt-np: stopped", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_logits(commands)
     add_info(commands)
+    add_download(commands)
+    add_convert(commands)
+    add_verify(commands)
     add_train(commands)
     return parser
 
@@ -55,7 +58,9 @@ def add_command(commands: Any, name: str, run: Any, help: str) -> argparse.Argum
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, metavar="DIR", help="a model's folder (default: the model that comes with the source)")
+    parser.add_argument("--model", default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m (default: the one beside the source)")
+    parser.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
     parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu", "cuda"), help="what computes")
 
 
@@ -63,28 +68,74 @@ def add_generate(commands: Any) -> None:
     p = add_command(commands, "generate", generate, "Continue a text, printing each word as it comes.")
     p.add_argument("prompt", help="the text to continue; - reads it from standard input")
     add_model(p)
-    p.add_argument(
-        "--max-new-tokens", type=int, default=None, metavar="N", help="how many tokens to add at most (default: 100, or what the context holds)"
-    )
-    p.add_argument("--do-sample", action="store_true", help="draw tokens at random instead of always taking the likeliest")
-    p.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder (with --do-sample)")
-    p.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest; 0 for all (with --do-sample)")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that reach probability P (with --do-sample)")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes tokens already seen less likely")
-    p.add_argument("--seed", type=int, default=None, help="the same seed draws the same text")
+    p.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="the same seed draws the same text")
+    p.add_argument("--explain", type=int, metavar="N", default=argparse.SUPPRESS, help="show instead why each token was chosen among the N likeliest")
+    for title, options in GENERATE_OPTIONS.items():
+        group = p.add_argument_group(title)
+        for name, kind, help in options:
+            how = kind if isinstance(kind, dict) else {"type": kind, "metavar": "N" if kind is int else "X"}
+            group.add_argument("--" + name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **how)
 
 
-def generate(prompt: str, model: str | None, backend: str, max_new_tokens: int | None, **options: Any) -> None:
-    language_model, tokenizer = load(model, backend)
+def id_list(word: str) -> list[int]:
+    return [int(i) for i in word.split(",")]
+
+
+# None has a default here: what is not given is the model's own (generation_config.json), else what the help says in brackets.
+GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
+    "how long (not given: the model's own choice, else as in brackets; so for all that follow)": (
+        ("max_new_tokens", int, "tokens to add at most (100, or what the context holds)"),
+        ("max_length", int, "tokens in all, at most"),
+        ("min_new_tokens", int, "tokens to add at least"),
+        ("min_length", int, "tokens in all, at least"),
+        ("eos_token_id", {"type": int, "nargs": "+", "metavar": "ID"}, "ids that end the text; -1 for none (the model's)"),
+        ("stop_strings", {"nargs": "+", "metavar": "TEXT"}, "words that end the text"),
+        ("overflow", {"choices": ("error", "truncate_left", "slide")}, "past the context: refuse, forget the start at once, or as it goes (error)"),
+    ),
+    "what may be said": (
+        ("repetition_penalty", float, "above 1 makes tokens already seen less likely (1)"),
+        ("no_repeat_ngram_size", int, "no run of N tokens comes twice (0: off)"),
+        ("bad_words_ids", {"type": id_list, "nargs": "+", "metavar": "ID,ID"}, "never these ids in a row"),
+    ),
+    "chance": (
+        ("do_sample", {"action": argparse.BooleanOptionalAction}, "draw tokens at random instead of taking the likeliest"),
+        ("temperature", float, "below 1 safer, above 1 wilder (1)"),
+        ("top_k", int, "draw from the N likeliest; 0 for all (50)"),
+        ("top_p", float, "draw from the likeliest that reach probability X (1)"),
+        ("min_p", float, "draw from those at least X times as likely as the likeliest (0)"),
+        ("typical_p", float, "draw from those of typical surprise that reach probability X (1)"),
+    ),
+    "search": (
+        ("num_return_sequences", int, "texts to print, with --do-sample or beams (1)"),
+        ("num_beams", int, "continuations kept side by side (1)"),
+        ("length_penalty", float, "of beams: above 0 favours long texts, below 0 short ones (1)"),
+        ("early_stopping", {"choices": ("true", "false", "never")}, "of beams: stop at as many finished texts as beams (false)"),
+        ("penalty_alpha", float, "contrastive search among --top-k: the weight, 0 to 1, of not being like the text so far (0: off)"),
+    ),
+}
+
+
+def generate(prompt: str, model: str | None, revision: str | None, strict: bool, backend: str, explain: int | None = None, **options: Any) -> None:
+    language_model, tokenizer = load(model, revision, strict, backend)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = [tokenizer.encode(text)]
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(100, language_model.config.max_position_embeddings + 1 - len(ids[0])))
-    steps = language_model.stream(ids, max_new_tokens=max_new_tokens, tokenizer=tokenizer, **options)
-    print(text, end="", flush=True)
-    for step in steps:
-        print(step.text[0], end="", flush=True)
-    print()
+    ids, stored = [tokenizer.encode(text)], language_model.generation_config
+    if options.get("early_stopping") in ("true", "false"):
+        options["early_stopping"] = options["early_stopping"] == "true"
+    if not any(given.get(name) is not None for given in (options, stored) for name in ("max_new_tokens", "max_length")):
+        kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[options.get("overflow", "error")]  # of the prompt: sliding, all fits
+        room = language_model.config.max_position_embeddings + 1 - kept - bool(options.get("penalty_alpha", stored.get("penalty_alpha")))
+        options["max_new_tokens"] = max(1, min(100, room))
+    if explain is not None:
+        print(*language_model.explain(ids, explain, tokenizer, **options), sep="\n\n")
+    elif any((options.get(name) or stored.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
+        rows = language_model.generate(ids, tokenizer=tokenizer, **options)[:, len(ids[0]) :]
+        print("\n---\n".join(text + continuation for continuation in tokenizer.batch_decode(rows, skip_special_tokens=True)))
+    else:
+        steps = language_model.stream(ids, tokenizer=tokenizer, **options)
+        print(text, end="", flush=True)
+        for step in steps:
+            print(step.text[0], end="", flush=True)
+        print()
 
 
 def add_logits(commands: Any) -> None:
@@ -95,12 +146,12 @@ def add_logits(commands: Any) -> None:
     p.add_argument("--out", default=None, metavar="FILE.npy", help="also save the logits, (tokens, vocabulary), as a NumPy file")
 
 
-def logits(text: str, model: str | None, backend: str, top: int, out: str | None) -> None:
+def logits(text: str, model: str | None, revision: str | None, strict: bool, backend: str, top: int, out: str | None) -> None:
     import numpy as np
 
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
-    language_model, tokenizer = load(model, backend)
+    language_model, tokenizer = load(model, revision, strict, backend)
     ids = tokenizer.encode(sys.stdin.read() if text == "-" else text)
     rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
     if out:
@@ -117,29 +168,94 @@ def add_info(commands: Any) -> None:
     add_model(add_command(commands, "info", info, "Describe a model: shape, parameters, memory, tokenizer."))
 
 
-def info(model: str | None, backend: str) -> None:
+def info(model: str | None, revision: str | None, strict: bool, backend: str) -> None:
     from opt_np import checkpoint
     from opt_np.classes import choose_backend
+    from opt_np.hub import find
     from opt_np.init import ALL_HEADS
     from opt_np.tokenizer import OPTTokenizer
     from opt_np.tree import flatten
 
-    folder = find_model(model)
-    params, cfg = checkpoint.load(folder)
-    tokens = OPTTokenizer.from_pretrained(folder).vocab_size
-    count = sum(a.size for a in flatten(params).values())
+    source = find(find_model(model), revision)
+    params, cfg = checkpoint.load_from(source, None, strict)
+    flat = flatten(params)
+    count, stored = sum(a.size for a in flat.values()), sum(a.nbytes for a in flat.values())
     norm = "pre-norm" if cfg.do_layer_norm_before else "post-norm"
-    stored = sum(path.stat().st_size for path in checkpoint.safetensors_files(folder))
-    cache = 2 * cfg.num_hidden_layers * cfg.hidden_size * 4
-    print(f"model        {folder}")
+    dtypes = ", ".join(sorted({a.dtype.name for a in flat.values()}))
+    print(f"model        {source.name}")
+    print(f"files        {', '.join(path.name for path in checkpoint.weight_files(source.weights))} in {source.weights}")
     heads = f"{cfg.num_attention_heads} heads of {cfg.head_dim}"
     print(f"shape        {cfg.num_hidden_layers} {norm} layers, hidden {cfg.hidden_size}, {heads}, ffn {cfg.ffn_dim}")
-    dtype = cfg.extra.get("torch_dtype", cfg.extra.get("dtype", "unknown"))
-    print(f"parameters   {count:,} ({stored / 1e6:.1f} MB stored as {dtype}, {4 * count / 1e6:.1f} MB in float32)")
+    print(f"parameters   {count:,} in {len(flat)} tensors ({stored / 1e6:.1f} MB stored as {dtypes}, {4 * count / 1e6:.1f} MB in float32)")
+    cache = 2 * cfg.num_hidden_layers * cfg.hidden_size * 4
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
-    print(f"vocabulary   {cfg.vocab_size} rows, {tokens} tokens")
+    print(f"vocabulary   {cfg.vocab_size} rows, {OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens")
     print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
     print(f"backend      {choose_backend(backend)}")
+
+
+def add_download(commands: Any) -> None:
+    p = add_command(commands, "download", download, "Fetch a model from the Hugging Face hub, or bring it up to date; a killed download goes on.")
+    p.add_argument("model", help="a hub id, such as facebook/opt-125m")
+    p.add_argument("--revision", default=None, help="a branch, a tag, a commit or refs/pr/N (default: main)")
+
+
+def download(model: str, revision: str | None) -> None:
+    from opt_np import checkpoint, hub
+
+    if not hub.is_hub_id(model):
+        raise ValueError(f"{model} is {'here already' if os.path.exists(model) else 'no hub id'}; a hub id looks like facebook/opt-125m")
+    source = hub.find(model, revision, refresh=True)
+    checkpoint.load_config(source.config)
+    for title, folder in (("weights", source.weights), ("config", source.config), ("tokenizer", source.tokenizer)):
+        print(f"{title:<12} {folder}")
+
+
+def add_convert(commands: Any) -> None:
+    p = add_command(
+        commands, "convert", convert, "Write a model of any layout as safetensors with config and tokenizer, as HF and this project read it."
+    )
+    p.add_argument("model", help="a folder or a hub id")
+    p.add_argument("out", metavar="OUT", help="a new or empty folder")
+    p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="of the weights (default: as they are stored)")
+    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    p.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
+
+
+def convert(model: str, out: str, dtype: str | None, revision: str | None, strict: bool) -> None:
+    from opt_np import checkpoint, hub
+
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out} is there already and not an empty folder; choose another name, so that nothing is overwritten")
+    source = hub.find(model, revision)
+    params, cfg = checkpoint.load_from(source, None, strict)
+    checkpoint.save(out, params, cfg, dtype)
+    checkpoint.copy_small_files(source, out)
+    print(f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(Path(out).iterdir())))
+
+
+def add_verify(commands: Any) -> None:
+    p = add_command(commands, "verify", verify, "Prove that this port computes the model: layer by layer against PyTorch, then by published numbers.")
+    p.add_argument("model", nargs="?", default=None, metavar="MODEL", help="a folder or a hub id (default: the model that comes with the source)")
+    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    p.add_argument("--backend", default="numpy", choices=("auto", "numpy", "cpu", "cuda"), help="what is tested; NumPy in float64, others in float32")
+    p.add_argument("--golden", default=None, metavar="ID", help="the published model of which MODEL is an unchanged copy: facebook/opt-125m")
+    p.add_argument("--every-point", action="store_true", help="show the points of every layer, not of the first and the first that fails only")
+
+
+def verify(model: str | None, revision: str | None, backend: str, golden: str | None, every_point: bool) -> int:
+    from itertools import groupby
+
+    from opt_np import verify as v
+
+    found = []
+    name = model if model is not None else find_model(None)
+    for _, group in groupby(v.checks(name, revision, backend, golden), key=lambda check: check.group):
+        found += (checks := list(group))
+        print("\n".join(v.table(checks, every_point)), flush=True)
+    status, last_line = v.verdict(found)
+    print(last_line)
+    return status
 
 
 def add_train(commands: Any) -> None:
@@ -189,17 +305,19 @@ def train(**args: Any) -> None:
     print(f"{options.out}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
 
 
-def find_model(model: str | None) -> Path:
+def find_model(model: str | None) -> str | Path:
     if model is None and not SHIPPED.is_dir():
         raise ValueError(f"no --model given, and the shipped one is not at {SHIPPED} (it comes with the source, not with the package); name a folder")
-    return Path(model) if model is not None else SHIPPED
+    return model if model is not None else SHIPPED
 
 
-def load(model: str | None, backend: str) -> tuple[Any, Any]:
+def load(model: str | None, revision: str | None, strict: bool, backend: str) -> tuple[Any, Any]:
+    """The language model and its tokenizer."""
     from opt_np.classes import OPTForCausalLM
     from opt_np.tokenizer import OPTTokenizer
 
-    folder = find_model(model)
-    if folder == SHIPPED and backend == "auto":
+    name = find_model(model)
+    if backend == "auto" and Path(name) == SHIPPED:
         backend = "numpy"  # so small that starting Numba would cost more than it saves
-    return OPTForCausalLM.from_pretrained(folder, backend=backend), OPTTokenizer.from_pretrained(folder)
+    tokenizer = OPTTokenizer.from_pretrained(name, revision)
+    return OPTForCausalLM.from_pretrained(name, revision, backend=backend, strict=strict), tokenizer

@@ -70,6 +70,17 @@ class OPTConfig:
         for key in ("do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"config.json's {key} is {getattr(self, key)!r}; it must be true or false")
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            for value in getattr(self, key) if isinstance(getattr(self, key), list) and key == "eos_token_id" else [getattr(self, key)]:
+                if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                    raise ValueError(f"config.json's {key} is {getattr(self, key)!r}; it must be a whole number, an id, or null")
+        for key, most in (("dropout", 1), ("attention_dropout", 1), ("layerdrop", 1), ("init_std", float("inf"))):
+            value = getattr(self, key)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
+                raise ValueError(f"config.json's {key} is {value!r}; it must be a number from 0{' to 1' if most == 1 else ' up'}")
+        labels = self.extra.get("num_labels", 2)
+        if not isinstance(labels, int) or isinstance(labels, bool) or labels < 1:
+            raise ValueError(f"config.json's num_labels is {labels!r}; it must be a whole number of at least 1")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"config.json's pad_token_id is {self.pad_token_id}; vocab_size={self.vocab_size} allows 0 to {self.vocab_size - 1}, or null"
@@ -106,7 +117,7 @@ class OPTConfig:
     @property
     def num_labels(self) -> int:
         """Classes of OPTForSequenceClassification, as HF writes them: the length of id2label, else 2."""
-        return len(self.extra["id2label"]) if "id2label" in self.extra else int(self.extra.get("num_labels", 2))
+        return len(self.extra["id2label"]) if "id2label" in self.extra else self.extra.get("num_labels", 2)
 
     def with_labels(self, names: Sequence[str], **extra: Any) -> OPTConfig:
         """The same config with these names of a classifier's labels, as HF writes them."""
@@ -133,10 +144,12 @@ class OPTConfig:
         """Reads a config.json; raises ValueError naming the file when it is not one."""
         try:
             keys = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(keys, dict):
             raise ValueError(f"{path} holds a JSON {type(keys).__name__}; a config is an object of keys and values")
+        if isinstance(keys.get("text_config"), dict):  # a model that OPT is a part of, such as BLIP-2
+            keys = keys["text_config"]
         try:
             return cls.from_dict(keys)
         except ValueError as error:

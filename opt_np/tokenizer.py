@@ -36,13 +36,19 @@ class OPTTokenizer:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> OPTTokenizer:
-        """Reads vocab.json and merges.txt, or tokenizer.json, with tokenizer_config.json where present. Raises CheckpointError."""
-        from opt_np.checkpoint import CheckpointError, model_folder
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> OPTTokenizer:
+        """Reads vocab.json and merges.txt, or tokenizer.json, of a folder or hub id, and tokenizer_config.json. Raises CheckpointError."""
+        from opt_np.hub import find
 
-        folder = model_folder(folder)
+        return cls.from_folder(find(folder, revision, weights=False).tokenizer)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> OPTTokenizer:
+        """The same where the folder with the files is known. Raises CheckpointError."""
+        from opt_np.checkpoint import CheckpointError, read_json
+
         vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         split = vocab.exists() and merges.exists()
         if not split and not whole.exists():
             raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
@@ -198,26 +204,15 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is not there. Raises CheckpointError."""
-    from opt_np.checkpoint import CheckpointError
-
-    try:
-        keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(keys).__name__}; it is an object of keys and values")
-    return keys
-
-
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Tokens that a fine-tune added to the vocabulary, by id, from whichever file tells them."""
+    from opt_np.checkpoint import read_json
+
     if "added_tokens_decoder" in config:
         return {int(i): token for i, token in config["added_tokens_decoder"].items()}
     if (folder / "tokenizer.json").exists():
-        return {token["id"]: token for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])}
-    return {i: {"content": content} for content, i in _read_json(folder / "added_tokens.json").items()}
+        return {token["id"]: token for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    return {i: {"content": content} for content, i in read_json(folder / "added_tokens.json").items()}
 
 
 def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: Path) -> None:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init")
+CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init",
+        "generate", "processors", "settings", "stopping", "beam", "contrastive", "explain")  # fmt: skip
 PROGRAM = """
 import sys, importlib
 for name in {modules!r}:
