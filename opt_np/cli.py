@@ -197,7 +197,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str) ->
 def add_download(commands: Any) -> None:
     p = add_command(commands, "download", download, "Fetch a model from the Hugging Face hub, or bring it up to date; a killed download goes on.")
     p.add_argument("model", help="a hub id, such as facebook/opt-125m")
-    p.add_argument("--revision", default=None, help="a branch, a tag, a commit or refs/pr/N (default: main)")
+    p.add_argument("--revision", default="main", help="a branch, a tag, a commit or refs/pr/N")
 
 
 def download(model: str, revision: str | None) -> None:
@@ -217,7 +217,7 @@ def add_convert(commands: Any) -> None:
     )
     p.add_argument("model", help="a folder or a hub id")
     p.add_argument("out", metavar="OUT", help="a new or empty folder")
-    p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="of the weights (default: as they are stored)")
+    p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="of the weights; without it, as they are stored")
     p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
     p.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
 

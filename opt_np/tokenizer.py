@@ -58,6 +58,7 @@ class OPTTokenizer:
                 _add_tokens(tokenizer, _added_tokens(folder, config), folder)
             else:
                 tokenizer = Tokenizer.from_file(str(whole))
+                config = {"add_bos_token": bool(tokenizer.encode("").ids), **config}  # the file says itself what it puts first: Galactica's nothing
         except CheckpointError:
             raise
         except Exception as error:  # `tokenizers` raises nothing narrower
@@ -235,8 +236,14 @@ def _byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
 
 
 def _content(config: dict[str, Any], name: str, default: str) -> str:
+    """A special token's text, which the config gives alone or in an object. Raises CheckpointError."""
+    from opt_np.checkpoint import CheckpointError
+
     token = config.get(name) or default
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or not text:
+        raise CheckpointError(f"tokenizer_config.json's {name} is {token!r}; it must be a text, such as {default!r}")
+    return text
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -261,6 +261,30 @@ def test_a_damaged_file_is_refused_by_name(small_folder, tmp_path, name, content
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tokenizer_json_says_itself_what_it_puts_first(tmp_path, first):
+    """Galactica's puts nothing before a text, and has no other file."""
+    from tokenizers import Tokenizer, processors
+
+    fast = Tokenizer.from_str(small.tokenizer()._tokenizer.to_str())
+    if first:
+        fast.post_processor = processors.TemplateProcessing(single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", 2)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>").save_pretrained(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = OPTTokenizer.from_pretrained(tmp_path)
+    for text in ("the cat", "", "a\nb"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert (ours.encode(text)[:1] == [2]) == first
+
+
+@pytest.mark.parametrize("token", [5, {"content": 5}, ["</s>"], {"x": 1}])
+def test_a_special_token_that_is_no_text_is_refused_by_name(tmp_path, token):
+    small.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+    with pytest.raises(CheckpointError, match="bos_token is"):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
 def test_a_damaged_tokenizer_json_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
