@@ -59,7 +59,7 @@ def add_command(commands: Any, name: str, run: Any, help: str) -> argparse.Argum
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m; without it, the model beside the source"
+        "--model", default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m; without it, the one beside the source"
     )
     parser.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
     parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
