@@ -65,9 +65,9 @@ class Finished:
     """The k best finished continuations of each prompt, and whether a running one could still be better."""
 
     def __init__(self, request: Request, B: int, k: int) -> None:
-        self.s, self.new, self.pad = request.settings, request.new, request.pad
+        self.s, self.new, self.pad = request.settings, request.new, request.pad  # where 0 is the pad, HF fills with an end instead
         self.length_penalty = float(request.settings.length_penalty)  # a Python number keeps float32 as it is
-        self.ids = np.full((B, k, self.new), self.pad)
+        self.ids = np.empty((B, k, 0), int)  # grows with the longest
         self.lengths = np.zeros((B, k), int)
         self.scores = np.full((B, k), WORST)
         self.real = np.zeros((B, k), bool)
@@ -79,12 +79,11 @@ class Finished:
         allowed = ended & (np.arange(scores.shape[1]) < k)
         full = self.real.all(1, keepdims=True) & (self.s.early_stopping is True)
         scores = scores / length**self.length_penalty + full * WORST + ~self.open * WORST + ~allowed * WORST
-        padded = np.full((*allowed.shape, self.new), self.pad)
-        padded[..., :length] = candidates
+        kept = np.pad(self.ids, ((0, 0), (0, 0), (0, length - self.ids.shape[2])), constant_values=self.pad)
         merged = np.concatenate([self.scores, scores], 1)
         order = highest(merged, k)
         self.scores = np.take_along_axis(merged, order, 1)
-        self.ids = np.take_along_axis(np.concatenate([self.ids, padded], 1), order[..., None], 1)
+        self.ids = np.take_along_axis(np.concatenate([kept, candidates], 1), order[..., None], 1)
         self.lengths = np.take_along_axis(np.concatenate([self.lengths, np.full(allowed.shape, length)], 1), order, 1)
         self.real = np.take_along_axis(np.concatenate([self.real, allowed], 1), order, 1)
 

@@ -246,7 +246,7 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
         rooted[short] = flat[name]
     head, embed = rooted.get("lm_head.weight"), rooted.get("embed_tokens.weight")
     if cfg.tie_word_embeddings and head is not None:
-        if embed is not None and not np.array_equal(head, embed):
+        if embed is not None and not np.array_equal(head, embed, equal_nan=True):
             raise CheckpointError(
                 f"{folder}: lm_head.weight and embed_tokens.weight differ, but config.json's tie_word_embeddings is true. "
                 f"Set it to false to keep both, or remove lm_head.weight"
@@ -292,7 +292,8 @@ def with_head_only(params: dict, head: str | None, source: Any, user: str) -> di
 def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
     """Writes config.json and model.safetensors, or shards with an index when they would be larger, under HF's names (model.decoder.…).
 
-    A reader, or a crash, finds the old checkpoint or the new one, never a mixture. Raises CheckpointError for values that dtype cannot hold.
+    The weights change in one rename, so that a reader, or a crash, finds the old ones or the new; config.json follows them.
+    Raises CheckpointError for values that dtype cannot hold.
     """
     folder, flat = Path(folder), flatten(params)
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,6 +357,7 @@ def free_names(folder: Path, n: int) -> list[str]:
 
 def write_part(path: Path, part: dict[str, np.ndarray], dtype: str | None) -> None:
     """One file of safetensors. Raises CheckpointError for values that overflow dtype."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with np.errstate(over="ignore"):
@@ -363,7 +365,10 @@ def write_part(path: Path, part: dict[str, np.ndarray], dtype: str | None) -> No
     lost = [name for name, a in part.items() if dtype is not None and not np.isfinite(cast[name]).all() and np.isfinite(a).all()]
     if lost:
         raise CheckpointError(f"{', '.join(lost[:3])}: values too large for {dtype}; save as float32")
-    save_file(cast, path, {"format": "pt"})
+    try:
+        save_file(cast, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def float_type(dtype: str) -> np.dtype:

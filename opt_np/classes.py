@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,8 +82,10 @@ class OPTPreTrained:
         return cls.head if cls.head and not tied and cls.head not in params else None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors; HF loads them to the same numbers."""
+        """Writes config.json, model.safetensors and generation_config.json where there was one; HF loads them to the same numbers."""
         checkpoint.save(folder, self.params, self.config)
+        if self.generation_config:
+            checkpoint.write_text(Path(folder) / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
 
     def num_parameters(self) -> int:
         return sum(a.size for a in flatten(self.params).values())

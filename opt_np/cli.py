@@ -17,18 +17,26 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     command = args.pop("run")
     warnings.showwarning = lambda message, *_, **__: print(f"opt-np: warning: {message}", file=sys.stderr)
+    status = 0
     try:
-        status = command(**args)
+        status = command(**args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # what reads our output, head for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # DataError and CheckpointError are ValueErrors
-        print(f"opt-np: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:  # DataError and CheckpointError are ValueErrors
+        print(f"opt-np: {'not enough memory: ' if isinstance(error, MemoryError) else ''}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("opt-np: stopped", file=sys.stderr)
         return 130
-    return status or 0
+    return status
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = commands.add_parser(name, help=help, description=help, formatter_class=Formatter)
     parser.set_defaults(run=run)
     return parser
 
@@ -91,7 +99,7 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
         ("min_new_tokens", int, "tokens to add at least"),
         ("min_length", int, "tokens in all, at least"),
         ("eos_token_id", {"type": int, "nargs": "+", "metavar": "ID"}, "ids that end the text; -1 for none (the model's)"),
-        ("stop_strings", {"nargs": "+", "metavar": "TEXT"}, "words that end the text"),
+        ("stop_strings", {"nargs": "+", "metavar": "TEXT"}, "words that end the text; after the prompt, as all lists"),
         ("overflow", {"choices": ("error", "truncate_left", "slide")}, "past the context: refuse, forget the start at once, or as it goes (error)"),
     ),
     "what may be said": (
@@ -118,18 +126,22 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
 
 
 def generate(prompt: str, model: str | None, revision: str | None, strict: bool, backend: str, explain: int | None = None, **options: Any) -> None:
+    from opt_np.generate import room
+    from opt_np.settings import resolve
+
     language_model, tokenizer = load(model, revision, strict, backend)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids, stored = [tokenizer.encode(text)], language_model.generation_config
+    ids, cfg = [tokenizer.encode(text)], language_model.config
     if options.get("early_stopping") in ("true", "false"):
         options["early_stopping"] = options["early_stopping"] == "true"
-    if not any(given.get(name) is not None for given in (options, stored) for name in ("max_new_tokens", "max_length")):
-        kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[options.get("overflow", "error")]  # of the prompt: sliding, all fits
-        room = language_model.config.max_position_embeddings + 1 - kept - bool(options.get("penalty_alpha", stored.get("penalty_alpha")))
-        options["max_new_tokens"] = max(1, min(100, room))
+    with warnings.catch_warnings(action="ignore"):  # it is resolved again below, and then says what it has to say
+        settings = resolve(options, language_model.generation_config, cfg)
+    if settings.max_new_tokens is None and settings.max_length is None:
+        kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[settings.overflow]  # of the prompt: sliding, all fits
+        options["max_new_tokens"] = max(1, min(100, room(cfg, settings) - kept))
     if explain is not None:
         print(*language_model.explain(ids, explain, tokenizer, **options), sep="\n\n")
-    elif any((options.get(name) or stored.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
+    elif settings.beams or settings.num_return_sequences > 1:
         rows = language_model.generate(ids, tokenizer=tokenizer, **options)[:, len(ids[0]) :]
         print("\n---\n".join(text + continuation for continuation in tokenizer.batch_decode(rows, skip_special_tokens=True)))
     else:
@@ -173,7 +185,7 @@ def add_info(commands: Any) -> None:
 def info(model: str | None, revision: str | None, strict: bool, backend: str) -> None:
     from opt_np import checkpoint
     from opt_np.classes import choose_backend
-    from opt_np.hub import find
+    from opt_np.hub import find, has_tokenizer
     from opt_np.init import ALL_HEADS
     from opt_np.tokenizer import OPTTokenizer
     from opt_np.tree import flatten
@@ -191,7 +203,8 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str) ->
     print(f"parameters   {count:,} in {len(flat)} tensors ({stored / 1e6:.1f} MB stored as {dtypes}, {4 * count / 1e6:.1f} MB in float32)")
     cache = 2 * cfg.num_hidden_layers * cfg.hidden_size * 4
     print(f"context      {cfg.max_position_embeddings} tokens, {cache / 1024:.0f} KiB of keys and values each in float32")
-    print(f"vocabulary   {cfg.vocab_size} rows, {OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens")
+    tokens = f"{OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens" if has_tokenizer(source.tokenizer) else "no tokenizer"
+    print(f"vocabulary   {cfg.vocab_size} rows, {tokens}")
     print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
     print(f"backend      {choose_backend(backend)}")
 

@@ -55,8 +55,8 @@ def explain(request: Request, top: int) -> list[Choice]:
     """A Choice per step and row that had not finished. Raises ValueError for beams and contrastive search, which choose by more than a score."""
     s = request.settings
     if s.beams or s.contrastive:
-        way = f"num_beams={s.num_beams}" if s.beams else f"penalty_alpha={s.penalty_alpha}"
-        raise ValueError(f"explain shows greedy search and sampling, a token at a time; {way} chooses otherwise: leave it out")
+        way, off = (f"num_beams={s.num_beams}", "num_beams=1") if s.beams else (f"penalty_alpha={s.penalty_alpha}", "penalty_alpha=0")
+        raise ValueError(f"explain shows greedy search and sampling, a token at a time; {way} chooses otherwise: set {off}")
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top={top!r} must be a whole number of at least 1: how many candidates to show")
     stages: dict[str, np.ndarray] = {}  # this step's scores (N, V) after each processor; every step writes the same names

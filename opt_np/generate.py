@@ -20,7 +20,7 @@ from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 from opt_np.model import id_array, last_hidden_state, lm_logits, mask_array
 from opt_np.ops import softmax
-from opt_np.processors import Processor, chain, process
+from opt_np.processors import Processor, chain, log_softmax, process
 from opt_np.settings import Settings, resolve
 from opt_np.stopping import stop_check
 
@@ -95,6 +95,8 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     s = resolve(options, generation_config, cfg)
     if high := [word for word in s.bad_words_ids if max(word) >= cfg.vocab_size]:
         raise ValueError(f"bad_words_ids has {high[0]}; vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
+    if s.pad_token_id is not None and s.pad_token_id >= cfg.vocab_size:
+        raise ValueError(f"pad_token_id is {s.pad_token_id}; vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
     mask = prompt_mask(input_ids, attention_mask, s.pad_token_id, s.eos_token_id)
     new = new_tokens(input_ids, mask, cfg, s)
     ids, mask = left_padded(input_ids, mask)
@@ -141,8 +143,7 @@ class Step:
 
     @functools.cached_property
     def _log_probabilities(self) -> np.ndarray:
-        shifted = self.logits - self.logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return log_softmax(self.logits)
 
     @property
     def logprobs(self) -> np.ndarray:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opt_np.checkpoint import TOKENIZER_FILES, WEIGHTS, CheckpointError, model_folder, shards
+from opt_np.checkpoint import TOKENIZER_FILES, WEIGHTS, CheckpointError, model_folder, shards, write_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TOKENIZER = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough; the other files are taken along where there are any
@@ -54,7 +55,17 @@ def find(name: str | Path, revision: str | None = None, weights: bool = True, to
         with contextlib.suppress(NotCached):
             return located(repo, wanted, weights, tokenizer, cached)
     with explained(repo, wanted):
+        is_there(repo, wanted)
         return located(repo, wanted, weights, tokenizer, downloaded)
+
+
+def is_there(repo: str, revision: str) -> None:
+    """Asks once, so that a hub which does not answer is known at once: hf_hub_download would ask it again and again."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with contextlib.suppress(EntryNotFoundError):
+        get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision))
 
 
 def located(repo: str, revision: str, weights: bool, tokenizer: bool, get: Callable[[str, str, str], Path | None]) -> Source:
@@ -66,11 +77,11 @@ def located(repo: str, revision: str, weights: bool, tokenizer: bool, get: Calla
     words = config
     if tokenizer:
         found, at = first_folder(get, repo, TOKENIZER, revision)
-        if found is None:
-            raise missing(get, repo, f"{repo} has neither vocab.json with merges.txt nor tokenizer.json at {revision}, nor at main")
-        for file in TOKENIZER_FILES:
+        if found is None and get is cached and not all(known_absent(repo, file) for file in ("vocab.json", "tokenizer.json")):
+            raise NotCached(repo)
+        for file in TOKENIZER_FILES if found is not None else ():
             get(repo, file, at)
-        words = found
+        words = found or config  # a model need not have a tokenizer: what reads it says so
     return Source(repo, weight_folder(get, repo, revision) if weights else config, config, words)
 
 
@@ -98,23 +109,35 @@ def weight_folder(get: Any, repo: str, revision: str) -> Path:
 
 
 def places(get: Any, repo: str, revision: str) -> Iterator[tuple[str, list[str]]]:
-    """Revisions and the files to look for there, best first. In the cache, formats that need an optional package do not count."""
+    """Revisions and the files to look for there, best first. In the cache, formats that cannot be read here do not count."""
     safetensors = [file for file in WEIGHTS if "safetensors" in file]
     yield revision, safetensors
     if revision == "main" and (bot := bot_revision(repo, get is downloaded)):
         yield bot, safetensors
-    yield revision, [file for file in WEIGHTS if file not in safetensors and (get is downloaded or file.startswith("pytorch_model"))]
+    yield revision, [file for file in WEIGHTS if file not in safetensors and (get is downloaded or readable(file))]
+
+
+def readable(file: str) -> bool:
+    """Whether this file of weights can be read here: TensorFlow's need h5py."""
+    return ".h5" not in file or importlib.util.find_spec("h5py") is not None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / file).exists() for file in files) for files in TOKENIZER)
 
 
 def bot_revision(repo: str, ask: bool) -> str | None:
     """The revision of the bot's open pull request that adds safetensors: known for Meta's repositories, searched for others."""
-    if repo in BOT_REVISION or not ask:
-        return BOT_REVISION.get(repo)
     import huggingface_hub
 
+    note = repository_folder(repo) / "bot_revision"  # what was found, for when the hub is not asked
+    if repo in BOT_REVISION or not ask:
+        return BOT_REVISION.get(repo) or (note.read_text().strip() if note.exists() else None)
     try:
         for discussion in huggingface_hub.HfApi().get_repo_discussions(repo, author=BOT, discussion_type="pull_request", discussion_status="open"):
             if discussion.author == BOT and discussion.title == BOT_TITLE:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_text(note, str(discussion.git_reference))
                 return discussion.git_reference
     except Exception:  # only a better format is lost: the search goes on with the others, and tells where the hub cannot be reached at all
         return None
@@ -136,16 +159,27 @@ def cached(repo: str, file: str, revision: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def known_absent(repo: str, file: str) -> bool:
+    """Whether the cache remembers that main has no such file."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    return try_to_load_from_cache(repo, file) is _CACHED_NO_EXIST
+
+
 def downloaded(repo: str, file: str, revision: str) -> Path | None:
     """The file in the cache, fetched where it is not there or has changed; None where the repository lacks it."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
         if not file.endswith((".json", ".txt")):  # a file of weights
             fetch_blob(repo, file, revision)
         return Path(hf_hub_download(repo, file, revision=revision))
     except LocalEntryNotFoundError:  # the hub could not be asked
+        raise
+    except RevisionNotFoundError:
+        if revision == BOT_REVISION.get(repo):  # a mirror without pull requests: only a better format is lost
+            return None
         raise
     except EntryNotFoundError:
         return None
@@ -157,13 +191,13 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
     (huggingface_hub alone starts a killed download over.)
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     meta = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
     if meta.etag is None or meta.size is None:
         return  # hf_hub_download says what is wrong
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = repository_folder(repo)
     blob, part = folder / "blobs" / meta.etag, folder / "blobs" / f"{meta.etag}.part"
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder.name / f"{meta.etag}.part.lock"
     for path in (blob, lock):
@@ -181,6 +215,13 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
             part.unlink()
             raise CheckpointError(f"{repo}/{file} arrived with SHA-256 {found}, the hub says {meta.etag}; it was removed: download it again")
         os.replace(part, blob)
+
+
+def repository_folder(repo: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def sha256(path: Path) -> str:
@@ -211,7 +252,11 @@ def explained(repo: str, revision: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         offline = isinstance(cause, OfflineModeIsEnabled)
-        if not offline and not isinstance(cause, OSError | HfHubHTTPError) and "httpx" not in type(cause).__module__.split(".")[0]:
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ConnectionError | TimeoutError | HfHubHTTPError):
+            raise CheckpointError(
+                f"{repo} cannot be put into the cache {constants.HF_HUB_CACHE}: {cause}. Make room, or set HF_HOME to another folder"
+            ) from None
+        if not offline and not isinstance(cause, OSError | HfHubHTTPError) and not type(cause).__module__.startswith("http"):
             raise
         reason = "HF_HUB_OFFLINE is set" if offline else f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else 'no answer'}"
         raise CheckpointError(

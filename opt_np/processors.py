@@ -42,11 +42,15 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
 
 def process(processors: list[tuple[str, Processor]], scores: np.ndarray, ids: np.ndarray,
             tap: Callable[[str, np.ndarray], None] | None = None) -> np.ndarray:  # fmt: skip
-    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)        Raises ValueError."""
     for name, processor in processors:
         scores = processor(scores, ids)
         if tap:
             tap(name, scores)
+    best = scores.max(-1)
+    if not np.isfinite(best).all():
+        raise ValueError(f"row {int((~np.isfinite(best)).argmax())} has no token to choose: the model's scores are NaN or infinite (are its weights? "
+                         f"strict=True tells), or the options remove every token")  # fmt: skip
     return scores
 
 

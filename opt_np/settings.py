@@ -106,7 +106,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what each value must 
     "seed": (whole(0), "must be a whole number of at least 0"),
     "num_return_sequences": (whole(1), "must be a whole number of at least 1"),
     "num_beams": (whole(1), "must be a whole number of at least 1"),
-    "length_penalty": (lambda p: isinstance(p, numbers.Real) and math.isfinite(p), "must be a number"),
+    "length_penalty": (lambda p: isinstance(p, numbers.Real) and abs(float(p)) <= 50, "must be a number from -50 to 50"),
     "early_stopping": (lambda way: isinstance(way, bool) or way == "never", 'must be True, False or "never"'),
     "penalty_alpha": (number(0, 1, or_equal=True), "must be from 0 to 1 (0 turns it off)"),
 }
@@ -122,7 +122,7 @@ NOT_BUILT = {
 
 
 def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, cfg: OPTConfig) -> Settings:
-    """Each option from the first that has it: the caller (None is not given), generation_config.json, config.json, HF's default.
+    """Each option from the first that has it: the caller (None is not given), generation_config.json (config.json where there is none), HF's default.
 
     Keys of generation_config.json that would change the output and are not built here are named in one warning, as are options of the caller's
     that do nothing. Raises TypeError for an option that does not exist, ValueError for a value that cannot be.
@@ -132,7 +132,8 @@ def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, c
     if unknown:
         raise TypeError(f"generate has no option {', '.join(sorted(unknown))}; it has attention_mask, tokenizer, {', '.join(known)}")
     ours = ("seed", "overflow")  # these are no keys of HF's files
-    stored = {**cfg.to_dict(), **(generation_config or {})}
+    ids = {"eos_token_id": cfg.eos_token_id, "pad_token_id": cfg.pad_token_id}  # HF forgets these too where generation_config.json lacks them
+    stored = {**ids, **generation_config} if generation_config else cfg.to_dict()
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**{name: value for name, value in stored.items() if name in known and name not in ours and value is not None} | given)
     ignored = sorted(name for name, neutral in NOT_BUILT.items() if stored.get(name) is not None and stored[name] != neutral)

@@ -126,7 +126,7 @@ def against_pytorch(name: str | Path, revision: str | None, backend: str, ours: 
     except ImportError as error:
         yield Check(LAYERS, "comparison with PyTorch", None, None, NOT_RUN, str(error))
         return
-    source, inputs = hub.find(name, revision), cases(ours.config)
+    source, inputs = hub.find(name, revision, tokenizer=False), cases(ours.config)
     with quiet(transformers):
         plain = ours if backend == "numpy" else load(name, revision, "float32", "numpy")
         yield loading(torch, transformers, source, plain.params)
@@ -449,7 +449,7 @@ def decoder_of_ids(name: str | Path, revision: str | None) -> Callable | None:
     from opt_np.tokenizer import OPTTokenizer
 
     try:
-        return OPTTokenizer.from_pretrained(hub.find(name, revision).tokenizer or name).decode
+        return OPTTokenizer.from_pretrained(name, revision).decode
     except CheckpointError:
         return None
 

@@ -576,6 +576,8 @@ SAMPLE = {
 def test_the_command_line_says_it_in_one_line(good, tmp_path, capsys, command, case):
     if command == "convert" and case.startswith("tokenizer: "):
         pytest.skip("convert copies the tokenizer's files, unread")
+    if command == "info" and case == "tokenizer: no vocabulary":
+        pytest.skip("info says that there is no tokenizer, which is no mistake")
     damage, *words = SAMPLE[case]
     folder, out = broken(good, tmp_path, damage), tmp_path / "out"
     with warnings.catch_warnings():  # cli.main shows warnings its own way

@@ -315,3 +315,11 @@ def test_fewer_candidates_than_one(run, model, top):
 
 def test_a_negative_seed(run, model):
     assert_one_line(*run("generate", "the", "--model", model, "--max-new-tokens", 3, "--do-sample", "--seed", -1), "seed", -1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(model):
+    import subprocess
+
+    command = f"{sys.executable} -m opt_np generate 'the cat' --model {model} --max-new-tokens 20 | head -c 3"
+    run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "the", "")

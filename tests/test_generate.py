@@ -598,3 +598,24 @@ def test_cropped_reordered_and_forked_caches_continue_as_if_fresh():
     assert cache.nbytes == 2 * cfg.num_hidden_layers * ids.size * cfg.hidden_size * 8
     with pytest.raises(ValueError, match="cannot crop a cache of 17"):
         cache.crop(18)
+
+
+# Nothing to choose, and what the command line makes of it
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"penalty_alpha": 0.5, "top_k": 4}])
+def test_scores_that_are_no_numbers_and_rows_without_any_token_are_refused(options):
+    cfg = small.config()
+    model = OPTForCausalLM(small.params(cfg), cfg)
+    with pytest.raises(ValueError, match="row 0 has no token to choose"):
+        model.generate([[2, 9]], bad_words_ids=[[i] for i in range(cfg.vocab_size)], eos_token_id=[], max_new_tokens=1, **options)
+    model.params["embed_tokens"]["weight"][7] = np.nan
+    with pytest.raises(ValueError, match="row 0 has no token to choose"):
+        model.generate([[2, 9]], max_new_tokens=1, **options)
+
+
+def test_generation_config_survives_saving(tmp_path):
+    cfg = small.config()
+    kept = {"num_beams": 3, "eos_token_id": [2, 7], "repetition_penalty": 1.5}
+    OPTForCausalLM(small.params(cfg), cfg, generation_config=kept).save_pretrained(tmp_path)
+    assert OPTForCausalLM.from_pretrained(tmp_path, backend="numpy").generation_config == kept

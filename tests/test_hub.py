@@ -116,6 +116,29 @@ def test_a_bot_of_another_repository_is_found_among_its_discussions(served, here
     assert same(checkpoint.load("someone/tuned")[0], small.params(cfg))
     assert any("refs/pr/7/model.safetensors" in request for request in served.requests)
     assert not any("refs/pr/6" in request or "pytorch_model.bin" in request for request in served.requests)
+    here(None)
+    assert same(checkpoint.load("someone/tuned")[0], small.params(cfg))  # offline it is known which pull request was the bot's
+
+
+def test_a_mirror_without_pull_requests_still_has_its_bin(served, here, tmp_path):
+    cfg = small.config()
+    served.add("facebook/opt-125m", fake_hub.repository(tmp_path / "main", cfg, small.named(cfg), "model.decoder.", 1, True, True, True))
+    here(served)
+    assert same(checkpoint.load("facebook/opt-125m")[0], small.params(cfg))
+
+
+def test_a_repository_without_a_tokenizer(served, here, tmp_path, capsys):
+    """Its weights can be used, online and offline; only what needs the tokenizer says that there is none."""
+    from opt_np import cli
+
+    served.add("someone/bare", small.folder(tmp_path / "bare", with_tokenizer=False))
+    for server in (served, None):
+        here(server)
+        assert OPTForCausalLM.from_pretrained("someone/bare", backend="numpy").generate([[2, 9]], max_new_tokens=2).shape == (1, 4)
+        assert cli.main(["info", "--model", "someone/bare"]) == 0
+        assert "no tokenizer" in capsys.readouterr().out
+        assert cli.main(["generate", "x", "--model", "someone/bare"]) == 1
+        assert "has neither vocab.json" in capsys.readouterr().err
 
 
 def test_safetensors_on_main_are_taken_first(served, here, tmp_path):
@@ -231,6 +254,14 @@ def test_what_is_wrong_is_said(layouts, served, tmp_path):
     assert "someone/empty has no weights at main: none of model.safetensors" in told("someone/empty", server=served)
     served.gated.add("someone/empty")
     assert "licence" in told("someone/empty", server=served)
+
+
+def test_a_cache_that_cannot_be_written_is_no_network_failure(served, here, tmp_path):
+    served.add("someone/new", small.folder(tmp_path / "new"))
+    (tmp_path / "file").write_text("")
+    here(served, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"someone/new cannot be put into the cache .*set HF_HOME"):
+        checkpoint.load("someone/new")
 
 
 def test_a_hub_that_does_not_answer(here, served):

@@ -182,6 +182,8 @@ def test_the_caller_comes_before_generation_config_and_that_before_config_and_th
     settings = resolve({"top_p": 0.5, "do_sample": None}, {"top_p": 0.9, "do_sample": True, "eos_token_id": [7, 8], "top_k": None}, cfg)
     assert (settings.top_p, settings.do_sample, settings.eos_token_id, settings.pad_token_id, settings.top_k) == (0.5, True, (7, 8), 6, 50)
     assert resolve({}, None, cfg).eos_token_id == (5,)
+    old = OPTConfig(eos_token_id=5, extra={"repetition_penalty": 3.0})  # keys of generation in config.json count where they stand alone, as in HF
+    assert (resolve({}, None, old).repetition_penalty, resolve({}, {"top_p": 1.0}, old).repetition_penalty) == (3.0, 1.0)
     assert resolve({"eos_token_id": []}, None, cfg).eos_token_id == ()
     assert resolve({}, {"seed": "x", "overflow": "y"}, cfg).overflow == "error"  # not HF's keys: whatever they are, they are not ours
 
