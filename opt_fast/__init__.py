@@ -1,1 +1,1 @@
-"""The fast path under opt_np's model function. So far: the benchmark; kernels follow."""
+"""The fast path under opt_np's model function. So far: packed matrix products on the CPU (gemm.py) and the benchmark."""
