@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 303]} … {text[-300:]}"
 
 
+def few(names: list[str]) -> str:
+    """The first of them, for a message."""
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
 def model_folder(folder: str | Path) -> Path:
     """The folder itself, once it is certain that it exists."""
     folder = Path(folder)
@@ -113,15 +118,15 @@ def load_from(source: Any, dtype: str | None = "float32", strict: bool = False) 
                 not_finite.append(tensor)
         flat[tensor] = cast
     if not_finite:
-        told = f"{source.name}: {', '.join(not_finite[:3])}{' …' if len(not_finite) > 3 else ''} hold NaN or infinite weights"
+        told = f"{source.name}: {few(not_finite)} hold NaN or infinite weights"
         if strict:
             raise CheckpointError(f"{told}; get the checkpoint again, or load it without strict")
         warnings.warn(printable(f"{told}, and so will the results; strict refuses such a checkpoint"), stacklevel=3)
     return unflatten(checked(rooted_at_decoder(flat, cfg, source.name), cfg, source.name)), cfg
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The file, or the shards that its index names, of the first format that is there. Raises CheckpointError when there is none."""
+def weights_entry(folder: Path) -> Path:
+    """The file of weights, or the index of its shards, of the first format that is there. Raises CheckpointError when there is none."""
     found = next((folder / file for file in WEIGHTS if os.path.exists(folder / file)), None)
     if found is None:
         dead = [file for file in WEIGHTS if os.path.islink(folder / file)]
@@ -132,12 +137,17 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if not os.path.isfile(found):
         raise CheckpointError(f"{found} is no file; copy the weights again")
-    if not found.name.endswith(".index.json"):
-        return [found]
-    paths = [folder / name for name in shards(found)]
+    return found
+
+
+def weight_files(entry: Path) -> list[Path]:
+    """The file itself, or the shards that an index names. Raises CheckpointError when one is missing."""
+    if not entry.name.endswith(".index.json"):
+        return [entry]
+    paths = [entry.parent / name for name in shards(entry)]
     for path in paths:
         if not os.path.isfile(path):
-            raise CheckpointError(f"{found} names the shard {path.name!r}, which is not in {folder}; copy the missing file")
+            raise CheckpointError(f"{entry} names the shard {path.name!r}, which is not in {entry.parent}; copy the missing file")
     return paths
 
 
@@ -160,19 +170,18 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def read_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) for each weight of a folder, whatever its format, under the names of the PyTorch checkpoint. Raises CheckpointError."""
-    paths, seen = weight_files(folder), set()
-    for path in paths:
+    entry, seen = weights_entry(folder), set()
+    for path in weight_files(entry):
         for name, array in reader(path)(path):
             if name in seen:
                 raise CheckpointError(f"{path}: {name} stands in another shard too; was the checkpoint copied from two?")
             seen.add(name)
             if not name.endswith(MEANINGLESS):
                 yield name, array
-    index = next(folder / file for file in WEIGHTS if (folder / file).exists())
-    if index.name.endswith(("safetensors.index.json", "bin.index.json")):
-        lost = [name for name in weight_map(index) if name not in seen and not name.endswith((*MEANINGLESS, *TIED))]
+    if entry.name.endswith(("safetensors.index.json", "bin.index.json")):
+        lost = [name for name in weight_map(entry) if name not in seen and not name.endswith((*MEANINGLESS, *TIED))]
         if lost:
-            raise CheckpointError(f"{index} names {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, which no shard holds; copy the shards again")
+            raise CheckpointError(f"{entry} names {few(lost)}, which no shard holds; copy the shards again")
 
 
 def reader(path: Path) -> Callable[[Path], Iterator[tuple[str, np.ndarray]]]:
@@ -246,13 +255,19 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
         rooted[short] = flat[name]
     head, embed = rooted.get("lm_head.weight"), rooted.get("embed_tokens.weight")
     if cfg.tie_word_embeddings and head is not None:
-        if embed is not None and not np.array_equal(head, embed, equal_nan=True):
+        if embed is not None and not same_numbers(head, embed):
             raise CheckpointError(
                 f"{folder}: lm_head.weight and embed_tokens.weight differ, but config.json's tie_word_embeddings is true. "
                 f"Set it to false to keep both, or remove lm_head.weight"
             )
         rooted["embed_tokens.weight"] = rooted.pop("lm_head.weight")  # some files hold the tied matrix under this name only
     return rooted
+
+
+def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two matrices are equal, their NaN included; without NumPy's equal_nan, which copies both."""
+    bits = f"u{a.dtype.itemsize}"
+    return np.array_equal(a, b) or (a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits)))
 
 
 def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
@@ -264,7 +279,7 @@ def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the chec
     decoder = {name: shape for name, shape in parameter_shapes(cfg).items() if name not in heads}
     missing, extra = [n for n in decoder if n not in flat], [n for n in flat if n not in decoder and n not in heads]
     if missing or extra:
-        problems = [f"{len(names)} {word} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})" for word, names in
+        problems = [f"{len(names)} {word} ({few(names)})" for word, names in
                     (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
         raise CheckpointError(f"{folder}: tensors {' and '.join(problems)}. Is config.json this checkpoint's, and was the checkpoint copied whole?")
     ordered = {name: shape for name, shape in {**decoder, **heads}.items() if name in flat}

@@ -69,6 +69,15 @@ def test_a_tied_matrix_under_either_name_reads_the_same(tmp_path, prefix, kept):
     assert same(checkpoint.load(small.write(tmp_path, tensors, cfg))[0], small.params(cfg))
 
 
+def test_a_tied_matrix_with_nan_under_both_names_is_one_matrix(tmp_path):
+    cfg = small.config()
+    tensors = small.named(cfg)
+    tensors[EMBED][7, 3] = np.nan
+    with pytest.warns(UserWarning, match="hold NaN"):
+        read, _ = checkpoint.load(small.write(tmp_path, {**tensors, HEAD: tensors[EMBED]}, cfg))
+    assert np.isnan(flatten(read)["embed_tokens.weight"][7, 3])
+
+
 @pytest.mark.parametrize("variant", ["pre_norm", "untied", "like_350m"])
 @settings(max_examples=12)
 @given(data=st.data())
