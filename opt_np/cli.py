@@ -197,7 +197,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str) ->
     norm = "pre-norm" if cfg.do_layer_norm_before else "post-norm"
     dtypes = ", ".join(sorted({a.dtype.name for a in flat.values()}))
     print(f"model        {source.name}")
-    print(f"files        {', '.join(path.name for path in checkpoint.weight_files(source.weights))} in {source.weights}")
+    print(f"files        {', '.join(path.name for path in checkpoint.weight_files(checkpoint.weights_entry(source.weights)))} in {source.weights}")
     heads = f"{cfg.num_attention_heads} heads of {cfg.head_dim}"
     print(f"shape        {cfg.num_hidden_layers} {norm} layers, hidden {cfg.hidden_size}, {heads}, ffn {cfg.ffn_dim}")
     print(f"parameters   {count:,} in {len(flat)} tensors ({stored / 1e6:.1f} MB stored as {dtypes}, {4 * count / 1e6:.1f} MB in float32)")

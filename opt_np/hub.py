@@ -246,9 +246,7 @@ def explained(repo: str, revision: str) -> Iterator[None]:
             f"{repo} is no folder here and no public model on {constants.ENDPOINT}; check the name, or `hf auth login` for a private one"
         ) from None
     except RevisionNotFoundError:
-        raise CheckpointError(
-            f"{repo} has no revision {revision!r}; leave it away for main, or name a branch, a tag, a commit or refs/pr/N"
-        ) from None
+        raise CheckpointError(f"{repo} has no revision {revision!r}; leave it out for main, or name a branch, a tag, a commit or refs/pr/N") from None
     except Exception as error:
         cause = error.__cause__ or error
         offline = isinstance(cause, OfflineModeIsEnabled)

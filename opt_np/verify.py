@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opt_np import hub, model
-from opt_np.checkpoint import CheckpointError
+from opt_np.checkpoint import CheckpointError, few
 from opt_np.classes import OPTForCausalLM, choose_backend
 from opt_np.kv_cache import KVCache
 from opt_np.ops import QUERY_BLOCK
@@ -193,7 +193,7 @@ def same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
     differ = [name for name in found if not same_bits(ours[name], theirs[name])]
     notes = [f"of {len(found)}"] + ([f"first: {', '.join(differ[:3])}"] if differ else [])
     if lost := [name for name in ours if name not in theirs]:
-        notes.append(f"transformers did not find {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}, and made up values: not compared")
+        notes.append(f"transformers did not find {few(lost)}, and made up values: not compared")
     verdict = (FAIL if differ else PASS) if found else NOT_RUN
     return Check(LOADING, "tensors that transformers reads otherwise", len(differ) if found else None, 0, verdict, "; ".join(notes))
 

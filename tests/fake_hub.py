@@ -17,14 +17,13 @@ TITLE = "Adding `safetensors` variant of this model"
 
 
 class FakeHub:
-    """repositories[repo][revision][file] = bytes. Counts requests; can be slow, break off, lie about contents, or be gated."""
+    """repositories[repo][revision][file] = bytes. Keeps the requests; can be gated, and lie about contents (blobs)."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.discussions: dict[str, list[dict]] = {}
         self.requests: list[str] = []  # "GET /facebook/…", with the range asked for
         self.blobs: dict[str, bytes] = {}
-        self.break_after: int | None = None  # bytes of a large file, then the connection closes
         self.tokens_at_the_cdn: list[str] = []
         self.gated: set[str] = set()
         handler = type("Handler", (Handler,), {"hub": self})
@@ -91,31 +90,26 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(302, b"", body, headers | {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": away})
 
     def send_blob(self, data: bytes, body: bool) -> None:
-        """A file of weights, from where the Range header says, up to where the hub is told to break off."""
+        """A file of weights, from where the Range header says."""
         if self.headers.get("Authorization"):
             self.hub.tokens_at_the_cdn.append(self.headers["Authorization"])
         start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
         ranged = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        stop = self.hub.break_after
-        self.send(206 if start else 200, data[start:], body, ranged, stop)
+        self.send(206 if start else 200, data[start:], body, ranged)
 
-    def send(self, status: int, data: bytes, body: bool, headers: dict | None = None, stop: int | None = None) -> None:
+    def send(self, status: int, data: bytes, body: bool, headers: dict | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data if stop is None else data[:stop])
-        if stop is not None:
-            self.wfile.flush()
-            self.close_connection = True
+            self.wfile.write(data)
 
 
 def real_layouts(hub: FakeHub, folder: Path) -> dict[str, OPTConfig]:
     """Meta's repositories as they are on the hub: which names, which formats, which revisions."""
     pre, post = small.config(), small.config(do_layer_norm_before=False, word_embed_proj_dim=12)
-    common = {"bin": True, "tokenizer": True}
     for repo, cfg, prefix, pr, shards, twins in (
         ("facebook/opt-125m", pre, "model.decoder.", "refs/pr/35", 1, True),
         ("facebook/opt-350m", post, "decoder.", "refs/pr/33", 1, False),
@@ -124,20 +118,19 @@ def real_layouts(hub: FakeHub, folder: Path) -> dict[str, OPTConfig]:
         ("facebook/opt-30b", pre, "decoder.", None, 3, False),
     ):
         tensors = small.stored_as(small.named(cfg, prefix), "float16")
-        main = repository(folder / repo / "main", cfg, tensors, prefix, shards, twins, **common)
+        main = repository(folder / repo / "main", cfg, tensors, prefix, shards, twins)
         hub.add(repo, main)
         if pr:
             hub.add(repo, bot_folder(folder / repo / "pr", cfg, tensors, prefix, shards, twins), pr)
     return {"facebook/opt-125m": pre, "facebook/opt-350m": post, "facebook/opt-6.7b": pre, "facebook/opt-2.7b": pre, "facebook/opt-30b": pre}
 
 
-def repository(folder: Path, cfg: OPTConfig, tensors: dict, prefix: str, shards: int, twins: bool, bin: bool, tokenizer: bool) -> Path:
+def repository(folder: Path, cfg: OPTConfig, tensors: dict, prefix: str, shards: int, twins: bool) -> Path:
     """main: config.json, generation_config.json, the tokenizer's four files, and pytorch_model.bin, whole or in shards."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(cfg.to_dict() | {"torch_dtype": "float16"}))
     (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}))
-    if tokenizer:
-        small.tokenizer().save_pretrained(folder)
+    small.tokenizer().save_pretrained(folder)
     state = {name: torch.from_numpy(a) for name, a in tensors.items()}
     if twins:
         state["lm_head.weight"] = state[f"{prefix}embed_tokens.weight"]  # one storage, two names

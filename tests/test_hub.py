@@ -107,7 +107,7 @@ def test_an_explicit_revision_lacking_config_and_tokenizer(layouts, here):
 def test_a_bot_of_another_repository_is_found_among_its_discussions(served, here, tmp_path):
     cfg = small.config()
     tensors = small.named(cfg)
-    served.add("someone/tuned", fake_hub.repository(tmp_path / "main", cfg, tensors, "model.decoder.", 1, True, True, True))
+    served.add("someone/tuned", fake_hub.repository(tmp_path / "main", cfg, tensors, "model.decoder.", 1, True))
     served.add("someone/tuned", fake_hub.bot_folder(tmp_path / "pr", cfg, tensors, "model.decoder.", 1, True), "refs/pr/7")
     stranger = {"num": 6, "author": {"name": "stranger"}, "title": fake_hub.TITLE, "status": "open", "isPullRequest": True,
                 "createdAt": "2024-01-01T00:00:00.000Z", "repo": {"name": "someone/tuned", "type": "model"}}  # fmt: skip
@@ -122,7 +122,7 @@ def test_a_bot_of_another_repository_is_found_among_its_discussions(served, here
 
 def test_a_mirror_without_pull_requests_still_has_its_bin(served, here, tmp_path):
     cfg = small.config()
-    served.add("facebook/opt-125m", fake_hub.repository(tmp_path / "main", cfg, small.named(cfg), "model.decoder.", 1, True, True, True))
+    served.add("facebook/opt-125m", fake_hub.repository(tmp_path / "main", cfg, small.named(cfg), "model.decoder.", 1, True))
     here(served)
     assert same(checkpoint.load("facebook/opt-125m")[0], small.params(cfg))
 
