@@ -1,10 +1,11 @@
 """Matrix products on the CPU over packed weights: near the processor's limit, and the same bits however many rows go in together.
 
-A weight (O, I) is stored as panels of a few output columns, (P, I, columns): the order in which the micro-kernel reads it, for one row as for many.
+A weight (O, I) is stored as panels of a few output columns, (P, I, COLUMNS): the order in which the micro-kernel reads it, for one row as for many.
 The micro-kernel holds a tile of the result, rows × columns, in vector registers and adds one product after the other, k = 0, 1, 2 …, each fused
 where the processor can; after every BLOCK_K of them the tile is added to the result, which keeps rounding errors small. So a result depends on its
 own row and column alone, never on the batch, the tile's other rows or the number of threads. Numba cannot be told to keep a tile in registers, so
-the kernel is written in LLVM's instructions, for the vectors that Numba compiles for.
+the kernel is written in LLVM's instructions, for the vectors that Numba compiles for. Weights may be
+stored in 16 bits: they widen as they are loaded.
 """
 
 from __future__ import annotations
@@ -12,12 +13,30 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from ml_dtypes import bfloat16
+from numba import get_num_threads, njit, types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+
+from opt_fast.kernel import (
+    ARGUMENTS,
+    TASKS,
+    Kernel,
+    at,
+    broadcast,
+    claim,
+    every,
+    floats,
+    int16s,
+    intrinsic,
+    load,
+    loop,
+    memory,
+    multiply_add,
+    store,
+    uint16s,
+)
 
 
 class Tile(NamedTuple):
@@ -27,6 +46,7 @@ class Tile(NamedTuple):
     vectors: int
     width: int
     fused: bool  # multiply and add in one instruction, rounded once
+    halves: bool  # float16 widens in one instruction
     name: str
 
 
@@ -35,189 +55,267 @@ def best_tile() -> Tile:
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     has = {feature.lstrip("+") for feature in features.split(",") if feature.startswith("+")}
     if "avx512f" in has:
-        return Tile(6, 4, 16, True, "AVX-512")  # 24 of 32 registers hold results
+        return Tile(6, 4, 16, True, True, "AVX-512")  # 24 of 32 registers hold results
     if {"avx2", "fma"} <= has:
-        return Tile(6, 2, 8, True, "AVX2")  # 12 of 16
+        return Tile(6, 2, 8, True, "f16c" in has, "AVX2")  # 12 of 16
     if triple.startswith(("aarch64", "arm64")):
-        return Tile(6, 4, 4, True, "NEON")  # 24 of 32
-    return Tile(4, 2, 4, False, "plain")
+        return Tile(6, 4, 4, True, True, "NEON")  # 24 of 32
+    return Tile(4, 2, 4, False, False, "plain")
 
 
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
 BLOCK_ROWS, BLOCK_K = 12 * ROWS, 384  # x's block, 72 × 384, stays in the second-level cache, a panel's 384 · COLUMNS in the first
+FEW, ABREAST = ROWS // 2, 4  # up to FEW rows take two panels at a time, one row takes ABREAST: more sums that do not wait for each other
+BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
+FUNCTIONS = {None: 0, "relu": 1, "gelu": 2}
 
 
-class Packed(NamedTuple):
-    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], zeros beyond O."""
+class Packed:
+    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], zeros beyond O; np.asarray() gives it back."""
 
-    panels: np.ndarray
-    out_features: int
+    def __init__(self, panels: np.ndarray, out_features: int) -> None:
+        self.panels, self.shape = panels, (out_features, panels.shape[1])  # 16-bit floats as BITS
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next((dtype for dtype, bits in BITS.items() if bits == self.panels.dtype), self.panels.dtype)
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        weight = self.panels.swapaxes(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+        return weight.view(self.dtype).astype(dtype or self.dtype, copy=False)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the weight in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        ids = np.asarray(ids)
+        return self.panels[ids // COLUMNS, :, ids % COLUMNS].view(self.dtype).astype(np.float32, copy=False)
+
+    def __repr__(self) -> str:
+        return f"Packed({self.shape}, {self.dtype})"
 
 
 def pack(weight: np.ndarray) -> Packed:
-    """The weight's panels.  weight: (O, I)"""
+    """The weight's panels, in its own dtype: float32, float16 or bfloat16.  weight: (O, I)"""
+    weight = weight if weight.dtype in (np.float16, bfloat16) else np.asarray(weight, np.float32)
+    (O, I), (numbers, row, step) = weight.shape, flat(weight)
+    panels = np.empty((math.ceil(O / COLUMNS), I, COLUMNS), numbers.dtype)
+    if panels.size:
+        (PACK32 if numbers.itemsize == 4 else PACK16)(numbers, row, step, O, I, panels, len(panels))
+    return Packed(panels, O)
+
+
+def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, function: str | None = None) -> np.ndarray:
+    """x times the transposed weight, plus the bias, then relu or gelu, in float32.  x: (M, I);  bias: (O)  ->  (M, O)"""
     O, I = weight.shape
-    panels = np.zeros((math.ceil(O / COLUMNS) * COLUMNS, I), np.float32)
-    panels[:O] = weight
-    return Packed(np.ascontiguousarray(panels.reshape(-1, COLUMNS, I).swapaxes(1, 2)), O)
-
-
-def rows_of(packed: Packed, ids: np.ndarray) -> np.ndarray:
-    """Rows of the weight, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
-    ids = np.asarray(ids)
-    return packed.panels[ids // COLUMNS, :, ids % COLUMNS]
-
-
-def matmul(x: np.ndarray, packed: Packed, bias: np.ndarray | None = None) -> np.ndarray:
-    """x times the transposed weight, plus the bias, in float32.  x: (M, I);  bias: (O)  ->  (M, O)"""
-    I, O = packed.panels.shape[1], packed.out_features
     if x.ndim != 2 or x.shape[1] != I or (bias is not None and bias.shape != (O,)):
         raise ValueError(f"x is {x.shape} and the bias {None if bias is None else bias.shape}; a weight of {(O, I)} wants (M, {I}) and {(O,)}")
     y = np.empty((len(x), O), np.float32)
     if y.size:
-        parts = numba.get_num_threads() * (1 if len(x) > BLOCK_ROWS else 2)  # threads share the columns: each reads its own panels
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
-        _matmul(np.ascontiguousarray(x, np.float32), packed.panels, start, y, parts)
+        numbers, row, step = flat(np.asarray(x, np.float32))
+        blocks, panels = math.ceil(len(x) / BLOCK_ROWS), len(weight.panels)
+        parts = min(panels, get_num_threads() * (4 if blocks == 1 else 1))  # threads share the columns: each reads its own panels
+        MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, *y.shape, I, blocks, parts,
+                                        scratch=BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS)  # fmt: skip
     return y
 
 
-@njit(parallel=True, cache=True)
-def _matmul(x: Any, panels: Any, bias: Any, y: Any, parts: int) -> None:
-    """A task is a part of the panels and a block of rows; x's block is packed so that the kernel reads it in order."""
-    M, K = x.shape
-    blocks = (M + BLOCK_ROWS - 1) // BLOCK_ROWS
-    for task in prange(blocks * parts):
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b.  a: (M, K);  b: (K, N)  ->  (M, N)"""
+    return matmul(a, pack(b.T))
+
+
+def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The memory of a matrix or of its transpose, and how far apart rows and columns lie in it; 16-bit floats as BITS."""
+    transposed = a.flags.f_contiguous and not a.flags.c_contiguous
+    memory = a.T if transposed else np.ascontiguousarray(a)
+    memory = memory.reshape(-1).view(BITS.get(a.dtype, a.dtype))
+    return (memory, 1, a.shape[0]) if transposed else (memory, a.shape[1], 1)
+
+
+# ---- packing -----------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _pack(table: Any, weight: Any, panels: Any) -> None:
+    """panels[p, i, c] = weight[(p · COLUMNS + c) · row + i · step], and zeros for the columns that the last panel has too many."""
+    a = at(table, ARGUMENTS)
+    row, step, O, I, P = a[1], a[2], a[3], a[4], a[6]
+    p = claim(table, TASKS)
+    while p < P:
+        columns = min(COLUMNS, O - p * COLUMNS)
+        for i in range(I):
+            for c in range(columns):
+                panels[(p * I + i) * COLUMNS + c] = weight[(p * COLUMNS + c) * row + i * step]
+            for c in range(columns, COLUMNS):
+                panels[(p * I + i) * COLUMNS + c] = 0
+        p = claim(table, TASKS)
+
+
+def _pack32(table: Any) -> None:
+    _pack(table, floats(table[ARGUMENTS]), floats(table[ARGUMENTS + 5]))
+
+
+def _pack16(table: Any) -> None:
+    _pack(table, int16s(table[ARGUMENTS]), int16s(table[ARGUMENTS + 5]))
+
+
+# ---- the product -------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _matmul(table: Any, panels: Any) -> None:
+    """A task is a block of rows and a part of the panels."""
+    a = at(table, ARGUMENTS)
+    x, row, step, P, bias, function, y, M, O, K, blocks, parts = (
+        floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8], a[9], a[10], a[11], a[12])  # fmt: skip
+    xs = memory(table)
+    scratch = at(xs, BLOCK_ROWS * BLOCK_K)
+    task = claim(table, TASKS)
+    while task < blocks * parts:
         first, part = task % blocks * BLOCK_ROWS, task // blocks
-        last = min(first + BLOCK_ROWS, M)
-        panels_from, panels_to = len(panels) * part // parts, len(panels) * (part + 1) // parts
-        xs = np.empty(BLOCK_ROWS * BLOCK_K, np.float32)
+        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), P * part // parts, P * (part + 1) // parts
+        columns_to = min(panels_to * COLUMNS, O)
         for i in range(first, last):  # every sum starts from its bias
-            for j in range(panels_from * COLUMNS, min(panels_to * COLUMNS, y.shape[1])):
-                y[i, j] = bias[j]
+            for j in range(panels_from * COLUMNS, columns_to):
+                y[i * O + j] = bias[j]
+        whole = first + (last - first) // ROWS * ROWS
+        abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
         for k in range(0, K, BLOCK_K):
             n = min(BLOCK_K, K - k)
             for i in range(first, last, ROWS):
-                _pack_rows(x, i, min(ROWS, last - i), k, n, xs, (i - first) * n)
-            for p in range(panels_from, panels_to):
-                for i in range(first, last, ROWS):
-                    _tile(xs, (i - first) * n, panels, p, k, n, y, i, min(ROWS, last - i))
+                _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
+            for p in range(panels_from, panels_to, abreast):
+                some = min(abreast, panels_to - p)
+                for q in range(p, p + some):
+                    for i in range(first, whole, ROWS):
+                        _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * O + q * COLUMNS), O,
+                              min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+                wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
+                for q in range(p, p + some if whole < last else p, wide):
+                    _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n, at(y, whole * O + q * COLUMNS),
+                          O, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+        if function:
+            for i in range(first, last):
+                for j in range(panels_from * COLUMNS, columns_to):
+                    y[i * O + j] = activate(y[i * O + j], function)
+        task = claim(table, TASKS)
 
 
-@njit(cache=True)
-def _pack_rows(x: Any, i: int, rows: int, k: int, n: int, xs: Any, start: int) -> None:
-    """xs[start + j·rows + r] = x[i + r, k + j]"""
-    for r in range(rows):
-        row, at = x[i + r], np.uint64(start + r)
-        for j in range(np.uint64(n)):  # unsigned: no index counts from the end, and the loop has no branch
-            xs[at] = row[np.uint64(k) + j]
-            at += np.uint64(rows)
+def _matmul_float32(table: Any) -> None:
+    _matmul(table, floats(table[ARGUMENTS + 3]))
 
 
-@njit(cache=True)
-def _tile(xs: Any, start: int, panels: Any, p: int, k: int, n: int, y: Any, i: int, rows: int) -> None:
-    """Adds n products to rows × COLUMNS results; by way of a scratch tile where y has fewer columns left."""
-    O, j = y.shape[1], p * COLUMNS
-    x, panel = pointer(xs, start), pointer(panels, (p * panels.shape[1] + k) * COLUMNS)
-    if j + COLUMNS <= O:
-        _micro_kernel(rows, pointer(y, i * O + j), O, x, panel, n)
-        return
-    scratch = np.zeros((ROWS, COLUMNS), np.float32)
-    scratch[:rows, : O - j] = y[i : i + rows, j:]
-    _micro_kernel(rows, pointer(scratch, 0), COLUMNS, x, panel, n)
-    y[i : i + rows, j:] = scratch[:rows, : O - j]
+def _matmul_float16(table: Any) -> None:
+    _matmul(table, int16s(table[ARGUMENTS + 3]))
 
 
-def address(typing_context, array, offset):
-    """The address of a contiguous float32 array's element."""
-
-    def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.gep(data, [arguments[1]])
-
-    return types.CPointer(types.float32)(array, types.intp), generate
+def _matmul_bfloat16(table: Any) -> None:
+    _matmul(table, uint16s(table[ARGUMENTS + 3]))
 
 
-pointer: Any = intrinsic(address)  # pointer(array, offset)
+@njit
+def activate(x: Any, function: int) -> Any:
+    """relu (1), or gelu (2) in its exact form x·Φ(x); NaN stays NaN."""
+    if function == 1:
+        return np.float32(0) if x < 0 else x
+    return x * np.float32(0.5) * math.erfc(x * np.float32(-math.sqrt(0.5)))
 
 
-def micro_kernel(rows: int, tile: Tile = TILE) -> Any:
-    """kernel(y, stride, x, panel, n): adds x's n · rows numbers times the panel's n · columns to a tile at y, whose rows are `stride` apart.
+@njit
+def _pack_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
+    """xs[j, r] = x[r · row + j · step], and zeros for the rows that a tile has too many."""
+    for r in range(ROWS):
+        for j in range(n):
+            xs[j * ROWS + r] = x[r * row + j * step] if r < rows else np.float32(0)
 
-    The tile stays in registers over the whole loop: per step one load for each vector of the panel, one broadcast for each row, and their products.
+
+@njit
+def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any) -> None:
+    """Adds n products to rows × columns results; by way of a scratch tile unless it is a whole one."""
+    whole = rows == ROWS and columns == COLUMNS
+    target, stride = (y, y_row) if whole else (scratch, ABREAST * COLUMNS)
+    if not whole:
+        for r in range(rows):
+            for c in range(columns):
+                scratch[r * stride + c] = y[r * y_row + c]
+    if rows > FEW:
+        many(target, stride, x, panel, 0, n)
+    elif rows > 1:
+        few(target, stride, x, panel, gap, n)
+    else:
+        one(target, stride, x, panel, gap, n)
+    if not whole:
+        for r in range(rows):
+            for c in range(columns):
+                y[r * y_row + c] = scratch[r * stride + c]
+
+
+def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE) -> Any:
+    """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
+
+    y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
+    for each vector of the panels, one broadcast for each row, and their products.
     """
+    vectors, index, vector = abreast * tile.vectors, ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
 
     @intrinsic
-    def kernel(typing_context, y, stride, x, panel, n):
-        floats = types.CPointer(types.float32)
-
+    def kernel(typing_context, y, y_row, x, panel, panel_gap, n):
         def generate(context, builder, signature, arguments):
-            y, stride, x, panel, n = arguments
-            vector, index = ir.VectorType(ir.FloatType(), tile.width), ir.IntType(64)
-            corners = [builder.gep(y, [builder.add(builder.mul(stride, index(r)), index(v * tile.width))])
-                       for r in range(rows) for v in range(tile.vectors)]  # fmt: skip
-            zero = ir.Constant(vector, [0.0] * tile.width)
-            entry, loop, done = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            k = builder.phi(index)
-            sums = [builder.phi(vector) for _ in corners]
-            weights = builder.gep(panel, [builder.mul(k, index(tile.vectors * tile.width))])
-            columns = [load(builder, builder.gep(weights, [index(v * tile.width)]), vector) for v in range(tile.vectors)]
-            numbers = [builder.load(builder.gep(x, [builder.add(builder.mul(k, index(rows)), index(r))])) for r in range(rows)]
-            pairs = [(broadcast(builder, number, vector), column) for number in numbers for column in columns]
-            after = [multiply_add(builder, a, b, c, tile.fused) for (a, b), c in zip(pairs, sums, strict=True)]
-            following = builder.add(k, index(1))
-            for phi, first, again in zip([k, *sums], [index(0), *[zero] * len(sums)], [following, *after], strict=True):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(again, loop)
-            builder.cbranch(builder.icmp_signed("<", following, n), loop, done)
-            builder.position_at_end(done)
-            for value, corner in zip(after, corners, strict=True):
-                total = builder.fadd(load(builder, corner, vector), value)
-                builder.store(total, builder.bitcast(corner, vector.as_pointer())).align = 4
+            y, y_row, x, panel, panel_gap, n = arguments
+            gaps = [builder.add(builder.mul(panel_gap, index(v // tile.vectors)), index(v % tile.vectors * tile.width)) for v in range(vectors)]
+
+            def body(k: Any, sums: list) -> list:
+                here, weights = (
+                    builder.gep(x, [builder.mul(k, index(x_step))]),
+                    builder.gep(panel, [builder.mul(k, index(tile.vectors * tile.width))]),
+                )
+                columns = [widened(builder, builder.gep(weights, [gap]), vector, signature.args[3].dtype, tile) for gap in gaps]
+                numbers = [broadcast(builder, builder.load(builder.gep(here, [index(r * x_row)])), vector) for r in range(rows)]
+                pairs = [(number, column) for number in numbers for column in columns]
+                return [multiply_add(builder, a, b, c, tile.fused) for (a, b), c in zip(pairs, sums, strict=True)]
+
+            sums = loop(builder, n, 1, [every(vector, 0.0)] * (rows * vectors), body)
+            for i, total in enumerate(sums):
+                place = builder.gep(y, [builder.add(builder.mul(y_row, index(i // vectors)), index(i % vectors * tile.width))])
+                store(builder, builder.fadd(load(builder, place, vector), total), place)
             return context.get_dummy_value()
 
-        return types.void(floats, types.intp, floats, floats, types.intp), generate
+        return types.void(y, types.intp, x, panel, types.intp, types.intp), generate
 
     return kernel
 
 
-def load(builder: Any, address: Any, vector: Any) -> Any:
-    value = builder.load(builder.bitcast(address, vector.as_pointer()))
-    value.align = 4
-    return value
+many, few, one = micro_kernel(ROWS, 1, 1, ROWS), micro_kernel(FEW, 2, 1, ROWS), micro_kernel(1, ABREAST, 0, ROWS)
 
 
-def broadcast(builder: Any, number: Any, vector: Any) -> Any:
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
+def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) -> Any:
+    """A vector of weights in float32: bfloat16 is its upper half; float16 has an instruction of its own, or is put together here."""
+    if stored == types.float32:
+        return load(builder, address, vector)
+    half, whole = (ir.VectorType(ir.IntType(size), vector.count) for size in (16, 32))
+    value = load(builder, address, half)
+    if stored == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(value, whole), every(whole, 16)), vector)
+    if tile.halves:
+        return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), vector.count)), vector)
+    value = builder.zext(value, whole)
+    sign = builder.shl(builder.and_(value, every(whole, 0x8000)), every(whole, 16))
+    size = builder.shl(builder.and_(value, every(whole, 0x7FFF)), every(whole, 13))
+    number = builder.bitcast(builder.fmul(builder.bitcast(size, vector), every(vector, 2.0**112)), whole)  # exact, subnormals too
+    number = builder.select(
+        builder.icmp_unsigned("<", size, every(whole, 0x0F800000)), number, builder.or_(size, every(whole, 0x7F800000))
+    )  # inf, NaN
+    return builder.bitcast(builder.or_(number, sign), vector)
 
 
-def multiply_add(builder: Any, a: Any, b: Any, c: Any, fused: bool) -> Any:
-    if not fused:
-        return builder.fadd(builder.fmul(a, b), c)
-    name = f"llvm.fma.v{a.type.count}f32"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
-    return builder.call(function, [a, b, c])
-
-
-_KERNELS = [micro_kernel(rows) for rows in range(1, 7)]  # ROWS is at most 6
-_one, _two, _three, _four, _five, _six = _KERNELS
-
-
-@njit(cache=True)
-def _micro_kernel(rows: int, y: Any, stride: int, x: Any, panel: Any, n: int) -> None:
-    """A full tile, or what is left at the end of a batch: each row's sum is the same in all of them."""
-    if rows == 6:
-        _six(y, stride, x, panel, n)
-    elif rows == 5:
-        _five(y, stride, x, panel, n)
-    elif rows == 4:
-        _four(y, stride, x, panel, n)
-    elif rows == 3:
-        _three(y, stride, x, panel, n)
-    elif rows == 2:
-        _two(y, stride, x, panel, n)
-    else:
-        _one(y, stride, x, panel, n)
+PACK32, PACK16 = Kernel(_pack32), Kernel(_pack16)
+MATMUL = {"<f4": Kernel(_matmul_float32), "<i2": Kernel(_matmul_float16), "<u2": Kernel(_matmul_bfloat16)}

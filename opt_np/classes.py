@@ -45,7 +45,8 @@ class OPTPreTrained:
     def __init__(self, params: dict, config: OPTConfig, backend: str = "numpy", generation_config: dict | None = None) -> None:
         if missing := self.missing_head(params, config):
             raise CheckpointError(f"the parameters have no {missing}, which {type(self).__name__} needs")
-        self.params, self.config, self.ops = params, config, load_ops(backend)
+        self.config, self.ops = config, load_ops(backend)
+        self.params = self.ops.pack(params)
         self.generation_config = generation_config or {}  # generation_config.json: what generate does unless told otherwise
 
     @classmethod
@@ -73,6 +74,7 @@ class OPTPreTrained:
         if missing:
             params[missing] = init_head(config, missing, num_labels, seed, dtype)
             config = config.with_labels([f"LABEL_{i}" for i in range(num_labels)]) if missing == "score" else config
+        params = load_ops(backend).pack(params, release=True)
         return cls(params, config, backend, checkpoint.read_json(source.config / "generation_config.json"))
 
     @classmethod

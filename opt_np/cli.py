@@ -291,6 +291,7 @@ def add_train(commands: Any) -> None:
     run = p.add_argument_group("the run")
     run.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint, log.jsonl and the state to resume from go")
     run.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    run.add_argument("--backend", default=d.backend, choices=("auto", "numpy", "cpu"), help="what computes: auto is cpu where Numba imports")
     for name, help in (
         ("context", "tokens per window"), ("batch_size", "windows or examples per batch"), ("accumulate", "batches per step"), ("steps", "updates"),
         ("seed", "of parameters, order and dropout"), ("learning_rate", "its peak"), ("schedule", "linear, cosine or constant after the warm-up"),

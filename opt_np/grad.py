@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from opt_np import ops
+from opt_np import ops as numpy_ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
 from opt_np.model import Layout, embeddings, id_array, layout, no_tap
 
@@ -37,9 +38,9 @@ def embed_bwd(dx: np.ndarray, ids: np.ndarray, dweight: np.ndarray, padding_idx:
     return dweight
 
 
-def linear_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+def linear_fwd(x: np.ndarray, p: dict, ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:
     """x: (*N, I)  ->  (*N, O), saved"""
-    return ops.linear(x, **p), (x, p)
+    return ops.linear(x, **p), (x, p, ops)
 
 
 def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
@@ -47,15 +48,15 @@ def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
     dy: (*N, O)  ->  (*N, I), gradients of weight and bias
     """
-    x, p = saved
+    x, p, ops = saved
     dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # (*N, O) -> (ΣN, O)
-    dp = {"weight": dy2.T @ x2}
+    dp = {"weight": ops.matmul(dy2.T, x2)}
     if "bias" in p:
         dp["bias"] = dy2.sum(0)
-    return (dy2 @ p["weight"]).reshape(x.shape), dp
+    return ops.matmul(dy2, p["weight"]).reshape(x.shape), dp
 
 
-def layer_norm_fwd(x: np.ndarray, p: dict) -> tuple[np.ndarray, tuple]:
+def layer_norm_fwd(x: np.ndarray, p: dict, ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:
     """x: (*N, D)  ->  (*N, D), saved"""
     return ops.layer_norm(x, **p), (x, p)
 
@@ -66,7 +67,7 @@ def layer_norm_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
     dy: (*N, D)  ->  (*N, D), gradients of weight and bias
     """
     x, p = saved
-    xhat, rstd = ops.normalize(x)
+    xhat, rstd = numpy_ops.normalize(x)
     dp = {}
     if p:
         dp = {"weight": np.einsum("nd,nd->d", dy.reshape(-1, x.shape[-1]), xhat.reshape(-1, x.shape[-1])), "bias": dy.reshape(-1, x.shape[-1]).sum(0)}
@@ -85,13 +86,13 @@ def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
     """
     if function == "relu":
         return dy * (x > 0)
-    return dy * (ops.normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
+    return dy * (numpy_ops.normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
 
 
-def mlp_fwd(h: np.ndarray, fc1: dict, fc2: dict, function: str) -> tuple[np.ndarray, tuple]:
+def mlp_fwd(h: np.ndarray, fc1: dict, fc2: dict, function: str, ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:
     """h: (*N, D)  ->  (*N, D), saved"""
-    a, saved1 = linear_fwd(h, fc1)  # (B, T, D) -> (B, T, F)
-    y, saved2 = linear_fwd(ops.activation(a, function), fc2)
+    a, saved1 = linear_fwd(h, fc1, ops)  # (B, T, D) -> (B, T, F)
+    y, saved2 = linear_fwd(ops.activation(a, function), fc2, ops)
     return y, (saved1, a, function, saved2)
 
 
@@ -120,16 +121,18 @@ def dropout_bwd(dy: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
 # ---- attention ---------------------------------------------------------------------------------------------------------------------------
 
 
-def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: float, rng: np.random.Generator | None,
+                  ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), saved
     """
     if rng is None or rate == 0:
-        return ops.attention(q, k, v, scale, where), (q, k, v, scale, where, None, None)
+        O, L = ops.attention_lse(q, k, v, scale, where)
+        return O, (q, k, v, scale, where, ops, O, L, None, None)
     P = ops.attention_probs(q, k, scale, where)
     thinned, kept = dropout_fwd(P, rate, rng)
-    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, P, kept)
+    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, ops, None, None, P, kept)
 
 
 def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,9 +140,9 @@ def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray,
 
     dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    q, k, v, scale, where, P, kept = saved
+    q, k, v, scale, where, ops, O, L, P, kept = saved
     if P is None:
-        return ops.attention_bwd(dO, q, k, v, scale, where)
+        return ops.attention_bwd(dO, q, k, v, O, L, scale, where)
     dO, q, k, v = (a.swapaxes(1, 2) for a in (dO, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
     dv = (P * kept).swapaxes(2, 3) @ dO
     dP = (dO @ v.swapaxes(2, 3)) * kept
@@ -147,23 +150,24 @@ def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray,
     return (dscores @ k).swapaxes(1, 2), (dscores.swapaxes(2, 3) @ q).swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple]:
+def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None,
+                       ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """model.self_attention, keeping what the backward needs.  h: (B, T, D)  ->  (B, T, D), saved"""
     heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
-    O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, where, cfg.attention_dropout, rng)
-    y, out_proj = linear_fwd(O.reshape(h.shape), p["out_proj"])
-    return y, (h, p, attn, out_proj)
+    O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, where, cfg.attention_dropout, rng, ops)
+    y, out_proj = linear_fwd(O.reshape(h.shape), p["out_proj"], ops)
+    return y, (h, p, attn, out_proj, ops)
 
 
 def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
     """dy: (B, T, D)  ->  (B, T, D), gradients of the four projections"""
-    h, p, attn, out_proj = saved
+    h, p, attn, out_proj, ops = saved
     dO, d_out = linear_bwd(dy, out_proj)
     dqkv = attention_bwd(dO.reshape(attn[0].shape), attn)
     dh, dp = np.zeros_like(h), {}
     for name, d in zip(("q_proj", "k_proj", "v_proj"), dqkv, strict=True):
-        dh_, dp[name] = linear_bwd(d.reshape(h.shape), (h, p[name]))
+        dh_, dp[name] = linear_bwd(d.reshape(h.shape), (h, p[name], ops))
         dh += dh_
     return dh, {**dp, "out_proj": d_out}
 
@@ -171,25 +175,26 @@ def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 # ---- the block and the stack -------------------------------------------------------------------------------------------------------------
 
 
-def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None = None) -> tuple[np.ndarray, tuple]:
+def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None = None,
+                      ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer).
 
     x: (B, T, D)  ->  (B, T, D), saved
     """
     pre, ln1, ln2 = cfg.do_layer_norm_before, p.get("self_attn_layer_norm", {}), p.get("final_layer_norm", {})
-    h, norm1 = layer_norm_fwd(x, ln1) if pre else (x, None)
-    h, attn = self_attention_fwd(h, p["self_attn"], cfg, where, rng)
+    h, norm1 = layer_norm_fwd(x, ln1, ops) if pre else (x, None)
+    h, attn = self_attention_fwd(h, p["self_attn"], cfg, where, rng, ops)
     h, drop1 = dropout_fwd(h, cfg.dropout, rng)
     x = x + h
     if not pre:
-        x, norm1 = layer_norm_fwd(x, ln1)
+        x, norm1 = layer_norm_fwd(x, ln1, ops)
 
-    h, norm2 = layer_norm_fwd(x, ln2) if pre else (x, None)
-    h, ffn = mlp_fwd(h, p["fc1"], p["fc2"], cfg.activation_function)
+    h, norm2 = layer_norm_fwd(x, ln2, ops) if pre else (x, None)
+    h, ffn = mlp_fwd(h, p["fc1"], p["fc2"], cfg.activation_function, ops)
     h, drop2 = dropout_fwd(h, cfg.dropout, rng)
     x = x + h
     if not pre:
-        x, norm2 = layer_norm_fwd(x, ln2)
+        x, norm2 = layer_norm_fwd(x, ln2, ops)
     return x, (pre, norm1, attn, drop1, norm2, ffn, drop2)
 
 
@@ -220,20 +225,20 @@ def decoder_layer_bwd(dx: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 
 def decoder_fwd(
-    params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None
+    params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None, ops: ModuleType = numpy_ops
 ) -> tuple[np.ndarray, tuple]:
     """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
     where = layout(cfg, input_ids, attention_mask)
     x = embeddings(params, input_ids, where, ops, no_tap)
-    project_in = (ops.embed(input_ids, **params["embed_tokens"]), params["project_in"]) if "project_in" in params else None
+    project_in = (ops.embed(input_ids, **params["embed_tokens"]), params["project_in"], ops) if "project_in" in params else None
     layers, norm, project_out = [], None, None
     for p in params["layers"]:
-        x, saved = decoder_layer_fwd(x, p, cfg, where, rng)
+        x, saved = decoder_layer_fwd(x, p, cfg, where, rng, ops)
         layers.append(saved)
     if cfg.has_final_layer_norm:
-        x, norm = layer_norm_fwd(x, params.get("final_layer_norm", {}))
+        x, norm = layer_norm_fwd(x, params.get("final_layer_norm", {}), ops)
     if "project_out" in params:
-        x, project_out = linear_fwd(x, params["project_out"])
+        x, project_out = linear_fwd(x, params["project_out"], ops)
     return x, (input_ids, where, cfg, project_in, layers, norm, project_out)
 
 
@@ -280,7 +285,8 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.nda
     return float(np.sum(np.log(total[:, 0]) - wanted, dtype=np.float64)), logits
 
 
-def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None,
+                        ops: ModuleType = numpy_ops):  # fmt: skip
     """Next-token cross-entropy: labels are shifted here, -100 is ignored, the mean is over the rest (or over num_items).
 
     h: (B, T, W);  labels: (B, T)  ->  loss, (B, T, W), gradients
@@ -296,9 +302,9 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
         rows = slice(first, first + LOGIT_ROWS)
         part, dlogits = cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
         loss += part / count
-        dh_kept[rows] = dlogits @ weight
+        dh_kept[rows] = ops.matmul(dlogits, weight)
         dh_kept[rows] /= count  # the mean's share: on (n, W) less work than on (n, V)
-        part_dweight = dlogits.T @ (h_kept[rows] / count)
+        part_dweight = ops.matmul(dlogits.T, h_kept[rows] / count)
         dweight = dweight + part_dweight if first else part_dweight
     dh[kept] = dh_kept  # positions index the first T-1 columns, so they index h itself too
     return loss, dh, {name: {"weight": dweight}}
@@ -375,10 +381,11 @@ def classification_loss(logits: np.ndarray, labels: np.ndarray, problem_type: st
     raise ValueError(f"problem_type {problem_type!r} is none of regression, single_label_classification, multi_label_classification")
 
 
-def classification_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+def classification_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None,
+                        ops: ModuleType = numpy_ops):  # fmt: skip
     """`score`, read at each row's last real token.  h: (B, T, W)  ->  loss, (B, T, W), gradients.  Equals OPTForSequenceClassification."""
     at = np.arange(len(h)), pooled_rows(input_ids, cfg.pad_token_id)
-    logits, saved = linear_fwd(h[at], params["score"])  # (B, W) -> (B, L)
+    logits, saved = linear_fwd(h[at], params["score"], ops)  # (B, W) -> (B, L)
     loss, dlogits = classification_loss(logits, labels, cfg.extra.get("problem_type"))
     share = len(h) / (num_items or len(h))
     dh = np.zeros_like(h)
@@ -404,9 +411,10 @@ def question_loss(logits: np.ndarray, positions: np.ndarray) -> tuple[float, np.
     return loss, dlogits
 
 
-def question_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None):
+def question_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None,
+                  ops: ModuleType = numpy_ops):  # fmt: skip
     """`qa_outputs`, a start and an end score per token; labels (B, 2) hold both positions.  Equals OPTForQuestionAnswering."""
-    logits, saved = linear_fwd(h, params["qa_outputs"])  # (B, T, W) -> (B, T, 2)
+    logits, saved = linear_fwd(h, params["qa_outputs"], ops)  # (B, T, W) -> (B, T, 2)
     loss, dlogits = question_loss(logits, np.asarray(labels))
     share = len(h) / (num_items or len(h))
     dh, d_qa = linear_bwd(dlogits * share, saved)
@@ -414,15 +422,17 @@ def question_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np
 
 
 def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, attention_mask: Any = None, head: Head = language_model_head,
-                   num_items: int | None = None, rng: np.random.Generator | None = None) -> tuple[float, dict]:  # fmt: skip
+                   num_items: int | None = None, rng: np.random.Generator | None = None,
+                   ops: ModuleType = numpy_ops) -> tuple[float, dict]:  # fmt: skip
     """The loss and its gradient by every parameter, in a tree like the parameters'.
 
     input_ids: (B, T);  labels: (B, T);  attention_mask: (B, T)  ->  loss, grads
 
-    `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on.
+    `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on;
+    `ops` is the backend.
     Labels as HF: shifted inside, -100 ignored. Raises ValueError as `layout` does, and where no label is left.
     """
     input_ids, labels = id_array(input_ids), np.asarray(labels)
-    h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng)
-    loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items)
+    h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng, ops)
+    loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items, ops)
     return loss, decoder_bwd(dh, saved, d_head)

@@ -166,7 +166,8 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     input_ids, tap = id_array(input_ids), tap or no_tap
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops, tap)
-    x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
+    stack = getattr(ops, "decoder", decoder) if tap is no_tap else decoder  # a backend may have its own, with the same numbers
+    x = stack(params, x, cfg, where, ops, cache, tap, hidden_states)
     if cfg.has_final_layer_norm:
         x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))
     if "project_out" in params:

@@ -16,6 +16,14 @@ LAYER_NORM_EPS = 1e-5  # torch's default; config.json has no key for it
 QUERY_BLOCK = 128  # query rows per block of attention: the block's scores stay in the processor's cache
 
 
+def pack(params: dict, release: bool = False) -> dict:
+    """The parameters laid out as this backend computes with them, once, after loading: NumPy takes them as they are.
+
+    `release` lets a backend that copies them take each array out of the given tree as soon as it has its own.
+    """
+    return params
+
+
 def embed(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The row of the table for each id.
 
@@ -37,6 +45,14 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) ->
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The product of two matrices, for the backward pass.
+
+    a: (M, K);  b: (K, N)  ->  (M, N)
+    """
+    return a @ b
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
@@ -93,41 +109,52 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout:
     `layout.visible`, (B, S), hides keys (padding); a query that sees no key gives exactly 0.
     Equals torch's scaled_dot_product_attention. Backward: attention_bwd.
     """
-    O = np.empty_like(q)
-    for rows, P, total in _weight_blocks(q, k, scale, layout):
+    return attention_lse(q, k, v, scale, layout)[0]
+
+
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """`attention`, and the log of each query's sum of exponentials, with which its weights can be made again: exp(score - L).
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    O, L = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
+    for rows, scores in _score_blocks(q, k, scale, layout):
+        P, total, m = softmax_terms(scores)
         O[:, rows] = ((P @ v[:, : P.shape[-1]].swapaxes(1, 2)) / total).swapaxes(1, 2)  # dividing O is less work than dividing P
-    return O
+        L[:, rows] = (m + np.log(total))[..., 0].swapaxes(1, 2)  # (B, H, n, 1) -> (B, n, H)
+    return O, L
 
 
-def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
-    """The weights that `attention` gives each key.
+def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None, rows: Any = None) -> np.ndarray:
+    """The weights that `attention` gives each key, for all queries, or for those whose places `rows` lists: (B, H, R, S).
 
-    q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  rows: (R)  ->  (B, H, T, S)
 
     Equals HF's `attentions`, except that a query which sees no key has zeros.
     """
     B, T, H, _ = q.shape
     probs = np.zeros((B, H, T, k.shape[1]), q.dtype)
-    for rows, P, total in _weight_blocks(q, k, scale, layout):
-        np.divide(P, total, out=probs[:, :, rows, : P.shape[-1]])
-    return probs
+    for block, scores in _score_blocks(q, k, scale, layout):
+        probs[:, :, block, : scores.shape[-1]] = softmax(scores)
+    return probs if rows is None else probs[:, :, rows]
 
 
-def attention_bwd(
-    dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of `attention` by q, k and v; the weights are computed again, block by block, so memory stays O(T).
+def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
+                  layout: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Gradients of `attention` by q, k and v; the weights are made again from L, block by block, so memory stays O(T).
 
-    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
-    for rows, P, total in _weight_blocks(q, k, scale, layout):
-        P /= total
+    for rows, P in _score_blocks(q, k, scale, layout):
+        P -= np.maximum(L[:, rows], np.finfo(q.dtype).min).swapaxes(1, 2)[..., None]  # scores, and from here weights
+        np.exp(P, out=P)
         keys = slice(P.shape[-1])
-        dO_, q_, k_, v_ = (a.swapaxes(1, 2) for a in (dO[:, rows], q[:, rows], k[:, keys], v[:, keys]))  # (B, H, ·, Dh)
+        dO_, O_, q_, k_, v_ = (a.swapaxes(1, 2) for a in (dO[:, rows], O[:, rows], q[:, rows], k[:, keys], v[:, keys]))  # (B, H, ·, Dh)
         dv[:, keys] += (P.swapaxes(2, 3) @ dO_).swapaxes(1, 2)
         dscores = dO_ @ v_.swapaxes(2, 3)  # this is dP
-        dscores -= np.einsum("bhts,bhts->bht", dscores, P)[..., None]  # softmax: dscores = P (dP - Σ dP P)
+        dscores -= np.einsum("bhtd,bhtd->bht", dO_, O_)[..., None]  # softmax: dscores = P (dP - Σ dP P), and Σ dP P is Σ dO O
         dscores *= P
         dscores *= scale
         dq[:, rows] = (dscores @ k_).swapaxes(1, 2)
@@ -135,10 +162,10 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def _weight_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """A block of query rows at a time: the weights before they are divided by their total, and the total.
+def _score_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> Iterator[tuple[slice, np.ndarray]]:
+    """A block of query rows at a time: their scores, -inf where a key is hidden or in the future.  -> rows, (B, H, n, keys)
 
-    -> rows, (B, H, n, keys), (B, H, n, 1). Only keys up to the block's last row: what lies above the diagonal is never computed.
+    Only keys up to the block's last row: what lies above the diagonal is never computed.
     """
     T, S = q.shape[1], k.shape[1]
     visible = getattr(layout, "visible", None)
@@ -152,7 +179,7 @@ def _weight_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> I
             scores[..., keys - n :] += np.triu(np.full((n, n), -np.inf, q.dtype), 1)  # the block on the diagonal
         if visible is not None:
             np.copyto(scores, -np.inf, where=~visible[:, None, None, :keys])
-        yield rows, *softmax_terms(scores)
+        yield rows, scores
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -160,20 +187,20 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
     scores: (*N, S)  ->  (*N, S)
     """
-    weights, total = softmax_terms(scores)
+    weights, total, _ = softmax_terms(scores)
     weights /= total
     return weights
 
 
-def softmax_terms(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """exp(scores - their maximum), in place, and its sum.
+def softmax_terms(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """exp(scores - their maximum), in place, its sum, and the maximum.
 
-    scores: (*N, S)  ->  (*N, S), (*N, 1)
+    scores: (*N, S)  ->  (*N, S), (*N, 1), (*N, 1)
     """
     m = scores.max(-1, keepdims=True)
     scores -= np.maximum(m, np.finfo(scores.dtype).min)  # a row of -inf stays -inf, and becomes 0
     np.exp(scores, out=scores)
-    return scores, np.maximum(scores.sum(-1, keepdims=True), 1)  # at least exp(0) = 1, unless the row is all 0
+    return scores, np.maximum(scores.sum(-1, keepdims=True), 1), m  # the sum is at least exp(0) = 1, unless the row is all 0
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:

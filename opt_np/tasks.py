@@ -1,7 +1,7 @@
 """What `train` learns from: text, labelled examples, or questions, as batches that depend on (seed, step) alone, and how each is judged.
 
 A task has `head` (its loss, from grad.py), `batch(index) -> (input_ids, labels, attention_mask)`, `items(labels)` (what the mean loss divides
-by), `evaluate(params, cfg) -> {measure: value}` and `checksum()` of its data. Batches have no state, so a run resumed at any step sees what
+by), `evaluate(params, cfg, ops) -> {measure: value}` and `checksum()` of its data. Batches have no state, so a run resumed at any step sees what
 it would have seen.
 """
 
@@ -15,11 +15,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from opt_np import grad, ops
+from opt_np import grad
+from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.model import forward, last_hidden_state
 from opt_np.tokenizer import OPTTokenizer
@@ -120,8 +122,8 @@ class LanguageModelling:
     def checksum(self) -> int:
         return zlib.crc32(self.tokens.tobytes())
 
-    def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
-        return mean_scores([bits_per_byte(params, cfg, self.tokenizer, text, self.context) for text in self.eval_texts])
+    def evaluate(self, params: dict, cfg: OPTConfig, ops: ModuleType) -> dict[str, float]:
+        return mean_scores([bits_per_byte(params, cfg, self.tokenizer, text, self.context, ops) for text in self.eval_texts])
 
 
 def mean_scores(scores: list[tuple[float, int, int]]) -> dict[str, float]:
@@ -130,13 +132,14 @@ def mean_scores(scores: list[tuple[float, int, int]]) -> dict[str, float]:
     return {"eval_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
 
 
-def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: str, context: int) -> tuple[float, int, int]:
+def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: str, context: int,
+                  ops: ModuleType = numpy_ops) -> tuple[float, int, int]:  # fmt: skip
     """Nats, tokens and UTF-8 bytes of a text, cut in windows that do not overlap: </s> and context - 1 tokens, every token predicted once."""
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False))
     nats = 0.0
     for start in range(0, len(tokens), context - 1):
         window = tokens[start : start + context - 1]
-        logits = forward(params, np.array([[tokenizer.bos_token_id, *window[:-1]]]), cfg)[0]  # (T, V)
+        logits = forward(params, np.array([[tokenizer.bos_token_id, *window[:-1]]]), cfg, ops=ops)[0]  # (T, V)
         nats += grad.cross_entropy(logits, window)[0]
     return nats, len(tokens), len(text.encode())
 
@@ -182,14 +185,14 @@ class Examples:
     def checksum(self) -> int:
         return zlib.crc32(repr(self.rows).encode())
 
-    def evaluate(self, params: dict, cfg: OPTConfig) -> dict[str, float]:
+    def evaluate(self, params: dict, cfg: OPTConfig, ops: ModuleType) -> dict[str, float]:
         """Loss and the task's measures over the evaluation rows."""
         losses, answers, wanted = [], [], []
         for first in range(0, len(self.eval_rows), self.batch_size):
             ids, labels, mask = self.stack(self.eval_rows[first : first + self.batch_size])
-            h = last_hidden_state(params, ids, cfg, attention_mask=mask)
-            losses.append(self.head(h, params, ids, labels, cfg)[0] * len(ids))
-            answers += list(self.answer(h, params, ids, mask, cfg))
+            h = last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops)
+            losses.append(self.head(h, params, ids, labels, cfg, None, ops)[0] * len(ids))
+            answers += list(self.answer(h, params, ids, mask, cfg, ops))
             wanted += labels.tolist()
         return {"eval_loss": sum(losses) / len(wanted), **self.measures(answers, wanted)}
 
@@ -210,7 +213,7 @@ class Classification(Examples):
             raise DataError(f"the label {example['label']!r} is not in the training data ({', '.join(self.labels)})")
         return self.tokenizer.encode(example["text"])[: self.context], self.labels.index(str(example["label"]))
 
-    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
+    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, ops: ModuleType) -> np.ndarray:
         pooled = h[np.arange(len(h)), grad.pooled_rows(ids, cfg.pad_token_id)]
         return ops.linear(pooled, **params["score"]).argmax(-1)
 
@@ -253,7 +256,7 @@ class QuestionAnswering(Examples):
         ends = [len(question) + inside[0], len(question) + inside[-1]]
         return ids, tuple(e if e < len(ids) else self.context for e in ends)  # type: ignore[return-value]
 
-    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
+    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, ops: ModuleType) -> np.ndarray:
         """The best span with start ≤ end.  -> (B, 2)"""
         start, end = np.moveaxis(np.where(mask[..., None], ops.linear(h, **params["qa_outputs"]), -np.inf), -1, 0)  # (B, T) each
         total = start[:, :, None] + end[:, None, :]  # (B, start, end)

@@ -9,11 +9,13 @@ import threading
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from opt_np import checkpoint
+from opt_np.classes import choose_backend, load_ops
 from opt_np.config import OPTConfig
 from opt_np.grad import loss_and_grads
 from opt_np.init import init_head, init_params
@@ -75,6 +77,7 @@ class Options:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     resume: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the option."""
@@ -108,6 +111,11 @@ class Run:
     cfg: OPTConfig
     tokenizer: OPTTokenizer
     task: Any
+    backend: str
+
+    @property
+    def ops(self) -> ModuleType:
+        return load_ops(self.backend)
 
 
 def train(options: Options) -> dict[str, Any]:
@@ -133,7 +141,7 @@ def train(options: Options) -> dict[str, Any]:
             line = train_step(run, options, step)
             done = step + 1 == options.steps or interrupt.asked
             if options.eval_every and (step + 1 == options.steps or (step + 1) % options.eval_every == 0):
-                line |= run.task.evaluate(run.params, run.cfg)
+                line |= run.task.evaluate(run.params, run.cfg, run.ops)
             log.write(line)
             if done or (step + 1) % options.save_every == 0:
                 save(out, run, options)
@@ -151,7 +159,7 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
     loss, grads = 0.0, None
     for j, (ids, labels, mask) in enumerate(batches):
         rng = np.random.default_rng([options.seed, step, j])
-        part, part_grads = loss_and_grads(run.params, ids, labels, run.cfg, mask, head=run.task.head, num_items=items, rng=rng)
+        part, part_grads = loss_and_grads(run.params, ids, labels, run.cfg, mask, head=run.task.head, num_items=items, rng=rng, ops=run.ops)
         loss, grads = loss + part, part_grads if grads is None else add_(grads, part_grads)
     norm = clip_by_global_norm(grads, options.max_grad_norm or math.inf)
     if not math.isfinite(norm):
@@ -187,7 +195,7 @@ def new_run(out: Path, options: Options) -> Run:
     params = checkpoint.with_head_only(params, HEAD_OF[options.task], options.model, f"--task {options.task}")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    return Run(params, adamw_init(params), cfg, tokenizer, task)
+    return Run(params, adamw_init(params), cfg, tokenizer, task, choose_backend(options.backend))
 
 
 def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
@@ -219,9 +227,9 @@ def examples_of(options: Options) -> list[dict]:
     return list(read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",)).values())
 
 
-def kept_options(options: Options) -> dict[str, Any]:
+def kept_options(options: Options, backend: str) -> dict[str, Any]:
     """The options that must be equal for a resumed run to draw the same curve."""
-    return {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE}
+    return {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE} | {"backend": backend}
 
 
 def save(out: Path, run: Run, options: Options) -> None:
@@ -232,7 +240,7 @@ def save(out: Path, run: Run, options: Options) -> None:
     metadata = {
         "step": str(run.optimizer["step"]),
         "config": json.dumps(run.cfg.to_dict()),
-        "options": json.dumps(kept_options(options)),
+        "options": json.dumps(kept_options(options, run.backend)),
         "checksum": str(run.task.checksum()),
     }
     checkpoint.write_atomically(out / STATE, lambda path: save_file(state, path, metadata))
@@ -249,14 +257,15 @@ def resumed_run(out: Path, options: Options) -> Run:
     except SafetensorError as error:
         raise checkpoint.CheckpointError(f"{out / STATE} cannot be read: {error}. Was it copied whole? Without it the run starts anew") from None
     cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
-    then = json.loads(metadata["options"])
-    changed = [f"{flag(name)} {then[name]}" for name, value in kept_options(options).items() if then.get(name, value) != value]
+    then = {"backend": "numpy"} | json.loads(metadata["options"])
+    backend = then["backend"] if options.backend == "auto" else options.backend
+    changed = [f"{flag(name)} {then[name]}" for name, value in kept_options(options, backend).items() if then.get(name, value) != value]
     if changed:
         raise ValueError(f"{out} was trained with {', '.join(changed)}; resume it with the same options")
     task = make_task(options, tokenizer, cfg)
     if metadata["checksum"] != str(task.checksum()):
         raise ValueError(f"{out} was trained on other data; resume it with the same --text or --data")
-    return Run(state["params"], {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}, cfg, tokenizer, task)
+    return Run(state["params"], {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}, cfg, tokenizer, task, backend)
 
 
 class Log:

@@ -62,3 +62,12 @@ def named(cfg: OPTConfig, prefix: str = "model.decoder.", seed: int = 0) -> dict
 
 def stored_as(tensors: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     return {name: a.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, a in tensors.items()}
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """The tree with every array in this dtype."""
+    if isinstance(tree, dict):
+        return {name: cast(value, dtype) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [cast(value, dtype) for value in tree]
+    return np.asarray(tree).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -12,11 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_fast import gemm
-from opt_fast.gemm import Tile, matmul, pack, pointer, rows_of
+from opt_fast.gemm import Tile, matmul, pack, product
+from opt_fast.kernel import floats, int16s, uint16s
+from opt_np import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = st.integers(1, 3 * gemm.COLUMNS + 1)
-TILES = (Tile(6, 2, 8, True, "AVX2"), Tile(6, 4, 16, True, "AVX-512"), Tile(6, 4, 4, True, "NEON"), Tile(4, 2, 4, False, "plain"))
+TILES = (
+    Tile(6, 2, 8, True, True, "AVX2"),
+    Tile(6, 4, 16, True, True, "AVX-512"),
+    Tile(6, 4, 4, True, True, "NEON"),
+    Tile(4, 2, 4, False, False, "plain"),
+)
+HALVES = (np.float16, ml_dtypes.bfloat16)
 
 
 def case(M, I, O, seed=0, scale=1.0):
@@ -64,11 +73,38 @@ def test_a_row_has_the_same_bits_alone_anywhere_and_with_any_number_of_threads(M
     np.testing.assert_array_equal(matmul(x, pack(weight[:7]), bias[:7]), whole[:, :7])  # nor do other columns matter
 
 
-@given(O=SIZES, I=st.integers(1, 40))
-def test_rows_are_the_weights(O, I):
-    _, weight, _ = case(1, I, O)
-    ids = np.random.default_rng(1).integers(0, O, (2, 3))
-    np.testing.assert_array_equal(rows_of(pack(weight), ids), weight[ids])
+@given(M=st.integers(1, 20), I=SIZES, O=SIZES, dtype=st.sampled_from(HALVES))
+def test_weights_of_16_bits_are_widened_exactly(M, I, O, dtype):
+    x, weight, bias = case(M, I, O)
+    stored = weight.astype(dtype)
+    np.testing.assert_array_equal(matmul(x, pack(stored), bias), matmul(x, pack(stored.astype(np.float32)), bias))
+
+
+@given(M=st.integers(1, 2 * gemm.BLOCK_ROWS), K=SIZES, N=SIZES, turned=st.sampled_from(["neither", "a", "b", "both"]))
+def test_products_of_matrices_and_their_transposes(M, K, N, turned):
+    a, b, _ = case(M, K, N)
+    b = np.ascontiguousarray(b.T)
+    a = np.asfortranarray(a) if turned in ("a", "both") else a
+    b = np.asfortranarray(b) if turned in ("b", "both") else b
+    assert within_rounding(product(a, b), a, b.T, np.zeros(N))
+
+
+@pytest.mark.parametrize("function", ["relu", "gelu"])
+def test_an_activation_is_applied_to_the_finished_sums(function):
+    x, weight, bias = case(7, gemm.BLOCK_K + 5, 19)
+    plain = matmul(x, pack(weight), bias).astype(np.float64)
+    np.testing.assert_allclose(matmul(x, pack(weight), bias, function), ops.activation(plain, function), rtol=1e-5, atol=1e-5)
+
+
+@given(O=SIZES, I=st.integers(1, 40), dtype=st.sampled_from((np.float32, *HALVES)))
+def test_a_packed_weight_gives_back_its_rows_and_itself(O, I, dtype):
+    weight = case(1, I, O)[1].astype(dtype)
+    packed, ids = pack(weight), np.random.default_rng(1).integers(0, O, (2, 3))
+    np.testing.assert_array_equal(packed.rows(ids), weight[ids].astype(np.float32))
+    assert packed.rows(ids).dtype == np.float32
+    again = np.asarray(packed)
+    assert (again.dtype, again.shape, packed.shape, packed.size) == (weight.dtype, (O, I), (O, I), O * I)
+    np.testing.assert_array_equal(again, weight)
 
 
 @pytest.mark.parametrize(("x", "bias"), [((2, 4), (6,)), ((2, 5), (5,)), ((5,), (6,)), ((1, 2, 5), (6,))])
@@ -81,31 +117,56 @@ def test_no_rows():
     assert matmul(np.ones((0, 5), np.float32), pack(np.ones((6, 5), np.float32))).shape == (0, 6)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("rows", "abreast"), [(1, 4), (3, 2), (4, 1)])
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
-def test_the_micro_kernel_of_every_processor(tile, rows):
+def test_the_micro_kernel_of_every_processor(tile, rows, abreast, stored):
     """Vectors wider than this processor's are cut by LLVM: slower, and right."""
-    kernel = gemm.micro_kernel(rows, tile)
+    kernel, pointers = gemm.micro_kernel(rows, abreast, 1, rows, tile), {"float32": floats, "float16": int16s, "bfloat16": uint16s}[stored]
 
     @numba.njit
-    def run(y, stride, x, panel, n):
-        kernel(pointer(y, 0), stride, pointer(x, 0), pointer(panel, 0), n)
+    def run(y, stride, x, panel, gap, n):
+        kernel(floats(y), stride, floats(x), pointers(panel), gap, n)
 
     columns, n, rng = tile.vectors * tile.width, 37, np.random.default_rng(0)
-    x, panel, start = (rng.normal(size=shape).astype(np.float32) for shape in ((n, rows), (n, columns), (rows, columns + 3)))
+    x, panel, start = (rng.normal(size=shape).astype(np.float32) for shape in ((n, rows), (abreast, n, columns), (rows, abreast * columns + 3)))
+    panel = panel.astype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
     y = start.copy()
-    run(y, columns + 3, x, panel, n)
-    np.testing.assert_allclose(y[:, :columns], start[:, :columns] + x.astype(np.float64).T @ panel, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(y[:, columns:], start[:, columns:])
+    run(y.ctypes.data, y.shape[1], x.ctypes.data, panel.ctypes.data, n * columns, n)
+    wide = np.concatenate(list(panel.astype(np.float64)), axis=1)  # (n, abreast · columns)
+    np.testing.assert_allclose(y[:, : abreast * columns], start[:, : abreast * columns] + x.astype(np.float64).T @ wide, rtol=0, atol=3e-5)
+    np.testing.assert_array_equal(y[:, abreast * columns :], start[:, abreast * columns :])
+
+
+def test_every_float16_is_widened_without_the_instruction():
+    """Subnormals, infinities and NaN too."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 8)
+    kernel = gemm.micro_kernel(1, 1, 0, 1, Tile(4, 2, 4, False, False, "plain"))
+
+    @numba.njit
+    def run(y, one, panel, rows):
+        for i in range(rows):
+            kernel(floats(y + 32 * i), 0, floats(one), int16s(panel + 16 * i), 0, 1)
+
+    y, one = np.full(every.shape, -0.0, np.float32), np.ones(1, np.float32)
+    run(y.ctypes.data, one.ctypes.data, every.ctypes.data, len(every))
+    np.testing.assert_array_equal(y, every.astype(np.float32))
 
 
 PROGRAM = """
 import numpy as np
-from opt_fast import gemm
+from opt_fast import attention_cpu, gemm
 x, w = np.random.default_rng(0).normal(size=(9, 50)).astype(np.float32), np.random.default_rng(1).normal(size=(21, 50)).astype(np.float32)
 y = gemm.matmul(x, gemm.pack(w))
 assert np.abs(y - x.astype(float) @ w.T).max() < 1e-5
 assert (gemm.matmul(x[3:4], gemm.pack(w)) == y[3:4]).all()
+half = w.astype(np.float16)
+assert (gemm.matmul(x, gemm.pack(half)) == gemm.matmul(x, gemm.pack(half.astype(np.float32)))).all()
+q, k, v = np.random.default_rng(2).normal(size=(3, 1, 40, 2, 10)).astype(np.float32)
+O, L = attention_cpu.attention_lse(q, k, v, 0.3, None)
+scores = np.where(np.tri(40, dtype=bool), 0.3 * np.einsum("bthd,bshd->bhts", q, k, dtype=float), -np.inf)
+P = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+assert np.abs(np.einsum("bhts,bshd->bthd", P, v) - O).max() < 1e-5
 print(gemm.TILE.name)
 """
 

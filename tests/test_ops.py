@@ -82,10 +82,13 @@ CALLS = {
         normal(2, 3, 4, dtype=d), {"weight": normal(6, 4, dtype=d), "bias": normal(6, dtype=d)}, {"weight": normal(4, 6, dtype=d)}, "relu",
     ),
     ops.attention: lambda d: (normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), 0.5),
+    ops.attention_lse: lambda d: (normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), 0.5),
     ops.attention_probs: lambda d: (normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), 0.5),
     ops.attention_bwd: lambda d: (
-        normal(2, 3, 2, 4, dtype=d), normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), 0.5,
+        normal(2, 3, 2, 4, dtype=d), normal(2, 3, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d), normal(2, 5, 2, 4, dtype=d),
+        normal(2, 3, 2, 4, dtype=d), normal(2, 3, 2, dtype=d), 0.5,
     ),
+    ops.matmul: lambda d: (normal(2, 3, dtype=d), normal(3, 4, dtype=d)),
     ops.softmax: lambda d: (normal(2, 3, dtype=d),),
     ops.softmax_terms: lambda d: (normal(2, 3, dtype=d),),
     ops.normal_cdf: lambda d: (normal(2, 3, dtype=d),),
@@ -123,7 +126,8 @@ def test_the_docstring_check_can_fail():
 
 def test_every_op_of_the_contract_is_there():
     names = {name for name, fn in vars(ops).items() if inspect.isfunction(fn) and fn.__module__ == "opt_np.ops"}
-    assert {"embed", "linear", "layer_norm", "mlp", "attention", "attention_probs", "attention_bwd"} <= names
+    assert {"pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp"} <= names
+    assert {"attention", "attention_lse", "attention_probs", "attention_bwd"} <= names
 
 
 # ---- against torch -----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,8 @@ def test_attention_and_its_gradients_equal_torch(problem):
     expected.backward(torch.tensor(dO))
     where = layout_of(visible)
     assert np.allclose(ops.attention(q, k, v, 0.7, where), expected.detach().numpy(), rtol=1e-10, atol=1e-10)
-    for ours, t in zip(ops.attention_bwd(dO, q, k, v, 0.7, where), (tq, tk, tv), strict=True):
+    O, L = ops.attention_lse(q, k, v, 0.7, where)
+    for ours, t in zip(ops.attention_bwd(dO, q, k, v, O, L, 0.7, where), (tq, tk, tv), strict=True):
         assert np.allclose(ours, t.grad.numpy(), rtol=1e-8, atol=1e-8 * max(np.abs(t.grad.numpy()).max(), 1))
 
 
@@ -204,15 +209,24 @@ def test_weights_times_values_are_the_output(problem):
         assert not P[~np.broadcast_to(visible[:, None, None], P.shape)].any()
 
 
+@given(problem=attention_problem(), data=st.data())
+def test_the_weights_of_some_queries_are_those_of_all(problem, data):
+    q, k, _, visible = problem
+    rows = data.draw(st.lists(st.integers(0, q.shape[1] - 1), min_size=1, max_size=4))
+    some, every = (ops.attention_probs(q, k, 0.7, layout_of(visible), chosen) for chosen in (rows, None))
+    assert np.array_equal(some, every[:, :, rows])
+
+
 @given(problem=attention_problem(), Br=st.sampled_from([16, 64, 100]), Bc=st.sampled_from([16, 48, 64]))
 def test_flash_equals_plain_attention_forward_and_backward(problem, Br, Bc):
     q, k, v, visible = problem
-    O, dO = ops.attention(q, k, v, 0.7, layout_of(visible)), normal(*q.shape, seed=4)
-    expected = ops.attention_bwd(dO, q, k, v, 0.7, layout_of(visible))
+    (O, lse), dO = ops.attention_lse(q, k, v, 0.7, layout_of(visible)), normal(*q.shape, seed=4)
+    expected = ops.attention_bwd(dO, q, k, v, O, lse, 0.7, layout_of(visible))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
         seen = None if visible is None else visible[b]
         O_, L = flash.attention(q[b, :, h], k[b, :, h], v[b, :, h], 0.7, seen, Br, Bc)
         assert np.allclose(O_, O[b, :, h], rtol=1e-10, atol=1e-12)
+        assert np.allclose(L, lse[b, :, h], rtol=1e-12, atol=1e-12)
         grads = flash.attention_bwd(dO[b, :, h], q[b, :, h], k[b, :, h], v[b, :, h], O_, L, 0.7, seen, Br, Bc)
         for ours, theirs in zip(grads, expected, strict=True):
             assert np.allclose(ours, theirs[b, :, h], rtol=1e-8, atol=1e-9 * max(np.abs(theirs).max(), 1))
@@ -229,11 +243,12 @@ def test_flash_returns_the_log_of_the_sum_of_exponentials():
 def test_a_query_that_sees_no_key_gives_exactly_zero(dtype):
     q, k, v = (normal(2, 4, 2, 8, seed=s, dtype=dtype) for s in range(3))
     visible = np.array([[False] * 4, [False, False, True, True]])
-    O = ops.attention(q, k, v, 0.3, layout_of(visible))
+    O, L = ops.attention_lse(q, k, v, 0.3, layout_of(visible))
     assert not O[0].any()
     assert not O[1, :2].any()
     assert O[1, 2:].all()
-    grads = ops.attention_bwd(np.ones_like(O), q, k, v, 0.3, layout_of(visible))
+    assert (L[0] == -np.inf).all()
+    grads = ops.attention_bwd(np.ones_like(O), q, k, v, O, L, 0.3, layout_of(visible))
     assert all(np.isfinite(g).all() and not g[0].any() for g in grads)
     assert not flash.attention(q[0, :, 0], k[0, :, 0], v[0, :, 0], 0.3, visible[0])[0].any()
 

@@ -158,7 +158,7 @@ MISTAKES = {
     "relu for gelu": ("gelu", ops, "activation", [('function == "relu"', 'function == "gelu"')], f"{FIRST}.activation_fn", "off by"),
     "gelu by tanh": ("gelu", ops, "activation", [("x * normal_cdf(x)", "x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))) / 2")],
                      f"{FIRST}.activation_fn", "off by"),
-    "q scaled twice": ("pre_norm", ops, "_weight_blocks", [("(q[:, rows] * scale)", "(q[:, rows] * scale * scale)")],
+    "q scaled twice": ("pre_norm", ops, "_score_blocks", [("(q[:, rows] * scale)", "(q[:, rows] * scale * scale)")],
                        f"{FIRST}.self_attn.attn_output", "off by"),
     "q scaled twice in the second layer": ("pre_norm", model, "self_attention",
                                            [(SCALE, "ops.attention_probs(q, k, cfg.head_dim**(-0.5 - i / 2)")],
@@ -166,9 +166,9 @@ MISTAKES = {
     "q's bias not scaled": ("pre_norm", model, "self_attention",
                             [("    if cache", "    q = q + p['q_proj']['bias'].reshape(heads[-2:]) * (cfg.head_dim**0.5 - 1)\n    if cache")],
                             f"{FIRST}.self_attn.attn_output", "off by"),
-    "a mask off by one": ("pre_norm", ops, "_weight_blocks", [("np.full((n, n), -np.inf, q.dtype), 1)", "np.full((n, n), -np.inf, q.dtype), 2)")],
+    "a mask off by one": ("pre_norm", ops, "_score_blocks", [("np.full((n, n), -np.inf, q.dtype), 1)", "np.full((n, n), -np.inf, q.dtype), 2)")],
                           f"{FIRST}.self_attn.attn_output", "off by"),
-    "pads seen": ("pre_norm", ops, "_weight_blocks", [("if visible is not None", "if False")], f"{FIRST}.self_attn.attn_output", "padding"),
+    "pads seen": ("pre_norm", ops, "_score_blocks", [("if visible is not None", "if False")], f"{FIRST}.self_attn.attn_output", "padding"),
     "no residual": ("pre_norm", model, "decoder_layer", [('x = x + tap("fc2"', 'x = tap("fc2"')], FIRST, "off by"),
 }  # fmt: skip
 

@@ -1,0 +1,534 @@
+"""FlashAttention-2 on the CPU: tiled attention, forward and backward, over gemm.py's micro-kernel. opt_np/flash.py says what it computes.
+
+A task is a head and a block of its queries. It goes through the keys BC at a time: packs them once, and for each group of ROWS queries makes a tile
+of scores, turns it into weights, and adds their sum of values to what it had. Keys that a group cannot see are never reached. Tiles of keys begin at
+the row's first real key, and each number is a sum in the order of d or of the keys: so a query's output has the same bits whatever stands beside it,
+however much padding stands before it, and whether the keys came all at once or out of a cache.
+Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels see arrays as addresses; a row of one head is Dh numbers, rows lie `step` apart.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import get_num_threads, njit, types
+
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, many, micro_kernel, one
+from opt_fast.kernel import (
+    ARGUMENTS,
+    TASKS,
+    Kernel,
+    across,
+    at,
+    broadcast,
+    bytes_,
+    claim,
+    every,
+    floats,
+    int64s,
+    intrinsic,
+    load,
+    loop,
+    memory,
+    multiply_add,
+    store,
+)
+
+BQ = 96  # queries of a block in the backward pass
+BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
+STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
+LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
+WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
+
+weigh, weigh_one = micro_kernel(ROWS, 1, STRIDE, 1), micro_kernel(1, ABREAST, STRIDE, 1)  # x is a tile of scores
+gather = micro_kernel(ROWS, 1, 1, STRIDE)  # x is a tile of scores, transposed
+
+
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    B, T, H, Dh = q.shape
+    O, L = np.empty(q.shape, np.float32), np.empty((B, T, H), np.float32)
+    xs, k, v = scaled(q, scale), rows_apart(k), rows_apart(v)
+    width, blocks = math.ceil(Dh / COLUMNS) * COLUMNS, math.ceil(4 * get_num_threads() / max(B * H, 1))  # few heads: several tasks for each
+    Br = math.ceil(T / blocks / ROWS) * ROWS
+    FORWARD(xs, k, v, *hidden_keys(k, visible), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br,
+            scratch=Br * (Dh + width + 2) + BC * (Dh + width + 1) + ROWS * STRIDE)  # fmt: skip
+    return O, L
+
+
+def scaled(q: np.ndarray, scale: float) -> np.ndarray:
+    """HF scales q, bias and all, before the product."""
+    return np.ascontiguousarray(q * np.float32(scale), np.float32)
+
+
+def rows_apart(a: np.ndarray) -> np.ndarray:
+    """The array itself where a head's numbers lie side by side, as they do in a cache's first part."""
+    return a if a.dtype == np.float32 and a.strides[3] == 4 and a.strides[2] == 4 * a.shape[3] else np.ascontiguousarray(a, np.float32)
+
+
+def steps(a: np.ndarray) -> tuple[int, int]:
+    """How many numbers apart the batch's rows and the tokens lie."""
+    return a.strides[0] // 4, a.strides[1] // 4
+
+
+def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    """Which keys are visible, whether any is not, each row's first visible key, and the end of its last one: beyond are no queries either."""
+    B, S = k.shape[:2]
+    if visible is None:
+        return np.empty(0, np.bool_), 0, np.zeros(B, np.int64), np.full(B, S)
+    return np.ascontiguousarray(visible), 1, visible.argmax(1), np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0)
+
+
+def _forward(table: Any) -> None:
+    """The last block of queries, which has the most keys, goes first."""
+    a = at(table, ARGUMENTS)
+    q, k, v, visible, hides, start, end, O, L = (
+        floats(a[0]),
+        floats(a[1]),
+        floats(a[2]),
+        bytes_(a[3]),
+        a[4],
+        int64s(a[5]),
+        int64s(a[6]),
+        floats(a[7]),
+        floats(a[8]),
+    )
+    B, T, S, H, Dh, k_row, k_step, v_row, v_step, Br = a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17], a[18]
+    past, panels, blocks = S - T, (Dh + COLUMNS - 1) // COLUMNS, (T + Br - 1) // Br
+    width = panels * COLUMNS
+    xs = memory(table)
+    acc, m, l = at(xs, Br * Dh), at(xs, Br * (Dh + width)), at(xs, Br * (Dh + width + 1))
+    keys = at(l, Br)
+    values = at(keys, BC * Dh)
+    scores = at(values, BC * width)
+    hidden = at(scores, ROWS * STRIDE)
+    task = claim(table, TASKS)
+    while task < B * H * blocks:
+        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
+        last = max(first, min(first + Br, end[b] - past))  # the rest is padding
+        pack_groups(at(q, ((b * T + first) * H + h) * Dh), H * Dh, last - first, Dh, xs)
+        for i in range(min(first + Br, T) - first):
+            m[i], l[i] = -np.inf, 0
+            for d in range(width):
+                acc[i * width + d] = 0
+        for key in range(start[b], past + last, BC):
+            n = min(BC, past + last - key)
+            shown = at(visible, b * S + key)
+            pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
+            pack_rows(at(v, b * v_row + key * v_step + h * Dh), v_step, n, Dh, shown, hides, BC, values)
+            for j in range(BC):
+                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
+            for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
+                rows = min(ROWS, last - first - i)
+                limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
+                seen = min(n, limit + rows - 1)
+                score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
+                for r in range(rows):
+                    softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
+                p = 0
+                while p < panels:
+                    sums, panel = at(acc, i * width + p * COLUMNS), at(values, p * BC * COLUMNS)
+                    if rows == 1 and p + ABREAST <= panels:
+                        weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
+                        p += ABREAST
+                    else:
+                        weigh(sums, width, scores, panel, 0, seen)
+                        p += 1
+        for i in range(min(first + Br, T) - first):
+            place = (b * T + first + i) * H + h
+            part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
+            for d in range(Dh):
+                O[place * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
+            L[place] = m[i] + math.log(l[i])
+        task = claim(table, TASKS)
+
+
+def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndarray | None, rows: Any = None) -> np.ndarray:
+    """The weights of the queries `rows`, or of all.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  visible: (B, S);  rows: (R)  ->  (B, H, R, S)
+    """
+    (B, T, H, Dh), S = q.shape, k.shape[1]
+    rows = np.arange(T) if rows is None else np.arange(T)[np.asarray(rows)]
+    k, R = rows_apart(k), len(rows)
+    probs = np.zeros((B, H, R, S), np.float32)
+    PROBS(scaled(q[:, rows], scale), k, *hidden_keys(k, visible), probs, S - T + 1 + rows, B, R, S, H, Dh, *steps(k),
+          scratch=BC * (Dh + 1) + ROWS * STRIDE + (R + ROWS) * (Dh + 2))  # fmt: skip
+    return probs
+
+
+def _probs(table: Any) -> None:
+    """A task is a head: over its keys once for each query's maximum and sum, and once more for the weights."""
+    a = at(table, ARGUMENTS)
+    q, k, visible, hides, start, end, probs, limits = (
+        floats(a[0]),
+        floats(a[1]),
+        bytes_(a[2]),
+        a[3],
+        int64s(a[4]),
+        int64s(a[5]),
+        floats(a[6]),
+        int64s(a[7]),
+    )
+    B, R, S, H, Dh, k_row, k_step = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    keys = memory(table)
+    hidden = at(keys, BC * Dh)
+    scores = at(hidden, BC)
+    m = at(scores, ROWS * STRIDE)
+    l = at(m, R + ROWS)
+    xs = at(l, R + ROWS)
+    task = claim(table, TASKS)
+    while task < B * H:
+        b, h = task % B, task // B
+        pack_groups(at(q, (b * R * H + h) * Dh), H * Dh, R, Dh, xs)
+        for i in range(R):
+            m[i], l[i] = -np.inf, 0
+        for writing in range(2):
+            for key in range(start[b], end[b], BC):
+                n, shown = min(BC, end[b] - key), at(visible, b * S + key)
+                pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
+                for j in range(BC):
+                    hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
+                for i in range(0, R, ROWS):
+                    rows = min(ROWS, R - i)
+                    score(at(xs, i * Dh), rows, keys, Dh, hidden, BC, n, scores)
+                    for r in range(rows):
+                        row, seen = at(scores, r * STRIDE), limits[i + r] - key
+                        for j in range(max(seen, 0), whole_panels(n)):
+                            row[j] = -np.inf
+                        if seen <= 0:
+                            continue
+                        if not writing:
+                            softmax(row, whole_panels(n), at(m, i + r), at(l, i + r), row, 0)
+                            continue
+                        exponentials(row, whole_panels(n), m[i + r] if l[i + r] != 0 else np.float32(0))
+                        part = np.float32(1) / l[i + r] if l[i + r] != 0 else np.float32(0)
+                        for j in range(min(n, seen)):
+                            probs[((b * H + h) * R + i + r) * S + key + j] = row[j] * part
+        task = claim(table, TASKS)
+
+
+def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
+                  visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Gradients by q, k and v: each tile's weights are made again from L.
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  visible: (B, S)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    (B, T, H, Dh), S = q.shape, k.shape[1]
+    k, v, dO, O, L = (np.ascontiguousarray(a, np.float32) for a in (k, v, dO, O, L))
+    dq, dk, dv = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
+    width = math.ceil(Dh / COLUMNS) * COLUMNS
+    BACKWARD(scaled(q, scale), k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, np.array([scale], np.float32),
+             scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width + 1) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
+    return dq, dk, dv
+
+
+def _backward(table: Any) -> None:
+    """A task is a head: its tiles of keys one after the other, and for each the blocks of BQ queries that see it."""
+    a = at(table, ARGUMENTS)
+    q, k, v, visible, hides, start, end, O, L = (
+        floats(a[0]),
+        floats(a[1]),
+        floats(a[2]),
+        bytes_(a[3]),
+        a[4],
+        int64s(a[5]),
+        int64s(a[6]),
+        floats(a[7]),
+        floats(a[8]),
+    )
+    B, T, S, H, Dh, dO, dq, dk, dv, scale = (
+        a[9],
+        a[10],
+        a[11],
+        a[12],
+        a[13],
+        floats(a[14]),
+        floats(a[15]),
+        floats(a[16]),
+        floats(a[17]),
+        floats(a[18]),
+    )
+    past, step, width = S - T, H * Dh, (Dh + COLUMNS - 1) // COLUMNS * COLUMNS
+    dq_sums = memory(table)  # (T, width)
+    D = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not
+    keys_t = at(D, T + ROWS)  # a tile of keys, and of values, as columns and as rows
+    values_t = at(keys_t, BC * Dh)
+    keys = at(values_t, BC * Dh)
+    dk_sums = at(keys, BC * width)
+    dv_sums = at(dk_sums, BC * width)
+    hidden = at(dv_sums, BC * width)
+    q_groups = at(hidden, BC)  # a block of queries, and of dO, in groups and as rows
+    dO_groups = at(q_groups, BQ * Dh)
+    q_rows = at(dO_groups, BQ * Dh)
+    dO_rows = at(q_rows, BQ * width)
+    P = at(dO_rows, BQ * width)
+    dP = at(P, BQ * STRIDE)  # and then the scores' gradient
+    task = claim(table, TASKS)
+    while task < B * H:
+        b, h = task % B, task // B
+        queries = min(T, end[b] - past)  # the rest is padding
+        for t in range(T):
+            place = ((b * T + t) * H + h) * Dh
+            D[t] = 0
+            for d in range(Dh):
+                D[t] += dO[place + d] * O[place + d]
+            for d in range(width):
+                dq_sums[t * width + d] = 0
+        for key in range(start[b], end[b], BC):
+            n, origin = min(BC, end[b] - key), ((b * S + key) * H + h) * Dh
+            shown = at(visible, b * S + key)
+            pack_transposed(at(k, origin), step, n, Dh, shown, hides, keys_t)
+            pack_transposed(at(v, origin), step, n, Dh, shown, hides, values_t)
+            pack_rows(at(k, origin), step, n, Dh, shown, hides, BC, keys)
+            for j in range(BC):
+                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
+            for j in range(BC * width):
+                dk_sums[j], dv_sums[j] = 0, 0
+            for first in range(max(0, key - past) // BQ * BQ, queries, BQ):
+                count, origin = min(BQ, queries - first), ((b * T + first) * H + h) * Dh
+                pack_groups(at(q, origin), step, count, Dh, q_groups)
+                pack_groups(at(dO, origin), step, count, Dh, dO_groups)
+                pack_rows(at(q, origin), step, count, Dh, shown, 0, BQ, q_rows)
+                pack_rows(at(dO, origin), step, count, Dh, shown, 0, BQ, dO_rows)
+                limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
+                for i in range(max(0, -limit + 1) // ROWS * ROWS, count, ROWS):
+                    rows = min(ROWS, count - i)
+                    seen = min(n, limit + i + 2 * ROWS)  # a group of keys reaches up to ROWS - 1 beyond what the last query sees
+                    P_tile, dP_tile = at(P, i * STRIDE), at(dP, i * STRIDE)
+                    score(at(q_groups, i * Dh), rows, keys_t, Dh, hidden, limit + i, seen, P_tile)
+                    weights_again(P_tile, dP_tile, rows, whole_panels(seen), at(L, (b * T + first + i) * H + h), H)
+                    for p in range(0, whole_panels(seen), COLUMNS):
+                        many(at(dP_tile, p), STRIDE, at(dO_groups, i * Dh), at(values_t, p * Dh), 0, Dh)
+                    for r in range(rows):
+                        for j in range(whole_panels(seen)):
+                            dP_tile[r * STRIDE + j] = P_tile[r * STRIDE + j] * (dP_tile[r * STRIDE + j] - D[first + i + r])
+                    for p in range(0, width, COLUMNS):
+                        weigh(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), 0, seen)
+                for j in range(0, min(n, limit + count - 1), ROWS):
+                    i = max(0, j - limit + 1) // ROWS * ROWS  # from the first queries that see these keys
+                    for p in range(0, width, COLUMNS):
+                        gather(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, (p * BQ) + i * COLUMNS), 0, count - i)
+                        gather(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, (p * BQ) + i * COLUMNS), 0, count - i)
+            for j in range(n):
+                for d in range(Dh):
+                    place = ((b * S + key + j) * H + h) * Dh + d
+                    dk[place], dv[place] = dk_sums[j * width + d], dv_sums[j * width + d]
+        for t in range(T):
+            for d in range(Dh):
+                dq[((b * T + t) * H + h) * Dh + d] = dq_sums[t * width + d] * scale[0]
+        task = claim(table, TASKS)
+
+
+# ---- packing -----------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def pack_groups(x: Any, step: int, n: int, Dh: int, groups: Any) -> None:
+    """n rows in groups of ROWS: groups[i, d, r] = x[i · ROWS + r, d]; zeros after the last."""
+    for i in range(0, n, ROWS):
+        for r in range(ROWS):
+            for d in range(Dh):
+                groups[i * Dh + d * ROWS + r] = x[(i + r) * step + d] if i + r < n else np.float32(0)
+
+
+@njit
+def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, panels: Any) -> None:
+    """n rows of a tile as columns: panels[p, d, c] = x[p · COLUMNS + c, d]; 0 for hidden rows, and up to a whole panel."""
+    for j in range(0, n, WIDTH):
+        target = at(panels, j // COLUMNS * COLUMNS * Dh + j % COLUMNS)
+        for d in range(0, Dh, WIDTH):
+            if j + WIDTH <= n and d + WIDTH <= Dh:
+                transpose(at(x, j * step + d), step, at(target, d * COLUMNS))
+            else:
+                for c in range(min(WIDTH, n - j)):
+                    for e in range(d, min(d + WIDTH, Dh)):
+                        target[e * COLUMNS + c] = x[(j + c) * step + e]
+    for j in range(whole_panels(n)):
+        if j >= n or (hides and not shown[j]):
+            for d in range(Dh):
+                panels[(j // COLUMNS * Dh + d) * COLUMNS + j % COLUMNS] = 0
+
+
+@njit
+def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: int, panels: Any) -> None:
+    """n rows of a tile, of `most`: panels[p, j, c] = x[j, p · COLUMNS + c]; 0 for hidden rows, lest a weight of 0 times NaN be NaN."""
+    for p in range((Dh + COLUMNS - 1) // COLUMNS):
+        source, target = at(x, p * COLUMNS), at(panels, p * most * COLUMNS)
+        if (p + 1) * COLUMNS <= Dh:
+            copy(source, step, target, n)
+        else:
+            for j in range(n):
+                for c in range(COLUMNS):
+                    target[j * COLUMNS + c] = source[j * step + c] if p * COLUMNS + c < Dh else np.float32(0)
+        for j in range(n if hides else 0):
+            if not shown[j]:
+                for c in range(COLUMNS):
+                    target[j * COLUMNS + c] = 0
+
+
+# ---- a tile ------------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def whole_panels(n: int) -> int:
+    """n, up to a multiple of COLUMNS."""
+    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+@njit
+def score(x: Any, rows: int, keys: Any, Dh: int, hidden: Any, limit: int, seen: int, scores: Any) -> None:
+    """scores[r, j] = x[r] · key j, and -inf where the key is hidden or, j ≥ limit + r, in the query's future; for the panels that hold j < seen."""
+    panels, p = whole_panels(seen) // COLUMNS, 0
+    for r in range(rows):
+        for j in range(panels * COLUMNS):
+            scores[r * STRIDE + j] = hidden[j] if j < limit + r else -np.inf
+    while p < panels:
+        tile, panel = at(scores, p * COLUMNS), at(keys, p * COLUMNS * Dh)
+        if rows == 1 and p + ABREAST <= panels:
+            one(tile, 0, x, panel, COLUMNS * Dh, Dh)
+            p += ABREAST
+        else:
+            many(tile, STRIDE, x, panel, 0, Dh)
+            p += 1
+
+
+@njit
+def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> None:
+    """A row of scores becomes weights under the query's new maximum; what was summed under the old one shrinks."""
+    highest = max(m[0], maximum(row, columns))
+    if highest == -np.inf:  # nothing seen yet, and exp(-inf - -inf) would be NaN
+        highest = np.float32(0)
+    elif highest != m[0]:
+        shrink = math.exp(m[0] - highest)
+        l[0] *= shrink
+        m[0] = highest
+        for d in range(width):
+            acc[d] *= shrink
+    l[0] += exponentials(row, columns, highest)
+
+
+@njit
+def weights_again(P: Any, dP: Any, rows: int, columns: int, L: Any, step: int) -> None:
+    """Scores become weights by the log-sum-exp of their queries; dP is made ready for its sums."""
+    for r in range(rows):
+        lse = L[r * step]
+        exponentials(at(P, r * STRIDE), columns, lse if lse != -np.inf else np.float32(0))
+    for r in range(ROWS):
+        for j in range(columns):
+            dP[r * STRIDE + j] = 0
+
+
+@intrinsic
+def maximum(typing_context, row, columns):
+    """The largest of some scores; NaN is passed over here, and comes out of exponentials."""
+
+    def generate(context, builder, signature, arguments):
+        row, columns = arguments
+        (lanes,) = loop(builder, columns, WIDTH, [every(VECTOR, -math.inf)],
+                        lambda k, carried: [larger(builder, load(builder, builder.gep(row, [k]), VECTOR), carried[0])])  # fmt: skip
+        return across(builder, lanes, larger)
+
+    return types.float32(row, columns), generate
+
+
+@intrinsic
+def exponentials(typing_context, row, columns, highest):
+    """exp(score - highest) in place of each score, and their sum."""
+
+    def generate(context, builder, signature, arguments):
+        row, columns, highest = arguments
+        highest = broadcast(builder, highest, VECTOR)
+
+        def body(k: Any, carried: list) -> list:
+            place = builder.gep(row, [k])
+            value = exponential(builder, builder.fsub(load(builder, place, VECTOR), highest))
+            store(builder, value, place)
+            return [builder.fadd(carried[0], value)]
+
+        (lanes,) = loop(builder, columns, WIDTH, [every(VECTOR, 0.0)], body)
+        return across(builder, lanes, lambda builder, a, b: builder.fadd(a, b))
+
+    return types.float32(row, columns, types.float32), generate
+
+
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def exponential(builder: Any, x: Any) -> Any:
+    """exp(x) = 2ⁿ · exp(f), n whole and |f| ≤ ln(2)/2, right to a bit or two: the polynomial of Cephes' expf. NaN stays NaN."""
+
+    def add(a: Any, b: Any, c: Any) -> Any:
+        return multiply_add(builder, a, b, c, TILE.fused)
+
+    def number(value: float) -> Any:
+        return every(VECTOR, float(np.float32(value)))
+
+    whole = ir.VectorType(ir.IntType(32), WIDTH)
+    low = builder.fcmp_ordered("<", x, number(LOWEST))
+    y = builder.select(low, number(LOWEST), x)
+    magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
+    shifted = add(y, number(1 / math.log(2)), magic)
+    n = builder.fsub(shifted, magic)
+    f = add(n, number(2.12194440e-4), add(n, number(-0.693359375), y))  # ln(2) in two parts
+    p = number(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1, 1):
+        p = add(p, f, number(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, whole), every(whole, 23))
+    value = builder.bitcast(builder.add(builder.bitcast(p, whole), exponent), VECTOR)
+    return builder.select(low, number(0), value)
+
+
+@intrinsic
+def transpose(typing_context, rows, step, columns):
+    """WIDTH × WIDTH numbers: rows, `step` apart, become columns, COLUMNS apart."""
+
+    def generate(context, builder, signature, arguments):
+        rows, step, columns = arguments
+        lines = [load(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]), VECTOR) for r in range(WIDTH)]
+        apart = 1
+        while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
+            above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
+            below = [lane + apart if not lane & apart else WIDTH + lane for lane in range(WIDTH)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes) for lanes in (above, below)]
+            for r in range(WIDTH):
+                if not r & apart:
+                    lines[r], lines[r + apart] = (builder.shuffle_vector(lines[r], lines[r + apart], mask) for mask in masks)
+            apart *= 2
+        for r, line in enumerate(lines):
+            store(builder, line, builder.gep(columns, [ir.IntType(64)(r * COLUMNS)]))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, columns), generate
+
+
+@intrinsic
+def copy(typing_context, rows, step, panel, n):
+    """n rows of COLUMNS numbers, `step` apart, one after the other; n is at least 1."""
+
+    def generate(context, builder, signature, arguments):
+        rows, step, panel, n = arguments
+
+        def body(k: Any, carried: list) -> list:
+            source, target = builder.gep(rows, [builder.mul(k, step)]), builder.gep(panel, [builder.mul(k, ir.IntType(64)(COLUMNS))])
+            for c in range(0, COLUMNS, WIDTH):
+                place = [ir.IntType(64)(c)]
+                store(builder, load(builder, builder.gep(source, place), VECTOR), builder.gep(target, place))
+            return []
+
+        loop(builder, n, 1, [], body)
+        return context.get_dummy_value()
+
+    return types.void(rows, types.intp, panel, types.intp), generate
+
+
+FORWARD = Kernel(_forward)
+PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)

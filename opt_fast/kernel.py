@@ -1,0 +1,224 @@
+"""How Python runs a compiled function on all threads, and the vector instructions that such functions are written with.
+
+Numba takes seconds to compile a parallel loop, and compiles all that the loop calls once more with it. So there is a single one, here, which calls
+a kernel by its address; a kernel is compiled by itself, at its first use, and kept in __pycache__. It is given a table of whole numbers: where the
+next task stands, its arguments, and arrays as addresses. Threads take tasks until none is left, so one that is held up holds up no other.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import event
+from numba.extending import intrinsic as numba_intrinsic
+
+LANES = 16  # sums are kept side by side, on every processor
+TASKS, THREADS, MEMORY, BYTES, ARGUMENTS = range(5)  # places in the table: tasks and threads begun, the threads' memory, how much each has; arguments
+intrinsic: Any = numba_intrinsic
+_local = threading.local()
+
+
+class Kernel:
+    """A function of the table; kernel(*arguments, scratch=…) runs it on every thread, with so many float32 of memory for each.
+
+    In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+
+    @cached_property
+    def _address(self) -> int:
+        with event.install_listener("numba:run_pass", _Announcer()):
+            function: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
+            return function.address
+
+    def __call__(self, *arguments: Any, scratch: int = 0) -> None:
+        threads, size = numba.get_num_threads(), 4 * scratch
+        numbers = [0, 0, address(workspace(threads * size)), size, *(address(a) if isinstance(a, np.ndarray) else a for a in arguments)]
+        _run(self._address, np.array(numbers, np.int64), threads)
+
+
+def address(a: np.ndarray) -> int:
+    return a.__array_interface__["data"][0]
+
+
+def workspace(size: int) -> np.ndarray:
+    """At least `size` bytes, kept from call to call: fresh memory costs a page fault for every 4096 of them."""
+    if not hasattr(_local, "memory") or _local.memory.nbytes < size:
+        _local.memory = np.empty(size, np.uint8)
+    return _local.memory
+
+
+class _Announcer(event.Listener):
+    """Says, once, why the first call takes seconds."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not _Announcer.said:
+            _Announcer.said = True
+            print("opt_fast: compiling kernels for this processor; it takes some seconds, the first time only", file=sys.stderr)
+
+    def on_end(self, event: Any) -> None: ...
+
+
+# ---- instructions that Numba does not have -----------------------------------------------------------------------------------------------
+
+
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def cast(typing_context, number):
+        """The pointer that an address is."""
+
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return cast
+
+
+floats, int16s, uint16s, int64s, bytes_ = (_pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int64, types.uint8))
+
+
+@intrinsic
+def at(typing_context, pointer, offset):
+    """pointer + offset"""
+
+    def generate(context, builder, signature, arguments):
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return pointer(pointer, types.int64), generate
+
+
+@intrinsic
+def claim(typing_context, table, place):
+    """Adds 1 to table[place] in one step, whichever thread asks, and returns what it was."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), ir.IntType(64)(1), "monotonic")
+
+    return types.int64(table, types.int64), generate
+
+
+@intrinsic
+def _call(typing_context, function, table):
+    def generate(context, builder, signature, arguments):
+        table = context.make_array(signature.args[1])(context, builder, arguments[1]).data
+        kind = ir.FunctionType(ir.VoidType(), [table.type])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [table])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, table), generate
+
+
+@njit(parallel=True, cache=True)
+def _run(function: int, table: Any, threads: int) -> None:
+    for _ in prange(threads):
+        _call(function, table)
+
+
+@njit(inline="always")
+def memory(table: Any) -> Any:
+    """The calling thread's own memory; to be asked for once."""
+    return floats(table[MEMORY] + claim(table, THREADS) * table[BYTES])
+
+
+# ---- vectors, as LLVM has them: for intrinsics -------------------------------------------------------------------------------------------
+
+
+def load(builder: Any, address: Any, vector: Any) -> Any:
+    value = builder.load(builder.bitcast(address, vector.as_pointer()))
+    value.align = 1
+    return value
+
+
+def store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
+
+
+def every(vector: Any, value: float) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def broadcast(builder: Any, number: Any, vector: Any) -> Any:
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any, fused: bool) -> Any:
+    """a · b + c, rounded once where the processor can."""
+    if not fused:
+        return builder.fadd(builder.fmul(a, b), c)
+    name = f"llvm.fma.v{a.type.count}f32"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any, list], list]) -> list:
+    """for k in range(0, count, step): carried = body(k, carried); at least once.  Returns what is carried."""
+    entry, block, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
+    index = ir.IntType(64)
+    builder.branch(block)
+    builder.position_at_end(block)
+    k, *values = phis = [builder.phi(value.type) for value in (index(0), *carried)]
+    after = [builder.add(k, index(step)), *body(k, values)]
+    for phi, first, again in zip(phis, (index(0), *carried), after, strict=True):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(again, builder.block)
+    builder.cbranch(builder.icmp_signed("<", after[0], count), block, done)
+    builder.position_at_end(done)
+    return after[1:]
+
+
+def across(builder: Any, lanes: Any, combine: Any) -> Any:
+    """The lanes of a vector combined into one number, always in the same order."""
+    values = [builder.extract_element(lanes, ir.IntType(32)(i)) for i in range(lanes.type.count)]
+    while len(values) > 1:
+        values = [combine(builder, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+@intrinsic
+def total(typing_context, row, n):
+    """The sum of some numbers."""
+    return _summing(row, n, lambda builder, sums, x: builder.fadd(sums, x))
+
+
+@intrinsic
+def squares(typing_context, row, n):
+    """The sum of their squares."""
+    return _summing(row, n, lambda builder, sums, x: builder.fadd(sums, builder.fmul(x, x)))
+
+
+def _summing(row: Any, n: Any, add: Callable[[Any, Any, Any], Any]) -> Any:
+    """A vector of sums over whole vectors of numbers, then the rest one by one."""
+
+    def generate(context, builder, signature, arguments):
+        row, n = arguments
+        vector, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+        whole = builder.and_(n, index(-LANES))
+        sums, single = builder.alloca(vector), builder.alloca(ir.FloatType())
+        builder.store(every(vector, 0.0), sums)
+        with builder.if_then(builder.icmp_signed(">", whole, index(0))):
+            (lanes,) = loop(builder, whole, LANES, [every(vector, 0.0)],
+                            lambda k, carried: [add(builder, carried[0], load(builder, builder.gep(row, [k]), vector))])  # fmt: skip
+            builder.store(lanes, sums)
+        builder.store(across(builder, builder.load(sums), lambda builder, a, b: builder.fadd(a, b)), single)
+        rest = builder.sub(n, whole)
+        with builder.if_then(builder.icmp_signed(">", rest, index(0))):
+            (last,) = loop(builder, rest, 1, [builder.load(single)],
+                           lambda k, carried: [add(builder, carried[0], builder.load(builder.gep(row, [builder.add(whole, k)])))])  # fmt: skip
+            builder.store(last, single)
+        return builder.load(single)
+
+    return types.float32(row, types.int64), generate

@@ -1,0 +1,365 @@
+"""backend="cpu": every operation against opt_np.ops, whole models against HF, and the promise that a row's bits depend on nothing else."""
+
+import inspect
+from types import SimpleNamespace
+
+import ml_dtypes
+import numba
+import numpy as np
+import pytest
+import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import PADDINGS, VARIANTS, batch, build, worst
+
+from opt_fast import attention_cpu, ops_cpu
+from opt_fast.gemm import Packed
+from opt_np import OPTForCausalLM, OPTForSequenceClassification, flash, grad, model, ops
+from opt_np.kv_cache import KVCache
+from opt_np.train import Options, train
+from opt_np.tree import flatten
+
+CONTRACT = ("pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp", "attention", "attention_lse", "attention_probs", "attention_bwd")
+EPS = np.finfo(np.float32).eps
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def wide(*arrays):
+    return [np.asarray(a, np.float64) for a in arrays]
+
+
+def close(ours, exact, size=16.0):
+    """Within so many roundings of the largest number."""
+    assert ours.dtype == np.float32
+    assert np.isfinite(ours).all()
+    assert np.abs(ours - exact).max(initial=0) <= size * EPS * max(np.abs(exact).max(initial=0), 1)
+    return True
+
+
+# ---- each operation ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_contract_is_the_same(name):
+    assert list(inspect.signature(getattr(ops_cpu, name)).parameters) == list(inspect.signature(getattr(ops, name)).parameters)
+
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
+@given(N=shapes, I=st.integers(1, 70), O=st.integers(1, 70), bias=st.booleans(), packed=st.booleans())
+def test_linear(N, I, O, bias, packed):
+    x, weight, b = numbers(*N, I), numbers(O, I, seed=1), numbers(O, seed=2) if bias else None
+    ours = ops_cpu.linear(x, ops_cpu.pack({"weight": weight})["weight"] if packed else weight, b)
+    assert close(ours, ops.linear(*wide(x, weight), None if b is None else b.astype(float)), 8)
+
+
+@given(N=shapes, D=st.integers(1, 100), affine=st.booleans(), offset=st.sampled_from([0.0, 3.0, 100.0]))
+def test_layer_norm(N, D, affine, offset):
+    x, p = numbers(*N, D) + np.float32(offset), (numbers(D, seed=1), numbers(D, seed=2)) if affine else ()
+    exact = ops.layer_norm(*wide(x, *p))
+    numpys = np.abs(ops.layer_norm(x, *p) - exact).max()  # x - mean cancels what x and mean have in common
+    assert close(ops_cpu.layer_norm(x, *p), exact, 16 + 4 * numpys / EPS)
+
+
+@given(N=shapes, function=st.sampled_from(["relu", "gelu"]), size=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_activation_and_mlp(N, function, size):
+    x, fc1, fc2 = numbers(*N, 9) * np.float32(size), {"weight": numbers(21, 9), "bias": numbers(21)}, {"weight": numbers(9, 21), "bias": numbers(9)}
+    assert close(ops_cpu.activation(x, function), ops.activation(x.astype(float), function), 4 * size)
+    exact = ops.mlp(x.astype(float), *({k: v.astype(float) for k, v in p.items()} for p in (fc1, fc2)), function)
+    assert close(ops_cpu.mlp(x, fc1, fc2, function), exact, 16)
+
+
+def test_nan_is_not_lost():
+    x = np.array([[np.nan, 1.0, -1.0]], np.float32)
+    for function in ("relu", "gelu"):
+        assert np.isnan(ops_cpu.activation(x, function)[0, 0])
+    assert np.isnan(ops_cpu.layer_norm(x)).all()
+    q = numbers(1, 3, 1, 8)
+    broken = q.copy()
+    broken[0, 1] = np.nan
+    assert np.isnan(ops_cpu.attention(broken, q, q, 1.0)[0, 1]).all()
+    assert np.isnan(ops_cpu.attention(q, broken, q, 1.0)[0, 1:]).all()
+
+
+@st.composite
+def attention_problem(draw):
+    """Lengths around a tile of keys and a group of queries, head sizes around a panel, any mask."""
+    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    Dh = draw(st.sampled_from([1, 7, 8, 16, 64, 80]))
+    T = draw(st.sampled_from([1, 2, 5, 6, 7, attention_cpu.BC - 1, attention_cpu.BC + 1, 2 * attention_cpu.BC + 9]))
+    S = T + draw(st.sampled_from([0, 1, 3, 64, attention_cpu.BC, attention_cpu.BC + 5]))
+    size = np.float32(draw(st.sampled_from([1e-3, 1.0, 6.0])))
+    q, k, v, dO = numbers(B, T, H, Dh, seed=1) * size, numbers(B, S, H, Dh, seed=2) * size, numbers(B, S, H, Dh, seed=3), numbers(B, T, H, Dh, seed=4)
+    rng, mask = np.random.default_rng(draw(st.integers(0, 99))), draw(st.sampled_from([None, "left", "right", "both", "random", "none visible"]))
+    visible = None if mask is None else np.ones((B, S), bool)
+    for b in range(B if mask else 0):
+        first, last = rng.integers(0, S, 2)
+        place = np.arange(S)
+        visible[b] = {"left": place >= first, "right": place <= last, "both": (place >= first // 2) & (place <= (S + last) // 2),
+                      "random": rng.random(S) < 0.5, "none visible": np.zeros(S, bool)}[mask]  # fmt: skip
+    return q, k, v, dO, SimpleNamespace(visible=visible)
+
+
+def without_padding(visible, T, *arrays):
+    """Arrays (B, T, …) with the queries after a row's last visible key set to 0: a backend may leave those out."""
+    if visible is None:
+        return arrays
+    S = visible.shape[1]
+    last = np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0)
+    kept = np.arange(S - T, S) < last[:, None]
+    return [np.where(kept.reshape(*kept.shape, *[1] * (a.ndim - 2)), a, 0) for a in arrays]
+
+
+@given(problem=attention_problem())
+def test_attention_and_its_gradients(problem):
+    q, k, v, dO, layout = problem
+    scale, T = q.shape[-1] ** -0.5, q.shape[1]
+    (dO,) = without_padding(layout.visible, T, dO)
+    dO = np.ascontiguousarray(dO, np.float32)
+    O, L = ops_cpu.attention_lse(q, k, v, scale, layout)
+    exact, lse = ops.attention_lse(*wide(q, k, v), scale, layout)
+    (O_exact,), (O_numpy,) = (without_padding(layout.visible, T, a) for a in (exact, ops.attention(q, k, v, scale, layout)))
+    np.testing.assert_array_equal(O, ops_cpu.attention(q, k, v, scale, layout))
+    assert np.abs(O - O_exact).max() <= 2 * np.abs(O_numpy - O_exact).max() + 4 * EPS
+    assert not O[-np.inf == L].any()
+    np.testing.assert_allclose(L[-np.inf != L], lse[-np.inf != L], rtol=1e-5, atol=1e-5)
+    plain = ops.attention_bwd(dO, q, k, v, *ops.attention_lse(q, k, v, scale, layout), scale, layout)
+    expected = ops.attention_bwd(*wide(dO, q, k, v), exact, lse, scale, layout)
+    for ours, numpys, exact_grad in zip(ops_cpu.attention_bwd(dO, q, k, v, O, L, scale, layout), plain, expected, strict=True):
+        assert ours.dtype == np.float32
+        assert np.abs(ours - exact_grad).max() <= 3 * np.abs(numpys - exact_grad).max() + 16 * EPS * max(np.abs(exact_grad).max(), 1)
+
+
+@given(problem=attention_problem(), data=st.data())
+def test_the_weights_that_attention_used(problem, data):
+    q, k, _, _, layout = problem
+    T, scale = q.shape[1], q.shape[-1] ** -0.5
+    rows = data.draw(st.none() | st.lists(st.integers(-T, T - 1), min_size=1, max_size=8))
+    chosen = slice(None) if rows is None else rows
+    P = ops_cpu.attention_probs(q, k, scale, layout, rows)
+    assert close(P, ops.attention_probs(*wide(q, k), scale, layout)[:, :, chosen], 128)
+    assert np.array_equal(P, ops_cpu.attention_probs(q, k, scale, layout)[:, :, chosen])
+    assert np.isclose(P.sum(-1), 1, atol=1e-5).all() or layout.visible is not None
+
+
+def test_attention_is_the_tiled_algorithm_of_flash():
+    q, k, v = numbers(1, 70, 2, 16), numbers(1, 300, 2, 16), numbers(1, 300, 2, 16, seed=1)
+    O, L = ops_cpu.attention_lse(q, k, v, 0.25)
+    for h in range(2):
+        O_, L_ = flash.attention(*(a[0, :, h].astype(float) for a in (q, k, v)), 0.25)
+        assert close(O[0, :, h], O_)
+        assert close(L[0, :, h], L_)
+
+
+def test_equal_scores_of_any_size_give_equal_weights():
+    for value in (-200.0, 200.0, -6e4, 1e30):
+        q, k = np.full((1, 1, 1, 1), value, np.float32), np.ones((1, 4, 1, 1), np.float32)
+        np.testing.assert_array_equal(ops_cpu.attention_probs(q, k, 1.0), np.full((1, 1, 1, 4), 0.25, np.float32))
+        assert ops_cpu.attention(q, k, np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1), 1.0) == 1.5
+
+
+def test_memory_does_not_grow_with_the_square():
+    """What a thread holds for T queries, in multiples of T: the backward pass of 4096 tokens would need 64 MiB for its scores alone."""
+    q = numbers(1, 4096, 1, 4)
+    O, L = ops_cpu.attention_lse(q, q, q, 0.5)
+    ops_cpu.attention_bwd(q, q, q, q, O, L, 0.5)
+    from opt_fast.kernel import _local
+
+    assert _local.memory.nbytes < numba.get_num_threads() * 8 * 2**20
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="computes in float32, and was given float64"):
+        ops_cpu.linear(np.ones((1, 2)), numbers(3, 2))
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_hf(variant, padding):
+    """Our error against float64 is at most twice NumPy's in float32."""
+    _, cfg, exact_params = build(variant)
+    ids, mask = batch(padding)
+    exact = model.forward(exact_params, ids, cfg, attention_mask=mask)
+    params = small.cast(exact_params, "float32")
+    numpys, ours = (model.forward(params, ids, cfg, attention_mask=mask, ops=backend) for backend in (ops, ops_cpu))
+    packed = model.forward(ops_cpu.pack(params), ids, cfg, attention_mask=mask, ops=ops_cpu)
+    np.testing.assert_array_equal(ours, packed)
+    assert ours.dtype == np.float32
+    assert worst(ours, exact, mask) <= 2 * worst(numpys, exact, mask) + EPS
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_stored_in_16_bits_compute_as_their_float32_values(dtype, tmp_path):
+    cfg, ids = small.config(), small.ids(small.config())
+    stored = small.cast(small.params(cfg), dtype)
+    lm = OPTForCausalLM(stored, cfg, backend="cpu")
+    np.testing.assert_allclose(lm(ids).logits, model.forward(small.cast(stored, "float32"), ids, cfg), rtol=1e-5, atol=1e-5)
+    lm.save_pretrained(tmp_path)
+    again = OPTForCausalLM.from_pretrained(tmp_path, dtype=dtype, backend="cpu")
+    assert {a.dtype for name, a in flatten(again.params).items() if "norm" not in name and "bias" not in name} == {
+        np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    }
+    np.testing.assert_array_equal(again(ids).logits, lm(ids).logits)
+
+
+def test_a_model_is_saved_and_read_by_either_backend(tmp_path):
+    cfg = small.config(tie_word_embeddings=False)
+    params, ids = small.params(cfg), small.ids(cfg)
+    lm = OPTForCausalLM(params, cfg, backend="cpu")
+    assert isinstance(lm.params["layers"][0]["fc1"]["weight"], Packed)
+    assert isinstance(params["layers"][0]["fc1"]["weight"], np.ndarray)  # the caller's tree is as it was
+    lm.save_pretrained(tmp_path)
+    for name, array in flatten(OPTForCausalLM.from_pretrained(tmp_path).params).items():
+        np.testing.assert_array_equal(array, flatten(params)[name])
+    assert lm.num_parameters() == sum(a.size for a in flatten(params).values())
+    np.testing.assert_array_equal(OPTForCausalLM.from_pretrained(tmp_path, backend="auto")(ids).logits, lm(ids).logits)
+
+
+def test_released_arrays_are_let_go_of():
+    params = small.params(small.config())
+    packed = ops_cpu.pack(params, release=True)
+    assert not any(flatten(params).values() if flatten(params) else [])
+    assert len(flatten(packed)) == len(flatten(small.params(small.config())))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 1, "top_k": 20}, {"penalty_alpha": 0.6, "top_k": 4}], ids=str)
+def test_generation_is_that_of_numpy(options):
+    cfg = small.config()
+    params, ids = small.params(cfg), small.ids(cfg)
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    ours, numpys = (OPTForCausalLM(params, cfg, backend=b).generate(ids, attention_mask=mask, max_new_tokens=8, **options) for b in ("cpu", "numpy"))
+    np.testing.assert_array_equal(ours, numpys)
+
+
+def test_hidden_states_attentions_and_taps():
+    _, cfg, exact = build("pre_norm")
+    params, (ids, mask) = small.cast(exact, "float32"), batch("both")
+    ours, numpys = (OPTForCausalLM(params, cfg, backend=b)(ids, mask, output_hidden_states=True) for b in ("cpu", "numpy"))
+    for a, b in zip(ours.hidden_states, numpys.hidden_states, strict=True):
+        assert worst(a, b, mask) < 1e-5
+    ours, numpys = (OPTForCausalLM(params, cfg, backend=b)(ids, mask, output_attentions=True) for b in ("cpu", "numpy"))
+    assert worst(ours.logits, numpys.logits, mask) < 1e-5
+    for a, b in zip(ours.attentions, numpys.attentions, strict=True):
+        assert np.abs(a - b).max() < 1e-5
+    seen = []
+    OPTForCausalLM(params, cfg, backend="cpu")(ids, tap=lambda name, value: seen.append(name) or value)
+    assert "model.decoder.layers.1.self_attn.attn_weights" in seen
+
+
+# ---- the same bits -----------------------------------------------------------------------------------------------------------------------
+
+LENGTH = 30  # the longest row
+_, CFG, EXACT = build("head_dim_80")
+MODELS = {d: OPTForCausalLM(small.cast(EXACT, d), CFG, backend="cpu") for d in ("float32", "float16", "bfloat16")}
+
+
+def alone(dtype, ids):
+    return MODELS[dtype]([ids]).logits[0]
+
+
+@given(lengths=st.lists(st.integers(1, LENGTH), min_size=1, max_size=5), sides=st.lists(st.integers(0, 10), min_size=5, max_size=5),
+       seed=st.integers(0, 9),
+       dtype=st.sampled_from(sorted(MODELS)), threads=st.integers(1, numba.config.NUMBA_NUM_THREADS))  # fmt: skip
+def test_a_row_has_the_bits_that_it_has_alone(lengths, sides, seed, dtype, threads):
+    """Batch size, padding on either side, neighbours, number of threads."""
+    rows = [np.random.default_rng([seed, i]).integers(4, CFG.vocab_size, n) for i, n in enumerate(lengths)]
+    T = max(n + left for n, left in zip(lengths, sides, strict=False))
+    ids, mask = np.ones((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
+    for b, (row, left) in enumerate(zip(rows, sides, strict=False)):
+        ids[b, left : left + len(row)], mask[b, left : left + len(row)] = row, 1
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(threads)
+        logits = MODELS[dtype](ids, mask).logits
+    finally:
+        numba.set_num_threads(before)
+    for b, row in enumerate(rows):
+        np.testing.assert_array_equal(logits[b][mask[b] == 1], alone(dtype, row))
+
+
+@given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=6, unique=True), left=st.integers(0, 8), seed=st.integers(0, 9),
+       dtype=st.sampled_from(sorted(MODELS)))  # fmt: skip
+def test_a_prompt_has_the_same_bits_however_it_was_cut_into_the_cache(cuts, left, seed, dtype):
+    row, cache = np.random.default_rng(seed).integers(4, CFG.vocab_size, LENGTH), KVCache()
+    ids, mask = np.concatenate([np.ones(left, np.int64), row])[None], np.concatenate([np.zeros(left, np.int64), np.ones(LENGTH, np.int64)])[None]
+    parts, start = [], 0
+    for stop in [*(left + cut for cut in sorted(cuts)), left + LENGTH]:
+        parts.append(MODELS[dtype](ids[:, start:stop], mask[:, :stop], past_key_values=cache).logits)
+        start = stop
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1)[0, left:], alone(dtype, row))
+
+
+@settings(max_examples=15)
+@given(T=st.integers(1, 3 * attention_cpu.BC), past=st.integers(0, attention_cpu.BC + 7), left=st.integers(0, 200), seed=st.integers(0, 9))
+def test_long_attention_has_the_same_bits_in_pieces_and_behind_padding(T, past, left, seed):
+    q, k, v = numbers(1, T, 2, 24, seed=seed), numbers(1, past + T, 2, 24, seed=seed + 10), numbers(1, past + T, 2, 24, seed=seed + 20)
+    O, L = ops_cpu.attention_lse(q, k, v, 0.2)
+    t = np.random.default_rng(seed).integers(0, T)
+    O_, L_ = ops_cpu.attention_lse(q[:, t : t + 1], k[:, : past + t + 1], v[:, : past + t + 1], 0.2)
+    np.testing.assert_array_equal(O_, O[:, t : t + 1])
+    np.testing.assert_array_equal(L_, L[:, t : t + 1])
+    padded = [np.concatenate([np.full((1, left, 2, 24), np.nan, np.float32), a], axis=1) for a in (k, v)]
+    visible = SimpleNamespace(visible=np.arange(left + past + T)[None] >= left)
+    np.testing.assert_array_equal(ops_cpu.attention(q, *padded, 0.2, visible), O)
+
+
+def test_a_row_generates_the_same_tokens_and_scores_in_any_batch():
+    ids = np.random.default_rng(0).integers(4, CFG.vocab_size, (4, 9))
+    lm = MODELS["float32"]
+    together = list(lm.stream(ids, max_new_tokens=6))
+    for b in range(4):
+        for step, single in zip(together, lm.stream(ids[b : b + 1], max_new_tokens=6), strict=True):
+            assert (step.ids[b], step.logprobs[b]) == (single.ids[0], single.logprobs[0])
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("variant", ["pre_norm", "like_350m", "gelu", "untied", "head_dim_80", "head_dim_7"])
+def test_gradients(variant, padding):
+    _, cfg, exact_params = build(variant)
+    ids, mask = batch(padding)
+    labels = ids if mask is None else np.where(mask, ids, grad.IGNORED)
+    loss, exact = grad.loss_and_grads(exact_params, ids, labels, cfg, mask)
+    params = small.cast(exact_params, "float32")
+    (numpy_loss, numpys), (our_loss, ours) = (grad.loss_and_grads(params, ids, labels, cfg, mask, ops=backend) for backend in (ops, ops_cpu))
+    assert our_loss == pytest.approx(loss, rel=1e-5)
+    for name, g in flatten(ours).items():
+        size = max(np.abs(flatten(exact)[name]).max(), 1e-3)
+        assert g.dtype == np.float32
+        assert np.abs(g - flatten(exact)[name]).max() <= 3 * np.abs(flatten(numpys)[name] - flatten(exact)[name]).max() + 1e-6 * size, name
+    assert numpy_loss == pytest.approx(our_loss, rel=1e-5)
+
+
+def test_training_resumes_to_the_same_bits(tmp_path):
+    (tmp_path / "text.txt").write_text(small.TEXT)
+    common = {"text": (str(tmp_path / "text.txt"),), "vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "context": 16,
+              "batch_size": 2, "backend": "cpu", "warmup_steps": 1}  # fmt: skip
+    whole = train(Options(out=str(tmp_path / "whole"), steps=6, **common))
+    train(Options(out=str(tmp_path / "cut"), steps=3, schedule="cosine", **common))
+    with pytest.raises(ValueError, match="--backend cpu"):
+        train(Options(out=str(tmp_path / "cut"), steps=6, resume=True, **{**common, "backend": "numpy"}))
+    again = train(Options(out=str(tmp_path / "cut"), steps=6, resume=True, **{**common, "backend": "auto"}))
+    assert again["step"] == whole["step"] == 6
+    assert np.isfinite(again["loss"])
+    plain = train(Options(out=str(tmp_path / "numpy"), steps=6, **{**common, "backend": "numpy"}))
+    assert plain["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_a_classifier_on_this_backend(tmp_path):
+    cfg = small.config()
+    checkpoint = small.folder(tmp_path, cfg)
+    options = {"new_head": True, "num_labels": 3, "seed": 1}
+    ids, labels = small.ids(cfg), np.array([0, 2])
+    ours, numpys = (OPTForSequenceClassification.from_pretrained(checkpoint, backend=b, **options)(ids, labels=labels) for b in ("cpu", "numpy"))
+    np.testing.assert_allclose(ours.logits, numpys.logits, rtol=1e-4, atol=1e-5)
+    assert ours.loss == pytest.approx(numpys.loss, rel=1e-5)
