@@ -19,7 +19,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/bench
-	$(BIN)/python -m opt_fast.bench cpu
+	$(BIN)/opt-np bench cpu
 
 # One stamp per set of extras; a change of setup.cfg installs again.
 .venv/demo: setup.cfg

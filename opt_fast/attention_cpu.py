@@ -27,6 +27,8 @@ from opt_fast.kernel import (
     bytes_,
     claim,
     every,
+    float_bits,
+    float_of,
     floats,
     int64s,
     intrinsic,
@@ -34,12 +36,14 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
+    prefetch,
     store,
 )
 
 BQ = 96  # queries of a block in the backward pass
 BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
 STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
+AHEAD = 16  # rows that are asked for before they are packed
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
@@ -54,17 +58,12 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, vis
     """
     B, T, H, Dh = q.shape
     O, L = np.empty(q.shape, np.float32), np.empty((B, T, H), np.float32)
-    xs, k, v = scaled(q, scale), rows_apart(k), rows_apart(v)
-    width, blocks = math.ceil(Dh / COLUMNS) * COLUMNS, math.ceil(4 * get_num_threads() / max(B * H, 1))  # few heads: several tasks for each
+    q, k, v = np.ascontiguousarray(q), rows_apart(k), rows_apart(v)
+    blocks = math.ceil(4 * get_num_threads() / max(B * H, 1)) if T > 1 else 1  # few heads: several tasks for each
     Br = math.ceil(T / blocks / ROWS) * ROWS
-    FORWARD(xs, k, v, *hidden_keys(k, visible), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br,
-            scratch=Br * (Dh + width + 2) + BC * (Dh + width + 1) + ROWS * STRIDE)  # fmt: skip
+    FORWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
+            tasks=B * H * blocks, scratch=attending(Br, Dh))  # fmt: skip
     return O, L
-
-
-def scaled(q: np.ndarray, scale: float) -> np.ndarray:
-    """HF scales q, bias and all, before the product."""
-    return np.ascontiguousarray(q * np.float32(scale), np.float32)
 
 
 def rows_apart(a: np.ndarray) -> np.ndarray:
@@ -88,65 +87,67 @@ def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, 
 def _forward(table: Any) -> None:
     """The last block of queries, which has the most keys, goes first."""
     a = at(table, ARGUMENTS)
-    q, k, v, visible, hides, start, end, O, L = (
-        floats(a[0]),
-        floats(a[1]),
-        floats(a[2]),
-        bytes_(a[3]),
-        a[4],
-        int64s(a[5]),
-        int64s(a[6]),
-        floats(a[7]),
-        floats(a[8]),
-    )
-    B, T, S, H, Dh, k_row, k_step, v_row, v_step, Br = a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17], a[18]
-    past, panels, blocks = S - T, (Dh + COLUMNS - 1) // COLUMNS, (T + Br - 1) // Br
-    width = panels * COLUMNS
-    xs = memory(table)
+    q, k, v, visible, hides, start, end = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5]), int64s(a[6])
+    O, L, B, T, S, H, Dh = floats(a[7]), floats(a[8]), a[9], a[10], a[11], a[12], a[13]
+    k_row, k_step, v_row, v_step, Br, scale = a[14], a[15], a[16], a[17], a[18], float_of(a[19])
+    blocks, xs = (T + Br - 1) // Br, memory(table)
+    task = claim(table, TASKS)
+    while task < B * H * blocks:
+        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
+        attend(at(q, (b * T * H + h) * Dh), at(k, b * k_row + h * Dh), k_step, at(v, b * v_row + h * Dh), v_step, at(visible, b * S), hides, start[b],
+               end[b], at(O, (b * T * H + h) * Dh), at(L, b * T * H + h), S - T, first, min(first + Br, T), H, Dh, scale, xs)  # fmt: skip
+        task = claim(table, TASKS)
+
+
+@njit
+def attend(q: Any, k: Any, k_step: int, v: Any, v_step: int, visible: Any, hides: int, start: int, end: int, O: Any, L: Any, past: int, first: int,
+           stop: int, H: int, Dh: int, scale: Any, xs: Any) -> None:  # fmt: skip
+    """The queries first to stop of one head of one row; xs is memory for them, `attending` numbers."""
+    Br, width = (stop - first + ROWS - 1) // ROWS * ROWS, (Dh + COLUMNS - 1) // COLUMNS * COLUMNS
     acc, m, l = at(xs, Br * Dh), at(xs, Br * (Dh + width)), at(xs, Br * (Dh + width + 1))
     keys = at(l, Br)
     values = at(keys, BC * Dh)
     scores = at(values, BC * width)
     hidden = at(scores, ROWS * STRIDE)
-    task = claim(table, TASKS)
-    while task < B * H * blocks:
-        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
-        last = max(first, min(first + Br, end[b] - past))  # the rest is padding
-        pack_groups(at(q, ((b * T + first) * H + h) * Dh), H * Dh, last - first, Dh, xs)
-        for i in range(min(first + Br, T) - first):
-            m[i], l[i] = -np.inf, 0
-            for d in range(width):
-                acc[i * width + d] = 0
-        for key in range(start[b], past + last, BC):
-            n = min(BC, past + last - key)
-            shown = at(visible, b * S + key)
-            pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
-            pack_rows(at(v, b * v_row + key * v_step + h * Dh), v_step, n, Dh, shown, hides, BC, values)
-            for j in range(BC):
-                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
-            for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
-                rows = min(ROWS, last - first - i)
-                limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
-                seen = min(n, limit + rows - 1)
-                score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
-                for r in range(rows):
-                    softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
-                p = 0
-                while p < panels:
-                    sums, panel = at(acc, i * width + p * COLUMNS), at(values, p * BC * COLUMNS)
-                    if rows == 1 and p + ABREAST <= panels:
-                        weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
-                        p += ABREAST
-                    else:
-                        weigh(sums, width, scores, panel, 0, seen)
-                        p += 1
-        for i in range(min(first + Br, T) - first):
-            place = (b * T + first + i) * H + h
-            part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
-            for d in range(Dh):
-                O[place * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
-            L[place] = m[i] + math.log(l[i])
-        task = claim(table, TASKS)
+    last = max(first, min(stop, end - past))  # the rest is padding
+    pack_groups(at(q, first * H * Dh), H * Dh, last - first, Dh, scale, xs)
+    for i in range(stop - first):
+        m[i], l[i] = -np.inf, 0
+        for d in range(width):
+            acc[i * width + d] = 0
+    for key in range(start, past + last, BC):
+        n, shown = min(BC, past + last - key), at(visible, key)
+        pack_transposed(at(k, key * k_step), k_step, n, Dh, shown, hides, keys)
+        pack_rows(at(v, key * v_step), v_step, n, Dh, shown, hides, BC, values)
+        for j in range(whole_panels(n)):
+            hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
+        for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
+            rows = min(ROWS, last - first - i)
+            limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
+            seen = min(n, limit + rows - 1)
+            score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
+            for r in range(rows):
+                softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
+            p = 0
+            while p < width:
+                sums, panel = at(acc, i * width + p), at(values, p * BC)
+                if rows == 1 and p + ABREAST * COLUMNS <= width:
+                    weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
+                    p += ABREAST * COLUMNS
+                else:
+                    weigh(sums, width, scores, panel, 0, seen)
+                    p += COLUMNS
+    for i in range(stop - first):
+        part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
+        for d in range(Dh):
+            O[(first + i) * H * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
+        L[(first + i) * H] = m[i] + math.log(l[i])
+
+
+def attending(queries: int, Dh: int) -> int:
+    """Numbers of memory that `attend` needs for so many queries."""
+    width = math.ceil(Dh / COLUMNS) * COLUMNS
+    return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width + 1) + ROWS * STRIDE
 
 
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndarray | None, rows: Any = None) -> np.ndarray:
@@ -158,25 +159,16 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndar
     rows = np.arange(T) if rows is None else np.arange(T)[np.asarray(rows)]
     k, R = rows_apart(k), len(rows)
     probs = np.zeros((B, H, R, S), np.float32)
-    PROBS(scaled(q[:, rows], scale), k, *hidden_keys(k, visible), probs, S - T + 1 + rows, B, R, S, H, Dh, *steps(k),
-          scratch=BC * (Dh + 1) + ROWS * STRIDE + (R + ROWS) * (Dh + 2))  # fmt: skip
+    PROBS(np.ascontiguousarray(q[:, rows]), k, *hidden_keys(k, visible), probs, S - T + 1 + rows, B, R, S, H, Dh, *steps(k), float_bits(scale),
+          tasks=B * H, scratch=BC * (Dh + 1) + ROWS * STRIDE + (R + ROWS) * (Dh + 2))  # fmt: skip
     return probs
 
 
 def _probs(table: Any) -> None:
     """A task is a head: over its keys once for each query's maximum and sum, and once more for the weights."""
     a = at(table, ARGUMENTS)
-    q, k, visible, hides, start, end, probs, limits = (
-        floats(a[0]),
-        floats(a[1]),
-        bytes_(a[2]),
-        a[3],
-        int64s(a[4]),
-        int64s(a[5]),
-        floats(a[6]),
-        int64s(a[7]),
-    )
-    B, R, S, H, Dh, k_row, k_step = a[8], a[9], a[10], a[11], a[12], a[13], a[14]
+    q, k, visible, hides, start, end, probs = floats(a[0]), floats(a[1]), bytes_(a[2]), a[3], int64s(a[4]), int64s(a[5]), floats(a[6])
+    limits, B, R, S, H, Dh, k_row, k_step, scale = int64s(a[7]), a[8], a[9], a[10], a[11], a[12], a[13], a[14], float_of(a[15])
     keys = memory(table)
     hidden = at(keys, BC * Dh)
     scores = at(hidden, BC)
@@ -186,7 +178,7 @@ def _probs(table: Any) -> None:
     task = claim(table, TASKS)
     while task < B * H:
         b, h = task % B, task // B
-        pack_groups(at(q, (b * R * H + h) * Dh), H * Dh, R, Dh, xs)
+        pack_groups(at(q, (b * R * H + h) * Dh), H * Dh, R, Dh, scale, xs)
         for i in range(R):
             m[i], l[i] = -np.inf, 0
         for writing in range(2):
@@ -225,7 +217,8 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     k, v, dO, O, L = (np.ascontiguousarray(a, np.float32) for a in (k, v, dO, O, L))
     dq, dk, dv = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
     width = math.ceil(Dh / COLUMNS) * COLUMNS
-    BACKWARD(scaled(q, scale), k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, np.array([scale], np.float32),
+    q = np.ascontiguousarray(q * np.float32(scale))  # HF scales q, bias and all, before the product
+    BACKWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, float_bits(scale), tasks=B * H,
              scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width + 1) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
     return dq, dk, dv
 
@@ -233,29 +226,9 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
 def _backward(table: Any) -> None:
     """A task is a head: its tiles of keys one after the other, and for each the blocks of BQ queries that see it."""
     a = at(table, ARGUMENTS)
-    q, k, v, visible, hides, start, end, O, L = (
-        floats(a[0]),
-        floats(a[1]),
-        floats(a[2]),
-        bytes_(a[3]),
-        a[4],
-        int64s(a[5]),
-        int64s(a[6]),
-        floats(a[7]),
-        floats(a[8]),
-    )
-    B, T, S, H, Dh, dO, dq, dk, dv, scale = (
-        a[9],
-        a[10],
-        a[11],
-        a[12],
-        a[13],
-        floats(a[14]),
-        floats(a[15]),
-        floats(a[16]),
-        floats(a[17]),
-        floats(a[18]),
-    )
+    q, k, v, visible, hides, start, end = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5]), int64s(a[6])
+    O, L, B, T, S, H, Dh = floats(a[7]), floats(a[8]), a[9], a[10], a[11], a[12], a[13]
+    dO, dq, dk, dv, scale = floats(a[14]), floats(a[15]), floats(a[16]), floats(a[17]), float_of(a[18])
     past, step, width = S - T, H * Dh, (Dh + COLUMNS - 1) // COLUMNS * COLUMNS
     dq_sums = memory(table)  # (T, width)
     D = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not
@@ -294,8 +267,8 @@ def _backward(table: Any) -> None:
                 dk_sums[j], dv_sums[j] = 0, 0
             for first in range(max(0, key - past) // BQ * BQ, queries, BQ):
                 count, origin = min(BQ, queries - first), ((b * T + first) * H + h) * Dh
-                pack_groups(at(q, origin), step, count, Dh, q_groups)
-                pack_groups(at(dO, origin), step, count, Dh, dO_groups)
+                pack_groups(at(q, origin), step, count, Dh, np.float32(1), q_groups)
+                pack_groups(at(dO, origin), step, count, Dh, np.float32(1), dO_groups)
                 pack_rows(at(q, origin), step, count, Dh, shown, 0, BQ, q_rows)
                 pack_rows(at(dO, origin), step, count, Dh, shown, 0, BQ, dO_rows)
                 limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
@@ -323,7 +296,7 @@ def _backward(table: Any) -> None:
                     dk[place], dv[place] = dk_sums[j * width + d], dv_sums[j * width + d]
         for t in range(T):
             for d in range(Dh):
-                dq[((b * T + t) * H + h) * Dh + d] = dq_sums[t * width + d] * scale[0]
+                dq[((b * T + t) * H + h) * Dh + d] = dq_sums[t * width + d] * scale
         task = claim(table, TASKS)
 
 
@@ -331,12 +304,12 @@ def _backward(table: Any) -> None:
 
 
 @njit
-def pack_groups(x: Any, step: int, n: int, Dh: int, groups: Any) -> None:
-    """n rows in groups of ROWS: groups[i, d, r] = x[i · ROWS + r, d]; zeros after the last."""
+def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> None:
+    """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]; zeros after the last. HF scales q, too, before the product."""
     for i in range(0, n, ROWS):
         for r in range(ROWS):
             for d in range(Dh):
-                groups[i * Dh + d * ROWS + r] = x[(i + r) * step + d] if i + r < n else np.float32(0)
+                groups[i * Dh + d * ROWS + r] = x[(i + r) * step + d] * scale if i + r < n else np.float32(0)
 
 
 @njit
@@ -494,6 +467,8 @@ def transpose(typing_context, rows, step, columns):
     def generate(context, builder, signature, arguments):
         rows, step, columns = arguments
         lines = [load(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]), VECTOR) for r in range(WIDTH)]
+        for r in range(WIDTH):  # rows of a head lie far apart, and the processor does not guess where
+            prefetch(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(AHEAD + r))]))
         apart = 1
         while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
             above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
@@ -518,6 +493,7 @@ def copy(typing_context, rows, step, panel, n):
         rows, step, panel, n = arguments
 
         def body(k: Any, carried: list) -> list:
+            prefetch(builder, builder.gep(rows, [builder.mul(builder.add(k, ir.IntType(64)(AHEAD)), step)]))
             source, target = builder.gep(rows, [builder.mul(k, step)]), builder.gep(panel, [builder.mul(k, ir.IntType(64)(COLUMNS))])
             for c in range(0, COLUMNS, WIDTH):
                 place = [ir.IntType(64)(c)]

@@ -1,202 +1,417 @@
-"""Speed against the engines people use: python -m opt_fast.bench cpu
+"""Speed against the engines people use: opt-np bench cpu
 
-Each engine runs in a process of its own (thread pools spoil one another), on the same random weights; results are checked against each other
-before anything is timed; rounds are interleaved, so that a machine that slows down slows everyone. Absolute times of a shared machine mean
-little: the ratios are the result. A table for people, then one line of JSON.
+What the machine can do comes first; then each engine runs in a process of its own (thread pools spoil one another), on the same random weights.
+Results are checked against each other before anything is timed; rounds are interleaved, so that a machine that slows down slows everyone.
+Absolute times of a shared machine mean little: the ratios are the result. A table for people, then one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
 import os
 import platform
+import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opt_np import grad, model
-from opt_np.classes import OPTForCausalLM
-from opt_np.config import OPTConfig
-from opt_np.init import init_params
-from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm
-from opt_np.tree import flatten
+from opt_fast import limits, peers
+from opt_np.config import OPTConfig, parameter_shapes
 
-PREFILL, DECODE_PROMPT, DECODE = 1024, 32, 32  # tokens
-TRAIN = 4, 256  # rows, tokens
-TOLERANCE = 1e-3  # of the largest logit, float32
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m opt_fast.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cpu", "worker"), help="cpu: prefill, decode and training of the reference against HF transformers")
-    parser.add_argument("--size", default="125m", help="shape of the model, random weights (default 125m)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each engine (default all)")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.what == "worker":
-        return worker(ENGINES[args.engine], args.size)
-    return cpu(args.size, args.rounds, args.threads)
+SIZES = ("125m", "350m", "1.3b", "tiny")
+ENGINES = tuple(peers.IMPORTS)
+JOBS = ("attention", "decode", "prefill", "decode-16", "prefill-16", "train", "memory")
+# How the weights are stored: in float32, or in 16 bits, and there as the engine can.
+STORED: dict[str, dict[str, tuple[str, ...]]] = {
+    "float32": dict.fromkeys(ENGINES, ("float32",)),
+    "16 bits": {"opt_fast": ("float16", "bfloat16"), "openvino": ("bfloat16",), "hf": ("bfloat16",)},
+}
+TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2}  # of the largest number
+BUDGET = 0.5  # a call shorter than this many seconds is repeated for as long, and its median counts
+REST = 0.3  # seconds in which the threads of the last engine stop waiting for more work
+PACKAGES = ("numpy", "numba", "torch", "transformers", "ctranslate2", "openvino", "openvino-genai")
+Seconds = dict[str, list[float]]  # of each lane ("hf bfloat16"), round by round
 
 
-def cpu(size: str, rounds: int, threads: int) -> int:
-    engines = {name: Engine(name, size, threads) for name in ENGINES}
-    jobs = ("prefill", "decode", "train")
-    for job in jobs:  # also the warm-up
-        check(job, {name: engine.run(job) for name, engine in engines.items()})
-    print(f"checked: {', '.join(ENGINES)} agree to {TOLERANCE:g}; timing {rounds} rounds", file=sys.stderr)
-    times: dict[str, dict[str, list[float]]] = {job: {name: [] for name in engines} for job in jobs}
-    for _ in range(rounds):
-        for job in jobs:
-            for name, engine in engines.items():
-                times[job][name].append(engine.run(job)["seconds"])
-    report(size, threads, times)
-    return 0
+@dataclass(frozen=True)
+class Job:
+    name: str  # the worker's
+    kind: str  # of engine: a key of peers.ENGINES
+    stored: str  # a key of STORED
+    title: str
+    amount: float  # of `unit`, in one call
+    unit: str
+    limit: str  # what cannot be outrun: "bandwidth" or "matmul"
+    cost: float  # bytes read or FLOPs, in one call
+
+    @property
+    def key(self) -> str:
+        return self.name + ("-16" if self.stored == "16 bits" else "")
 
 
-def check(job: str, results: dict[str, dict[str, Any]]) -> None:
-    """Aborts where two engines disagree: a fast wrong answer is no result."""
-    (first, expected), *rest = results.items()
-    for name, result in rest:
-        a, b = np.array(expected["numbers"]), np.array(result["numbers"])
-        agree = np.array_equal(a, b) if job == "decode" else np.abs(a - b).max() <= TOLERANCE * np.abs(a).max()  # token ids are equal or not
-        if not agree:
-            raise SystemExit(f"{job}: {first} and {name} disagree by {np.abs(a - b).max():.2e}: nothing was timed")
+def add_options(parser: Any) -> None:
+    parser.add_argument("what", choices=("cpu",), help="what to measure: the engines for CPUs")
+    parser.add_argument("--size", choices=SIZES, default="125m", help="shape of the model; tiny is for trying this command")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of each engine")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, metavar="JOB", help=f"of {', '.join(JOBS)}; -16 stores weights in 16 bits")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios, as a .png, .svg or .pdf")
 
 
-def report(size: str, threads: int, times: dict[str, dict[str, list[float]]]) -> None:
-    tokens = {"prefill": PREFILL, "decode": DECODE, "train": TRAIN[0] * TRAIN[1]}
-    titles = {
-        "prefill": f"prefill of {PREFILL} tokens",
-        "decode": f"decode after {DECODE_PROMPT}",
-        "train": f"training step, {TRAIN[0]} x {TRAIN[1]}",
-    }
-    print(
-        f"opt-{size} shape, random weights, float32, {threads} threads; tokens/s: median (min to max); ratio of each round to HF: median (min to max)"
-    )
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for job, by_engine in times.items():
-        for name, seconds in by_engine.items():
-            rates = [tokens[job] / s for s in seconds]
-            ratios.setdefault(job, {})[name] = [h / s for h, s in zip(by_engine["hf"], seconds, strict=True)]
-            print(f"  {titles[job]:26} {name:6} {spread(rates, '8.1f')}   {spread(ratios[job][name], '.2f')} x")
-    versions = {m: __import__(m).__version__ for m in ("numpy", "torch", "transformers")}
-    machine = {"cpu": cpu_name(), "python": platform.python_version(), "threads": threads, **versions}
-    print(
-        json.dumps(
-            {
-                "size": size,
-                "machine": machine,
-                "seconds": times,
-                "ratio_to_hf": {j: {n: statistics.median(r) for n, r in e.items()} for j, e in ratios.items()},
-            }
-        )
-    )
+def run(what: str, size: str, rounds: int, threads: int, jobs: Iterable[str], engines: Iterable[str], plot: str | None = None) -> None:
+    """Raises ValueError for what cannot be measured, and where engines disagree."""
+    for name, value in (("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if plot and not (find_spec("matplotlib") and Path(plot).parent.is_dir() and plot.endswith((".png", ".svg", ".pdf"))):
+        raise ValueError(f"--plot {plot}: it needs matplotlib, a folder that exists, and a name that ends in .png, .svg or .pdf")
+    if not (engines := [name for name in ENGINES if name in engines and installed(name)]):
+        raise ValueError("none of the engines is here; pip install 'opt-np[bench]' brings them")
+    shape = peers.shape(size)
+    wanted = choose(all_jobs(shape), jobs, engines)
+    say("measuring what the machine can do")
+    ceilings = limits.measure(threads)
+    with tempfile.TemporaryDirectory() as folder, limits.thread_limit(threads):
+        if kinds := {job.kind for job in wanted if job.kind != "attention"} | ({"model"} if "memory" in jobs else set()):
+            write_weights(shape.cfg, folder, engines if "model" in kinds else [], threads)
+        seconds: dict[str, Seconds] = {}
+        for (kind, stored), group in groupby(wanted, lambda job: (job.kind, job.stored)):
+            seconds |= measure(list(group), lanes(kind, stored, engines), peers.Setup(shape, folder, "float32", threads), rounds)
+        memory = measure_memory(engines, peers.Setup(shape, folder, "float32", threads)) if "memory" in jobs else {}
+    result = {"size": size, "rounds": rounds, "machine": machine(threads), "limits": ceilings, "jobs": summary(wanted, seconds, ceilings)}
+    result["memory"] = memory
+    print("\n".join(table(result, wanted)))
+    print(json.dumps(result), flush=True)
+    if plot:
+        draw(plot, result, wanted)
 
 
-def spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form.lstrip('0123456789')}} to {max(values):{form.lstrip('0123456789')}})"
+def say(words: str) -> None:
+    print(f"bench: {words}", file=sys.stderr, flush=True)
 
 
-def cpu_name() -> str:
+def installed(engine: str) -> bool:
+    """Whether its packages are here, and those that make its format; without them it is left out with a word."""
+    needs = [*peers.IMPORTS[engine], *(("torch", "transformers") if engine in peers.CONVERTERS else ())]
+    missing = [name for name in needs if not find_spec(name if name.startswith("opt_") else name.partition(".")[0])]
+    if missing:
+        say(f"{engine} is left out: {', '.join(missing)} cannot be imported; pip install 'opt-np[bench]' brings it")
+    return not missing
+
+
+# ---- what there is to do -----------------------------------------------------------------------------------------------------------------
+
+
+def all_jobs(s: peers.Shape) -> list[Job]:
+    jobs = []
+    for S, Dh, H in s.attention:
+        flops = 4 * S * S * Dh * H / 2  # two products, of which causality needs one half
+        title = f"attention, {S} tokens, {H} heads of {Dh}"
+        jobs.append(Job(f"attention-{S}-{Dh}", "attention", "float32", title, flops / 1e9, "GFLOP/s", "matmul", flops))
+        flops *= 3.5  # backward: five products more
+        jobs.append(Job(f"attention-{S}-{Dh}-backward", "attention", "float32", f"{title}, and backward", flops / 1e9, "GFLOP/s", "matmul", flops))
+    for stored, size in (("float32", 4), ("16 bits", 2)):
+        read = size * s.decode * weights_read(s.cfg)
+        jobs += [
+            Job("decode", "model", stored, f"decode, {s.decode} tokens after one, {stored}", s.decode, "tokens/s", "bandwidth", read),
+            Job("prefill", "model", stored, f"first token of a fresh prompt of {s.prefill}, {stored}", s.prefill, "tokens/s", "matmul",
+                forward_flops(s.cfg, s.prefill, 1)),
+        ]  # fmt: skip
+    B, T = s.train
+    flops = 3 * B * forward_flops(s.cfg, T, T)  # backward makes two products for each of the forward pass
+    jobs.append(Job("train", "train", "float32", f"training step, {B} x {T} tokens", B * T, "tokens/s", "matmul", flops))
+    return jobs
+
+
+def choose(every: list[Job], jobs: Iterable[str], engines: Iterable[str]) -> list[Job]:
+    """The jobs asked for that one of the engines can do."""
+    asked = [job for job in every if job.key in jobs or (job.kind == "attention" and "attention" in jobs)]
+    idle = [job.key for job in asked if not lanes(job.kind, job.stored, engines)]
+    if idle:
+        say(f"{', '.join(idle)} left out: {', '.join(engines)} cannot do that")
+    chosen = [job for job in asked if job.key not in idle]
+    if not chosen and "memory" not in jobs:
+        raise ValueError(f"{', '.join(engines)} cannot do any of {', '.join(jobs)}")
+    return chosen
+
+
+def weights_read(cfg: OPTConfig) -> int:
+    """Numbers that a step of decoding reads: all but the positions; the token matrix is the head as well."""
+    return sum(prod(shape) for name, shape in parameter_shapes(cfg).items() if name != "embed_positions.weight")
+
+
+def forward_flops(cfg: OPTConfig, T: int, logits: int) -> float:
+    """FLOPs for T tokens of one row, `logits` of them through the head."""
+    matrices = sum(prod(shape) for name, shape in parameter_shapes(cfg).items() if len(shape) == 2 and not name.startswith("embed_"))
+    return 2 * T * matrices + 2 * logits * cfg.vocab_size * cfg.word_embed_proj_dim + cfg.num_hidden_layers * 2 * T * T * cfg.hidden_size
+
+
+def lanes(kind: str, stored: str, engines: Iterable[str]) -> list[tuple[str, str]]:
+    """(engine, dtype), ours first and the reference last."""
+    return [(engine, dtype) for engine in engines if engine in peers.ENGINES[kind] for dtype in STORED[stored].get(engine, ())]
+
+
+def write_weights(cfg: OPTConfig, folder: str, engines: Iterable[str], threads: int) -> None:
+    from opt_np import checkpoint
+    from opt_np.init import init_params
+
+    say("writing the weights")
+    checkpoint.save(folder, init_params(cfg), cfg)
+    for engine, convert in peers.CONVERTERS.items():
+        if engine in engines:
+            say(f"converting them for {engine}")
+            limits.alone(threads, convert, folder)
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------------------------------
+
+
+def measure(jobs: list[Job], those: list[tuple[str, str]], setup: peers.Setup, rounds: int) -> dict[str, Seconds]:
+    """Seconds of each job in each lane, round by round, once all agree."""
+    those = those[: how_many_fit(jobs[0], those, setup.shape.cfg)]
+    with ExitStack() as stack:
+        workers = {" ".join(lane): stack.enter_context(Worker(jobs[0].kind, *lane, setup)) for lane in those}
+        for name in dict.fromkeys([*(job.name for job in jobs), *(["step"] if jobs[0].kind == "model" else [])]):
+            check(name, jobs[0].stored, {lane: worker.check(name) for lane, worker in workers.items()})  # also the warm-up
+        verdict = f"{', '.join(workers)} agree" if len(workers) > 1 else f"{next(iter(workers))} is alone, and not checked"
+        say(f"{verdict}; timing {', '.join(job.key for job in jobs)}")
+        seconds: dict[str, Seconds] = {job.key: {lane: [] for lane in workers} for job in jobs}
+        for i in range(rounds):
+            for job in jobs:
+                for lane, worker in workers.items():
+                    time.sleep(REST)
+                    seconds[job.key][lane].append(worker.time(job.name, seed=1000 * (i + 1)))
+    return seconds
+
+
+def how_many_fit(job: Job, those: list[tuple[str, str]], cfg: OPTConfig) -> int:
+    """They are in memory together: those that find no room are left out with a word, the reference first."""
+    weights = sum(prod(shape) for shape in parameter_shapes(cfg).values()) * (4 if job.stored == "float32" else 2)
+    need = {"attention": 0.5e9, "model": 0.6e9 + 1.1 * weights, "train": 2e9 + 4.5 * weights}[job.kind]
+    fit = int(free_memory() // need)
+    if fit < len(those):
+        say(f"{job.key}: {', '.join(' '.join(lane) for lane in those[fit:])} left out, as memory is short; choose with --engines and --jobs")
+    if not fit:
+        raise ValueError(f"{job.key} needs {need / 1e9:.0f} GB of free memory for each engine, and {free_memory() / 1e9:.0f} are free")
+    return fit
+
+
+def check(name: str, stored: str, results: dict[str, list[np.ndarray]]) -> None:
+    """Raises ValueError where an engine disagrees with the last: a fast wrong answer is no result.
+
+    Tokens in float32 are equal or not. In 16 bits each engine rounds its own way, and two likely tokens may change places: "step" is checked.
+    """
+    if name == "decode" and stored == "16 bits":
+        return
+    tolerance = 0.0 if name == "decode" else TOLERANCE[stored]
+    *others, (reference, expected) = results.items()
+    for lane, found in others:
+        for a, b in zip(expected, found, strict=True):
+            told = (a != peers.UNTOLD) & (b != peers.UNTOLD) if a.shape == b.shape else np.zeros(0, bool)
+            error, largest = (np.abs(a - b)[told].max(), np.abs(a[told]).max()) if told.any() else (np.inf, 0)
+            if not error <= tolerance * largest:
+                raise ValueError(f"{name}: {lane} and {reference} differ by {error:.2e}, {tolerance:g} of {largest:.2e} is allowed; it was not timed")
+
+
+def measure_memory(engines: Iterable[str], setup: peers.Setup) -> dict[str, dict[str, float]]:
+    """By how much each process grows, one after the other, from all imported to loaded and decoded; mapped files count."""
+    cfg, found = setup.shape.cfg, {}
+    if not resident()["VmRSS"]:
+        say("memory is left out: this system has no /proc/self/status")
+        return {}
+    for stored, size in (("float32", 4), ("16 bits", 2)):
+        cache = 4 * 2 * cfg.num_hidden_layers * cfg.hidden_size * setup.shape.decode
+        least = size * sum(prod(shape) for shape in parameter_shapes(cfg).values()) + cache
+        for lane in lanes("model", stored, engines):
+            with Worker("model", *lane, setup) as worker:
+                worker.check("decode")
+                grown, peak = worker.memory["VmRSS"] - worker.before["VmRSS"], worker.memory["VmHWM"] - worker.before["VmRSS"]
+            found[" ".join(lane)] = {"least": least, "grown": grown, "peak": peak, "ratio": grown / least}
+    return found
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, kind: str, engine: str, dtype: str, setup: peers.Setup) -> None:
+        from multiprocessing import get_context  # here, as all that opt-np starts reads this module
+
+        context = get_context("spawn")
+        self.name = f"{engine} {dtype}"
+        self.connection, there = context.Pipe()
+        setup = peers.Setup(setup.shape, setup.folder, dtype, setup.threads)
+        self.process = context.Process(target=serve, args=(there, kind, engine, setup), daemon=True)
+        self.process.start()
+        there.close()  # the process has its own: where it ends, so does the pipe
+        self.before = self.receive("loading")
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+
+    def check(self, job: str) -> list[np.ndarray]:
+        """The numbers that `job` gives for the first seed."""
+        self.connection.send((job, 0, 0.0))
+        _, numbers, self.memory = self.receive(job)
+        return numbers
+
+    def time(self, job: str, seed: int) -> float:
+        """Seconds of a call."""
+        self.connection.send((job, seed, BUDGET))
+        return self.receive(job)[0]
+
+    def receive(self, doing: str) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise ValueError(f"{self.name} stopped, at {doing}; its error is above") from None
+
+
+def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
+    """What a Worker's process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
+    for module in peers.IMPORTS[engine]:
+        importlib.import_module(module)
+    before = resident()
+    jobs = peers.ENGINES[kind][engine](setup)
+    connection.send(before)
+    while True:
+        try:
+            name, seed, budget = connection.recv()
+        except EOFError:
+            return
+        seconds: list[float] = []
+        while not seconds or sum(seconds) < budget:
+            start = time.perf_counter()
+            result = jobs[name](seed + len(seconds))
+            seconds.append(time.perf_counter() - start)
+        numbers = [] if budget else [np.asarray(a).ravel() for a in (result if isinstance(result, list | tuple) else [result])]
+        connection.send((statistics.median(seconds), numbers, resident()))
+
+
+def proc(path: str) -> dict[str, str]:
+    """Lines `key: value` of a file of /proc, the first of each key; nothing where there is no such file."""
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
 
 
-class Engine:
-    """A worker process: one line of JSON per job, each way."""
-
-    def __init__(self, name: str, size: str, threads: int) -> None:
-        limits = {variable: str(threads) for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
-        command = [sys.executable, "-m", "opt_fast.bench", "worker", "--engine", name, "--size", size]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **limits})
-        self._name = name
-
-    def run(self, job: str) -> dict[str, Any]:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(job + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"engine {self._name} stopped during {job}; its error is above")
-        return json.loads(line)
+def resident() -> dict[str, float]:
+    """Bytes of memory that this process has now, and had at most."""
+    status = proc("/proc/self/status")
+    return {key: 1024.0 * int(status.get(key, "0").split()[0]) for key in ("VmRSS", "VmHWM")}
 
 
-def worker(make_jobs: Callable[[OPTConfig, dict], dict[str, Callable[[], Any]]], size: str) -> int:
-    cfg = OPTConfig.from_size(size, dropout=0.0)
-    jobs = make_jobs(cfg, init_params(cfg))
-    for line in sys.stdin:
-        start = time.perf_counter()
-        numbers = jobs[line.strip()]()
-        print(json.dumps({"seconds": time.perf_counter() - start, "numbers": np.asarray(numbers, np.float64).ravel().tolist()}), flush=True)
-    return 0
+def free_memory() -> float:
+    return 1024 * float(proc("/proc/meminfo").get("MemAvailable", "inf").split()[0])
 
 
-def prompt(B: int, T: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(4, 50000, (B, T))
+# ---- telling -----------------------------------------------------------------------------------------------------------------------------
 
 
-def numpy_jobs(cfg: OPTConfig, params: dict) -> dict[str, Callable[[], Any]]:
-    """The readable reference."""
-    lm, trained, state = OPTForCausalLM(params, cfg), params, adamw_init(params)
-    ids = prompt(*TRAIN)
+def summary(jobs: list[Job], seconds: dict[str, Seconds], ceilings: dict[str, float]) -> dict[str, Any]:
+    """For each job: seconds, the share of the limit that each lane reaches, and how often ours goes into it, as (median, min, max).
 
-    def train() -> float:
-        loss, grads = grad.loss_and_grads(trained, ids, ids, cfg)
-        clip_by_global_norm(grads, 1.0)
-        adamw_step(trained, grads, state, 0.0)  # a rate of 0: the work is the same, and the weights stay those of the other jobs
-        return loss
-
-    return {
-        "prefill": lambda: model.forward(params, prompt(1, PREFILL), cfg, logits_to_keep=1),
-        "decode": lambda: lm.generate(prompt(1, DECODE_PROMPT), max_new_tokens=DECODE, eos_token_id=-1),
-        "train": train,
-    }
+    Ours is opt_fast in each dtype, or the first lane where it is not among them.
+    """
+    found: dict[str, Any] = {}
+    for job in jobs:
+        times = seconds[job.key]
+        least = job.cost / ceilings[job.limit]
+        ours = [lane for lane in times if lane.startswith("opt_fast")] or [next(iter(times))]
+        ratios = {o: {lane: middle([b / a for a, b in zip(times[o], times[lane], strict=True)]) for lane in times if lane not in ours} for o in ours}
+        share = {lane: 100 * least / statistics.median(s) for lane, s in times.items()}
+        found[job.key] = {"seconds": times, "limit_seconds": least, "percent_of_limit": share, "ratio": ratios}
+    return found
 
 
-def hf_jobs(cfg: OPTConfig, params: dict) -> dict[str, Callable[[], Any]]:
-    """HF transformers on torch, float32, sdpa."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    keys: dict[str, Any] = {k: v for k, v in cfg.to_dict().items() if k != "model_type"} | {"attn_implementation": "sdpa"}
-    hf = transformers.OPTForCausalLM(transformers.OPTConfig(**keys)).eval()
-    named = {f"model.decoder.{name}": torch.from_numpy(a) for name, a in flatten(params).items()}
-    hf.load_state_dict({**named, "lm_head.weight": named["model.decoder.embed_tokens.weight"]})
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.0)
-    ids = torch.from_numpy(prompt(*TRAIN))
-
-    def prefill() -> Any:
-        with torch.inference_mode():
-            return hf(torch.from_numpy(prompt(1, PREFILL)), logits_to_keep=1, use_cache=False).logits
-
-    def decode() -> Any:
-        start = torch.from_numpy(prompt(1, DECODE_PROMPT))
-        return hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=DECODE, do_sample=False, eos_token_id=-1)
-
-    def train() -> float:
-        optimizer.zero_grad()
-        loss = hf(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return {"prefill": prefill, "decode": decode, "train": train}
+def middle(values: list[float]) -> tuple[float, float, float]:
+    return statistics.median(values), min(values), max(values)
 
 
-ENGINES = {"hf": hf_jobs, "numpy": numpy_jobs}
+def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:
+    where, best = result["machine"], result["limits"]
+    lines = [
+        f"opt-{result['size']} shape, random weights, {where['threads']} threads of {where['cpu']}",
+        f"limits: {best['bandwidth'] / 1e9:.1f} GB/s read from memory, {best['matmul'] / 1e9:.0f} GFLOP/s of float32 products in NumPy",
+        f"median (min to max) of {result['rounds']} interleaved rounds; % of the limit; ratios of the same round; hf's attention is torch's",
+    ]
+    if not {"avx512_bf16", "amx_bf16"} & set(where["vectors"]):
+        lines.append("no bfloat16 products on this CPU: in 16 bits each engine widens as it can, and OpenVINO computes in float32")
+    for job in jobs:
+        found = result["jobs"][job.key]
+        lines += ["", job.title]
+        for lane, seconds in found["seconds"].items():
+            rate, low, high = middle([job.amount / s for s in seconds])
+            ratios = [f"{ours} is {spread(by[lane])} x as fast" for ours, by in found["ratio"].items() if lane in by]
+            reached = f"{rate:8.1f} {job.unit:8} ({low:.1f} to {high:.1f})"
+            lines.append(f"  {lane:19} {reached:42} {found['percent_of_limit'][lane]:3.0f} %  {'; '.join(ratios)}")
+    if result["memory"]:
+        lines += ["", "growth of resident memory, from imported to loaded and decoded, and how often weights and cache go into it"]
+        lines += [f"  {lane:19} {m['grown'] / 1e6:8.0f} MB (peak {m['peak'] / 1e6:.0f})   {m['ratio']:.2f} x" for lane, m in result["memory"].items()]
+    return [line.rstrip() for line in lines]
+
+
+def spread(values: tuple[float, float, float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    from importlib import metadata
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    flags = proc("/proc/cpuinfo").get("flags", "").split()
+    vectors = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in flags]
+    cpu = proc("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine()
+    return {"cpu": cpu, "vectors": vectors, "threads": threads, "python": platform.python_version(), "versions": versions}
+
+
+def draw(file: str, result: dict[str, Any], jobs: list[Job]) -> None:
+    """A bar for each engine in each job: how many times as fast ours is, with the spread over the rounds."""
+    from matplotlib.figure import Figure
+
+    ratios = [(job.key, result["jobs"][job.key]["ratio"]) for job in jobs]
+    bars = [(f"{key}: {lane} / {ours}", *ratio) for key, by_ours in ratios for ours, by in by_ours.items() for lane, ratio in by.items()]
+    if not bars:
+        say("nothing to draw: there are no two engines to compare")
+        return
+    labels, values, lows, highs = (list(column) for column in zip(*bars, strict=True))
+    figure = Figure(figsize=(9, 1.5 + 0.25 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    below, above = np.subtract(values, lows), np.subtract(highs, values)
+    axes.barh(labels, values, xerr=[below, above], color="#4878a8", ecolor="#555555")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of the first / seconds of the second, same round")
+    axes.set_title(f"opt-{result['size']} shape on {result['machine']['cpu']}")
+    figure.savefig(file)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from opt_np.cli import main
+
+    raise SystemExit(main(["bench", *sys.argv[1:]]))

@@ -23,6 +23,7 @@ from opt_fast.kernel import (
     ARGUMENTS,
     TASKS,
     Kernel,
+    address,
     at,
     broadcast,
     claim,
@@ -36,7 +37,8 @@ from opt_fast.kernel import (
     multiply_add,
     store,
     uint16s,
-)
+)  # fmt: skip
+from opt_fast.rowwise import FUNCTIONS, activate
 
 
 class Tile(NamedTuple):
@@ -67,8 +69,9 @@ TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
 BLOCK_ROWS, BLOCK_K = 12 * ROWS, 384  # x's block, 72 × 384, stays in the second-level cache, a panel's 384 · COLUMNS in the first
 FEW, ABREAST = ROWS // 2, 4  # up to FEW rows take two panels at a time, one row takes ABREAST: more sums that do not wait for each other
+NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers that multiply() needs
+PARTS = 4  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
-FUNCTIONS = {None: 0, "relu": 1, "gelu": 2}
 
 
 class Packed:
@@ -76,6 +79,7 @@ class Packed:
 
     def __init__(self, panels: np.ndarray, out_features: int) -> None:
         self.panels, self.shape = panels, (out_features, panels.shape[1])  # 16-bit floats as BITS
+        self.address = address(panels)
 
     @property
     def dtype(self) -> np.dtype:
@@ -108,7 +112,7 @@ def pack(weight: np.ndarray) -> Packed:
     (O, I), (numbers, row, step) = weight.shape, flat(weight)
     panels = np.empty((math.ceil(O / COLUMNS), I, COLUMNS), numbers.dtype)
     if panels.size:
-        (PACK32 if numbers.itemsize == 4 else PACK16)(numbers, row, step, O, I, panels, len(panels))
+        (PACK32 if numbers.itemsize == 4 else PACK16)(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
     return Packed(panels, O)
 
 
@@ -122,9 +126,9 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
         numbers, row, step = flat(np.asarray(x, np.float32))
         blocks, panels = math.ceil(len(x) / BLOCK_ROWS), len(weight.panels)
-        parts = min(panels, get_num_threads() * (4 if blocks == 1 else 1))  # threads share the columns: each reads its own panels
+        parts = min(panels, get_num_threads() * (PARTS if blocks == 1 else 1))  # threads share the columns: each reads its own panels
         MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, *y.shape, I, blocks, parts,
-                                        scratch=BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS)  # fmt: skip
+                                        tasks=blocks * parts, scratch=NEEDED)  # fmt: skip
     return y
 
 
@@ -178,36 +182,41 @@ def _matmul(table: Any, panels: Any) -> None:
     x, row, step, P, bias, function, y, M, O, K, blocks, parts = (
         floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8], a[9], a[10], a[11], a[12])  # fmt: skip
     xs = memory(table)
-    scratch = at(xs, BLOCK_ROWS * BLOCK_K)
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part = task % blocks * BLOCK_ROWS, task // blocks
-        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), P * part // parts, P * (part + 1) // parts
-        columns_to = min(panels_to * COLUMNS, O)
-        for i in range(first, last):  # every sum starts from its bias
-            for j in range(panels_from * COLUMNS, columns_to):
-                y[i * O + j] = bias[j]
-        whole = first + (last - first) // ROWS * ROWS
-        abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
-        for k in range(0, K, BLOCK_K):
-            n = min(BLOCK_K, K - k)
-            for i in range(first, last, ROWS):
-                _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
-            for p in range(panels_from, panels_to, abreast):
-                some = min(abreast, panels_to - p)
-                for q in range(p, p + some):
-                    for i in range(first, whole, ROWS):
-                        _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * O + q * COLUMNS), O,
-                              min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-                wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
-                for q in range(p, p + some if whole < last else p, wide):
-                    _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n, at(y, whole * O + q * COLUMNS),
-                          O, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-        if function:
-            for i in range(first, last):
-                for j in range(panels_from * COLUMNS, columns_to):
-                    y[i * O + j] = activate(y[i * O + j], function)
+        multiply(x, row, step, panels, K, O, P * part // parts, P * (part + 1) // parts, bias, function, y, O, first, min(first + BLOCK_ROWS, M), xs)
         task = claim(table, TASKS)
+
+
+@njit
+def multiply(x: Any, row: int, step: int, panels: Any, K: int, O: int, panels_from: int, panels_to: int, bias: Any, function: int, y: Any, y_row: int,
+             first: int, last: int, xs: Any) -> None:  # fmt: skip
+    """Rows first to last of y, at most BLOCK_ROWS, in the columns of some panels; x's rows are packed so that the kernel reads them in order."""
+    scratch, columns_to = at(xs, BLOCK_ROWS * BLOCK_K), min(panels_to * COLUMNS, O)
+    for i in range(first, last):  # every sum starts from its bias
+        for j in range(panels_from * COLUMNS, columns_to):
+            y[i * y_row + j] = bias[j]
+    whole = first + (last - first) // ROWS * ROWS
+    abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
+    for k in range(0, K, BLOCK_K):
+        n = min(BLOCK_K, K - k)
+        for i in range(first, last, ROWS):
+            _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
+        for p in range(panels_from, panels_to, abreast):
+            some = min(abreast, panels_to - p)
+            for q in range(p, p + some):
+                for i in range(first, whole, ROWS):
+                    _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
+                          min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+            wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
+            for q in range(p, p + some if whole < last else p, wide):
+                _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n,
+                      at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+    if function:
+        for i in range(first, last):
+            for j in range(panels_from * COLUMNS, columns_to):
+                y[i * y_row + j] = activate(y[i * y_row + j], function)
 
 
 def _matmul_float32(table: Any) -> None:
@@ -220,14 +229,6 @@ def _matmul_float16(table: Any) -> None:
 
 def _matmul_bfloat16(table: Any) -> None:
     _matmul(table, uint16s(table[ARGUMENTS + 3]))
-
-
-@njit
-def activate(x: Any, function: int) -> Any:
-    """relu (1), or gelu (2) in its exact form x·Φ(x); NaN stays NaN."""
-    if function == 1:
-        return np.float32(0) if x < 0 else x
-    return x * np.float32(0.5) * math.erfc(x * np.float32(-math.sqrt(0.5)))
 
 
 @njit

@@ -7,17 +7,21 @@ next task stands, its arguments, and arrays as addresses. Threads take tasks unt
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import event
+from numba.core import config, event
 from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
@@ -27,7 +31,7 @@ _local = threading.local()
 
 
 class Kernel:
-    """A function of the table; kernel(*arguments, scratch=…) runs it on every thread, with so many float32 of memory for each.
+    """A function of the table; kernel(*arguments, tasks=…, scratch=…) runs it on as many threads as find work, each with so many float32 of memory.
 
     In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument.
     """
@@ -37,14 +41,29 @@ class Kernel:
 
     @cached_property
     def _address(self) -> int:
-        with event.install_listener("numba:run_pass", _Announcer()):
+        with kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
             function: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
             return function.address
 
-    def __call__(self, *arguments: Any, scratch: int = 0) -> None:
-        threads, size = numba.get_num_threads(), 4 * scratch
+    def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
+        threads, size = min(numba.get_num_threads(), tasks), 4 * scratch
         numbers = [0, 0, address(workspace(threads * size)), size, *(address(a) if isinstance(a, np.ndarray) else a for a in arguments)]
-        _run(self._address, np.array(numbers, np.int64), threads)
+        (_run if threads > 1 else _run_alone)(self._address, np.array(numbers, np.int64), threads)
+
+
+@contextmanager
+def kept_compiled() -> Iterator[None]:
+    """Numba keeps what it compiles in __pycache__, and looks whether the function's own file has changed, but not the files of what it calls: so the
+    folder's name holds a checksum of all of them."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    folder, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
+    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
+        folder = Path.home() / ".cache" / "opt_fast"
+    config.CACHE_DIR = str(folder / f"kernels-{zlib.crc32(sources):08x}")
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
 
 
 def address(a: np.ndarray) -> int:
@@ -90,6 +109,21 @@ def _pointer_to(kind: Any) -> Any:
 floats, int16s, uint16s, int64s, bytes_ = (_pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int64, types.uint8))
 
 
+def float_bits(number: float) -> int:
+    """A float32 as a whole number, for the table."""
+    return int(np.float32(number).view(np.int32))
+
+
+@intrinsic
+def float_of(typing_context, number):
+    """float_bits undone."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), generate
+
+
 @intrinsic
 def at(typing_context, pointer, offset):
     """pointer + offset"""
@@ -105,7 +139,7 @@ def claim(typing_context, table, place):
     """Adds 1 to table[place] in one step, whichever thread asks, and returns what it was."""
 
     def generate(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), ir.IntType(64)(1), "monotonic")
+        return builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), ir.IntType(64)(1), "acq_rel")
 
     return types.int64(table, types.int64), generate
 
@@ -127,6 +161,11 @@ def _run(function: int, table: Any, threads: int) -> None:
         _call(function, table)
 
 
+@njit(cache=True)
+def _run_alone(function: int, table: Any, threads: int) -> None:
+    _call(function, table)
+
+
 @njit(inline="always")
 def memory(table: Any) -> Any:
     """The calling thread's own memory; to be asked for once."""
@@ -144,6 +183,14 @@ def load(builder: Any, address: Any, vector: Any) -> Any:
 
 def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the line of memory there, which will be read soon."""
+    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), name)
+    builder.call(function, [builder.bitcast(address, byte), number(0), number(3), number(1)])
 
 
 def every(vector: Any, value: float) -> Any:

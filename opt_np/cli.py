@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_verify(commands)
     add_train(commands)
+    add_bench(commands)
     return parser
 
 
@@ -319,6 +320,18 @@ def train(**args: Any) -> None:
     if last["step"] < options.steps:
         print(f"stopped after step {last['step']} of {options.steps}; the same command with --resume goes on", file=sys.stderr)
     print(f"{options.out}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
+
+
+def add_bench(commands: Any) -> None:
+    from opt_fast.bench import add_options
+
+    add_options(add_command(commands, "bench", bench, "Measure speed and memory against the engines people use, once all agree on the results."))
+
+
+def bench(**args: Any) -> None:
+    from opt_fast.bench import run
+
+    run(**args)
 
 
 def find_model(model: str | None) -> str | Path:

@@ -20,22 +20,30 @@ class KVCache:
 
         k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, S, H, Dh), (B, S, H, Dh)
         """
-        S = self.length + k.shape[1]
+        keys, values = self.room(i, k.shape, k.dtype)
+        keys[:, self.length :], values[:, self.length :] = k, v
+        return keys, values
+
+    def room(self, i: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's keys and values with room at their end for new ones of this shape, (B, T, H, Dh), still to be written.
+
+        -> (B, S, H, Dh), (B, S, H, Dh)
+        """
+        S = self.length + shape[1]
         if i == len(self._layers):
             if self.length:
                 raise ValueError(
                     f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
                 )
-            self._layers.append((np.empty_like(k), np.empty_like(v)))
+            self._layers.append((np.empty(shape, dtype), np.empty(shape, dtype)))
         keys, values = self._layers[i]
         B, _, *heads = keys.shape
-        if k.shape[0] != B or [*k.shape[2:]] != heads:
+        if shape[0] != B or [*shape[2:]] != heads:
             raise ValueError(
-                f"this cache holds {B} rows with heads {tuple(heads)}; the new keys are {k.shape[0]} rows with {k.shape[2:]}: start a new one"
+                f"this cache holds {B} rows with heads {tuple(heads)}; the new keys are {shape[0]} rows with {tuple(shape[2:])}: start a new one"
             )
         if keys.shape[1] < S:
             keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
-        keys[:, self.length : S], values[:, self.length : S] = k, v
         return keys[:, :S], values[:, :S]
 
     def advance(self, T: int) -> None:

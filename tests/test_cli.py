@@ -61,10 +61,18 @@ def assert_one_line(status, out, err, *words):
 
 
 def test_generate_from_the_shell(model):
-    status, out, err = program("generate", "the cat", "--model", model, "--max-new-tokens", "8")
+    status, out, err = program("generate", "the cat", "--model", model, "--max-new-tokens", "8", "--backend", "numpy")
     assert (status, err) == (0, "")
     assert out.startswith("the cat")
     assert len(out) > len("the cat\n")
+
+
+def test_the_first_run_on_the_cpu_backend_says_what_it_waits_for(model, tmp_path):
+    words, environment = ("generate", "the cat", "--model", model, "--max-new-tokens", "8"), {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    cold, warm = (program(*words, "--backend", "cpu", env=environment) for _ in range(2))
+    assert cold[2] == "opt_fast: compiling kernels for this processor; it takes some seconds, the first time only\n"
+    assert warm == (0, cold[1], "")
+    assert cold[1] == program(*words, "--backend", "numpy")[1]
 
 
 def test_logits_from_the_shell(model):

@@ -1,0 +1,372 @@
+"""The engines that bench.py times: ours, and those people use today. Each is a function that loads the weights and returns its jobs.
+
+A job is a function of a seed, which draws the prompt, so that no engine can answer from memory; it returns numbers that must agree with
+the other engines'. CTranslate2 and OpenVINO read formats of their own, made here from the HF model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_np.config import OPTConfig
+
+Jobs = dict[str, Callable[[int], Any]]
+SAMPLE = 997  # of a gradient, one number in so many is compared
+UNTOLD = np.finfo(np.float32).min  # stands for a number that an engine keeps to itself; NaN would hide mistakes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much work a size is: the model, tokens of a prefill and of a decode, rows and tokens of a training step, S, Dh and H of attention."""
+
+    cfg: OPTConfig
+    prefill: int = 1024
+    decode: int = 64  # after a prompt of one token, so that all of them are steps, at a context of 32 in the mean
+    train: tuple[int, int] = (4, 256)
+    attention: tuple[tuple[int, int, int], ...] = ((512, 64, 12), (1024, 64, 12), (2048, 64, 12), (2048, 80, 32))
+
+
+def shape(size: str) -> Shape:
+    if size != "tiny":
+        return Shape(OPTConfig.from_size(size, dropout=0.0))
+    cfg = OPTConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256, dropout=0.0)
+    return Shape(cfg, 64, 8, (2, 16), ((64, 16, 4), (48, 24, 2)))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is given; `folder` holds the checkpoint, in float32, and what `CONVERTERS` made of it."""
+
+    shape: Shape
+    folder: str
+    dtype: str
+    threads: int
+
+    def prompt(self, seed: int, T: int, B: int = 1) -> np.ndarray:
+        return np.random.default_rng(seed).integers(4, self.shape.cfg.vocab_size, (B, T))
+
+
+def centred(logits: Any) -> np.ndarray:
+    """Logits moved until the mean of their exponentials is 1: what an engine that tells only log-probabilities can be compared with."""
+    logits = np.asarray(logits, np.float32).ravel()
+    return logits - np.log(np.mean(np.exp(logits - logits.max()))) - logits.max()
+
+
+# ---- attention alone ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention_jobs(s: Setup, forward: Callable, both: Callable, prepare: Callable = lambda x: x) -> Jobs:
+    """q, k, v and dO are random, (1, S, H, Dh) until `prepare` has seen them; results are in that order of axes again."""
+
+    def job(function: Callable, S: int, Dh: int, H: int) -> Callable[[int], Any]:
+        inputs = [prepare(x) for x in np.random.default_rng(S + Dh).standard_normal((4, 1, S, H, Dh), np.float32)]
+        return lambda seed: function(*inputs, Dh**-0.5)
+
+    return {f"attention-{a[0]}-{a[1]}{end}": job(f, *a) for a in s.shape.attention for f, end in ((forward, ""), (both, "-backward"))}
+
+
+def our_attention(s: Setup, ops: Any) -> Jobs:
+    def both(q: Any, k: Any, v: Any, dO: Any, scale: float) -> tuple:
+        O, L = ops.attention_lse(q, k, v, scale)
+        return O, *ops.attention_bwd(dO, q, k, v, O, L, scale)
+
+    return attention_jobs(s, lambda q, k, v, dO, scale: ops.attention(q, k, v, scale), both)
+
+
+def opt_fast_attention(s: Setup) -> Jobs:
+    from opt_fast import ops_cpu
+
+    return our_attention(s, ops_cpu)
+
+
+def numpy_attention(s: Setup) -> Jobs:
+    from opt_np import ops
+
+    return our_attention(s, ops)
+
+
+def torch_attention(s: Setup) -> Jobs:
+    """torch's fused attention, in the order of axes that it likes best: (1, H, S, Dh)."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def forward(q: Any, k: Any, v: Any, dO: Any, scale: float) -> Any:
+        with torch.no_grad():
+            return sdpa(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+    def both(q: Any, k: Any, v: Any, dO: Any, scale: float) -> list:
+        O = sdpa(q, k, v, is_causal=True, scale=scale)
+        return [x.detach().transpose(1, 2) for x in (O, *torch.autograd.grad(O, (q, k, v), dO))]
+
+    return attention_jobs(s, forward, both, lambda x: torch.from_numpy(x).transpose(1, 2).contiguous().requires_grad_())
+
+
+# ---- the model, running ------------------------------------------------------------------------------------------------------------------
+
+
+def model_jobs(s: Setup, logits: Callable[[np.ndarray], np.ndarray], decode: Callable[[np.ndarray], Any]) -> Jobs:
+    """`logits` are those of what follows a prompt, `decode` the tokens that follow it; a prompt of one is what a step of decoding computes."""
+    return {
+        "prefill": lambda seed: logits(s.prompt(seed, s.shape.prefill)),
+        "step": lambda seed: logits(s.prompt(seed, 1)),
+        "decode": lambda seed: decode(s.prompt(seed, 1)),
+    }
+
+
+def our_model(s: Setup, backend: str) -> Jobs:
+    from opt_np.classes import OPTForCausalLM
+
+    lm = OPTForCausalLM.from_pretrained(s.folder, dtype=s.dtype, backend=backend)
+    return model_jobs(s, lambda ids: centred(lm(ids, logits_to_keep=1).logits),
+                      lambda ids: lm.generate(ids, max_new_tokens=s.shape.decode, eos_token_id=-1)[:, 1:])  # fmt: skip
+
+
+def opt_fast_model(s: Setup) -> Jobs:
+    return our_model(s, "cpu")
+
+
+def numpy_model(s: Setup) -> Jobs:
+    return our_model(s, "numpy")
+
+
+def load_hf(folder: str, dtype: str) -> Any:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers.OPTForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+
+
+def hf_model(s: Setup) -> Jobs:
+    import torch
+
+    hf = load_hf(s.folder, s.dtype)
+    hf.generation_config.eos_token_id = None
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return centred(hf(torch.from_numpy(ids), logits_to_keep=1).logits.float())
+
+    def decode(ids: np.ndarray) -> Any:
+        prompt = torch.from_numpy(ids)
+        return hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=s.shape.decode, do_sample=False)[:, 1:]
+
+    return model_jobs(s, logits, decode)
+
+
+def ctranslate2_model(s: Setup) -> Jobs:
+    """Tokens are the ids, written out; a minimum length keeps it from stopping, and hides the end token, so that it is not for logits."""
+    import ctranslate2
+
+    generator = ctranslate2.Generator(f"{s.folder}/ctranslate2", device="cpu", compute_type=s.dtype, intra_threads=s.threads)
+
+    def run(ids: np.ndarray, **options: Any) -> Any:
+        (result,) = generator.generate_batch([[str(i) for i in ids[0]]], sampling_topk=1, include_prompt_in_result=False, **options)
+        return result
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        result = run(ids, max_length=1, return_logits_vocab=True)  # owns the logits
+        return centred(result.logits[0][0])
+
+    return model_jobs(s, logits, lambda ids: run(ids, min_length=s.shape.decode, max_length=s.shape.decode).sequences_ids)
+
+
+def openvino_model(s: Setup) -> Jobs:
+    """OpenVINO GenAI's LLMPipeline, on ids: it needs no tokenizer for them. It tells no logits, but what it chose and the log-probability.
+
+    Its own default for keys and values is 8 bits; here they are stored in as many bits as the weights. The pipeline's default, paged attention,
+    prefills faster than its other backend. Where the CPU has no bfloat16 products, it stores and computes in float32 whatever is asked.
+    """
+    import openvino
+    import openvino_genai
+
+    precision = cached = {"float32": "f32", "bfloat16": "bf16"}[s.dtype]
+    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        cached = "f16"  # where it has to emulate bfloat16, a cache of it makes prefill half as fast
+    pipeline = openvino_genai.LLMPipeline(f"{s.folder}/openvino", "CPU", INFERENCE_PRECISION_HINT=precision, KV_CACHE_PRECISION=cached,
+                                          PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=s.threads)  # fmt: skip
+
+    def run(ids: np.ndarray, new: int, **options: Any) -> Any:
+        return pipeline.generate(openvino.Tensor(ids), max_new_tokens=new, ignore_eos=True, **options)
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        result = run(ids, 1, logprobs=1)
+        told = np.full(s.shape.cfg.vocab_size, UNTOLD)
+        told[result.tokens[0]] = result.scores[0] + np.log(len(told))
+        return told
+
+    return model_jobs(s, logits, lambda ids: run(ids, s.shape.decode).tokens)
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------------------------
+
+
+def our_train(s: Setup, **backend: Any) -> Jobs:
+    from opt_np import checkpoint, grad
+    from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm
+    from opt_np.tree import flatten
+
+    params, cfg = checkpoint.load(s.folder)
+    state = adamw_init(params)
+
+    def train(seed: int) -> list:
+        ids = s.prompt(seed, s.shape.train[1], s.shape.train[0])
+        loss, grads = grad.loss_and_grads(params, ids, ids, cfg, **backend)
+        norm = clip_by_global_norm(grads, 1.0)
+        adamw_step(params, grads, state, 0.0)  # a rate of 0: the work is the same, and the weights stay
+        return [loss, norm, np.concatenate([g.ravel()[::SAMPLE] for _, g in sorted(flatten(grads).items())])]
+
+    return {"train": train}
+
+
+def opt_fast_train(s: Setup) -> Jobs:
+    from opt_fast import ops_cpu
+
+    return our_train(s, ops=ops_cpu)
+
+
+def numpy_train(s: Setup) -> Jobs:
+    return our_train(s)
+
+
+def hf_train(s: Setup) -> Jobs:
+    import torch
+
+    hf = load_hf(s.folder, s.dtype)
+    named = sorted((name.removeprefix("model.decoder."), p) for name, p in hf.named_parameters())
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=0.0)
+
+    def train(seed: int) -> list:
+        ids = torch.from_numpy(s.prompt(seed, s.shape.train[1], s.shape.train[0]))
+        optimizer.zero_grad()
+        loss = hf(ids, labels=ids).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
+        optimizer.step()
+        return [loss.detach(), norm, torch.cat([p.grad.ravel()[::SAMPLE] for _, p in named])]
+
+    return {"train": train}
+
+
+# ---- formats of their own ----------------------------------------------------------------------------------------------------------------
+
+
+def to_ctranslate2(folder: str) -> None:
+    """The steps of CTranslate2's TransformersConverter, without the tokenizer that it asks for."""
+    from ctranslate2.converters.transformers import OPTLoader
+
+    hf, loader = load_hf(folder, "float32"), OPTLoader()
+    spec = loader.get_model_spec(hf)
+    loader.set_vocabulary(spec, [str(i) for i in range(hf.config.vocab_size)])
+    spec.config.bos_token = spec.config.eos_token = "2"
+    spec.config.unk_token = "3"
+    spec.validate()
+    spec.optimize()
+    out = Path(folder, "ctranslate2")
+    out.mkdir()
+    spec.save(str(out))
+
+
+class Past:
+    """What HF's decoder asks of a cache, over plain tensors, which can be traced: k and v of each layer in turn, (B, H, S, Dh)."""
+
+    def __init__(self, tensors: list) -> None:
+        self.tensors = tensors
+
+    def get_seq_length(self, *_: Any) -> Any:
+        return self.tensors[0].shape[2]
+
+    def update(self, k: Any, v: Any, i: int, *_: Any, **__: Any) -> tuple:
+        import torch
+
+        self.tensors[2 * i : 2 * i + 2] = [torch.cat(pair, 2) for pair in zip(self.tensors[2 * i : 2 * i + 2], (k, v), strict=True)]
+        return self.tensors[2 * i], self.tensors[2 * i + 1]
+
+
+def to_openvino(folder: str) -> None:
+    """The stateful graph that OpenVINO's own exporter makes: keys and values are the model's state, and attention is one node per layer."""
+    import openvino
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    model, past = traced(load_hf(folder, "float32"))
+    apply_make_stateful_transformation(model, {name: name.replace("past", "present") for name in past})
+    start_empty(model)
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    if 2 * kinds.count("ScaledDotProductAttention") != len(past):
+        raise RuntimeError("OpenVINO's graph has not one fused attention a layer: it would not run at its best")
+    out = Path(folder, "openvino")
+    openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+
+
+def traced(hf: Any) -> tuple[Any, list[str]]:
+    """HF's model as an OpenVINO graph, past keys and values in, present ones out; and the names of the past."""
+    import openvino
+    import torch
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hf = hf
+
+        def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, beam_idx: Any, past: Any) -> tuple:
+            cache = Past([x.index_select(0, beam_idx) for x in past])
+            T, S = input_ids.shape[1], attention_mask.shape[1]
+            visible = torch.arange(S) <= torch.arange(S - T, S)[:, None]  # causal, aligned to the end of the keys
+            visible = visible & (attention_mask[:, None, None] > 0)  # (B, 1, T, S)
+            h = self.hf.model.decoder(input_ids, attention_mask=visible, position_ids=position_ids, past_key_values=cache, use_cache=True)
+            return self.hf.lm_head(h.last_hidden_state), *cache.tensors
+
+    cfg, (B, T, P) = hf.config, (2, 2, 3)  # any numbers but 0 and 1, which a tracer might take for constants
+    H, names = cfg.num_attention_heads, [f"past.{i}" for i in range(2 * cfg.num_hidden_layers)]
+    past = [torch.zeros(B, H, P, cfg.hidden_size // H) for _ in names]
+    inputs = {"input_ids": torch.full((B, T), 5), "attention_mask": torch.ones(B, P + T, dtype=torch.int64),
+              "position_ids": torch.tensor([[3, 4]] * B), "beam_idx": torch.arange(B, dtype=torch.int32)}  # fmt: skip
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, about branches on shapes that are the same here
+        model = openvino.convert_model(Step(), example_input={**inputs, "past": past})
+    for port, name in zip(model.inputs, [*inputs, *names], strict=True):
+        port.get_tensor().set_names({name})
+        if name in names:
+            port.get_node().set_partial_shape(openvino.PartialShape([-1, H, -1, cfg.hidden_size // H]))
+    for port, name in zip(model.outputs, ["logits", *(name.replace("past", "present") for name in names)], strict=True):
+        port.get_tensor().set_names({name})
+    model.validate_nodes_and_infer_types()
+    return model, names
+
+
+def start_empty(model: Any) -> None:
+    """Before the first token the state is (rows of input_ids, H, 0, Dh)."""
+    from openvino import opset13 as op
+
+    rows = op.gather(op.shape_of(model.input("input_ids"), output_type="i64"), op.constant([0]), op.constant(0))
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            _, H, _, Dh = node.get_output_partial_shape(0)
+            empty = op.concat([rows, op.constant(np.array([H.get_length(), 0, Dh.get_length()]))], 0)
+            node.set_arguments([op.broadcast(op.constant(0.0, dtype=np.float32), empty).output(0)])
+    model.validate_nodes_and_infer_types()
+
+
+# What can do which kind of job, ours first and the reference last.
+ENGINES: dict[str, dict[str, Callable[[Setup], Jobs]]] = {
+    "attention": {"opt_fast": opt_fast_attention, "hf": torch_attention, "numpy": numpy_attention},
+    "model": {"opt_fast": opt_fast_model, "openvino": openvino_model, "hf": hf_model, "ctranslate2": ctranslate2_model, "numpy": numpy_model},
+    "train": {"opt_fast": opt_fast_train, "hf": hf_train, "numpy": numpy_train},
+}
+CONVERTERS: dict[str, Callable[[str], None]] = {"openvino": to_openvino, "ctranslate2": to_ctranslate2}
+IMPORTS = {  # what an engine has in memory before it loads a model
+    "opt_fast": ("numba", "opt_np.classes", "opt_fast.ops_cpu"),
+    "openvino": ("openvino_genai",),
+    "hf": ("torch", "transformers", "transformers.models.opt.modeling_opt"),
+    "ctranslate2": ("ctranslate2",),
+    "numpy": ("opt_np.classes",),
+}

@@ -1,0 +1,76 @@
+"""What is done to numbers one by one or row by row: the activation and LayerNorm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from opt_fast.kernel import ARGUMENTS, TASKS, Kernel, at, claim, floats, squares, total
+from opt_np.ops import LAYER_NORM_EPS
+
+CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
+FUNCTIONS = {None: 0, "relu": 1, "gelu": 2}
+
+
+def activation(x: np.ndarray, function: str) -> np.ndarray:
+    """relu or gelu.  x: (*N, F)  ->  (*N, F)"""
+    x = np.ascontiguousarray(x)
+    y = np.empty_like(x)
+    ACTIVATION(x, y, x.size, FUNCTIONS[function], tasks=math.ceil(x.size / CHUNK))
+    return y
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> np.ndarray:
+    """x: (*N, D);  weight: (D);  bias: (D)  ->  (*N, D)"""
+    x, D = np.ascontiguousarray(x), x.shape[-1]
+    y, rows, some = np.empty_like(x), x.size // D, max(CHUNK // D, 1)
+    weight = np.ones(D, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
+    bias = np.zeros(D, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
+    NORM(x, weight, bias, y, rows, D, some, tasks=math.ceil(rows / some))
+    return y
+
+
+def _activation(table: Any) -> None:
+    a = at(table, ARGUMENTS)
+    x, y, size, function = floats(a[0]), floats(a[1]), a[2], a[3]
+    first = claim(table, TASKS) * CHUNK
+    while first < size:
+        for i in range(first, min(first + CHUNK, size)):
+            y[i] = activate(x[i], function)
+        first = claim(table, TASKS) * CHUNK
+
+
+def _norm(table: Any) -> None:
+    """A task is some rows."""
+    a = at(table, ARGUMENTS)
+    x, weight, bias, y, rows, D, some = floats(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), a[4], a[5], a[6]
+    first = claim(table, TASKS) * some
+    while first < rows:
+        for i in range(first, min(first + some, rows)):
+            norm_row(at(x, i * D), weight, bias, at(y, i * D), D)
+        first = claim(table, TASKS) * some
+
+
+@njit
+def activate(x: Any, function: int) -> Any:
+    """relu (1), or gelu (2) in its exact form x·Φ(x); NaN stays NaN."""
+    if function == 1:
+        return np.float32(0) if x < 0 else x
+    return x * np.float32(0.5) * math.erfc(x * np.float32(-math.sqrt(0.5)))
+
+
+@njit
+def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int) -> None:
+    """y may be x itself."""
+    mean = total(x, D) / np.float32(D)
+    for d in range(D):
+        y[d] = x[d] - mean
+    rstd = np.float32(1) / math.sqrt(squares(y, D) / np.float32(D) + np.float32(LAYER_NORM_EPS))
+    for d in range(D):
+        y[d] = y[d] * rstd * weight[d] + bias[d]
+
+
+ACTIVATION, NORM = Kernel(_activation), Kernel(_norm)
