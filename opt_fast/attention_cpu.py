@@ -19,6 +19,7 @@ from numba import get_num_threads, njit, types
 from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, many, micro_kernel, one
 from opt_fast.kernel import (
     ARGUMENTS,
+    DONE,
     TASKS,
     Kernel,
     across,
@@ -90,62 +91,57 @@ def _forward(table: Any) -> None:
     q, k, v, visible, hides, start, end = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5]), int64s(a[6])
     O, L, B, T, S, H, Dh = floats(a[7]), floats(a[8]), a[9], a[10], a[11], a[12], a[13]
     k_row, k_step, v_row, v_step, Br, scale = a[14], a[15], a[16], a[17], a[18], float_of(a[19])
-    blocks, xs = (T + Br - 1) // Br, memory(table)
-    task = claim(table, TASKS)
-    while task < B * H * blocks:
-        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
-        attend(at(q, (b * T * H + h) * Dh), at(k, b * k_row + h * Dh), k_step, at(v, b * v_row + h * Dh), v_step, at(visible, b * S), hides, start[b],
-               end[b], at(O, (b * T * H + h) * Dh), at(L, b * T * H + h), S - T, first, min(first + Br, T), H, Dh, scale, xs)  # fmt: skip
-        task = claim(table, TASKS)
-
-
-@njit
-def attend(q: Any, k: Any, k_step: int, v: Any, v_step: int, visible: Any, hides: int, start: int, end: int, O: Any, L: Any, past: int, first: int,
-           stop: int, H: int, Dh: int, scale: Any, xs: Any) -> None:  # fmt: skip
-    """The queries first to stop of one head of one row; xs is memory for them, `attending` numbers."""
-    Br, width = (stop - first + ROWS - 1) // ROWS * ROWS, (Dh + COLUMNS - 1) // COLUMNS * COLUMNS
+    past, blocks, width = S - T, (T + Br - 1) // Br, whole_panels(Dh)
+    xs = memory(table)
     acc, m, l = at(xs, Br * Dh), at(xs, Br * (Dh + width)), at(xs, Br * (Dh + width + 1))
     keys = at(l, Br)
     values = at(keys, BC * Dh)
     scores = at(values, BC * width)
     hidden = at(scores, ROWS * STRIDE)
-    last = max(first, min(stop, end - past))  # the rest is padding
-    pack_groups(at(q, first * H * Dh), H * Dh, last - first, Dh, scale, xs)
-    for i in range(stop - first):
-        m[i], l[i] = -np.inf, 0
-        for d in range(width):
-            acc[i * width + d] = 0
-    for key in range(start, past + last, BC):
-        n, shown = min(BC, past + last - key), at(visible, key)
-        pack_transposed(at(k, key * k_step), k_step, n, Dh, shown, hides, keys)
-        pack_rows(at(v, key * v_step), v_step, n, Dh, shown, hides, BC, values)
-        for j in range(whole_panels(n)):
-            hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
-        for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
-            rows = min(ROWS, last - first - i)
-            limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
-            seen = min(n, limit + rows - 1)
-            score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
-            for r in range(rows):
-                softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
-            p = 0
-            while p < width:
-                sums, panel = at(acc, i * width + p), at(values, p * BC)
-                if rows == 1 and p + ABREAST * COLUMNS <= width:
-                    weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
-                    p += ABREAST * COLUMNS
-                else:
-                    weigh(sums, width, scores, panel, 0, seen)
-                    p += COLUMNS
-    for i in range(stop - first):
-        part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
-        for d in range(Dh):
-            O[(first + i) * H * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
-        L[(first + i) * H] = m[i] + math.log(l[i])
+    task = claim(table, TASKS)
+    while task < B * H * blocks:
+        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
+        stop = min(first + Br, T)
+        last = max(first, min(stop, end[b] - past))  # the rest is padding
+        pack_groups(at(q, ((b * T + first) * H + h) * Dh), H * Dh, last - first, Dh, scale, xs)
+        for i in range(stop - first):
+            m[i], l[i] = -np.inf, 0
+            for d in range(width):
+                acc[i * width + d] = 0
+        for key in range(start[b], past + last, BC):
+            n, shown = min(BC, past + last - key), at(visible, b * S + key)
+            pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
+            pack_rows(at(v, b * v_row + key * v_step + h * Dh), v_step, n, Dh, shown, hides, BC, values)
+            for j in range(whole_panels(n)):
+                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
+            for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
+                rows = min(ROWS, last - first - i)
+                limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
+                seen = min(n, limit + rows - 1)
+                score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
+                for r in range(rows):
+                    softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
+                p = 0
+                while p < width:
+                    sums, panel = at(acc, i * width + p), at(values, p * BC)
+                    if rows == 1 and p + ABREAST * COLUMNS <= width:
+                        weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
+                        p += ABREAST * COLUMNS
+                    else:
+                        weigh(sums, width, scores, panel, 0, seen)
+                        p += COLUMNS
+        for i in range(stop - first):
+            part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
+            place = (b * T + first + i) * H + h
+            for d in range(Dh):
+                O[place * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
+            L[place] = m[i] + math.log(l[i])
+        claim(table, DONE)
+        task = claim(table, TASKS)
 
 
 def attending(queries: int, Dh: int) -> int:
-    """Numbers of memory that `attend` needs for so many queries."""
+    """Numbers of memory that a task of so many queries needs."""
     width = math.ceil(Dh / COLUMNS) * COLUMNS
     return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width + 1) + ROWS * STRIDE
 

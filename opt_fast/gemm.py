@@ -21,6 +21,7 @@ from numba.core.registry import cpu_target
 
 from opt_fast.kernel import (
     ARGUMENTS,
+    DONE,
     TASKS,
     Kernel,
     address,
@@ -127,7 +128,7 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
         numbers, row, step = flat(np.asarray(x, np.float32))
         blocks, panels = math.ceil(len(x) / BLOCK_ROWS), len(weight.panels)
         parts = min(panels, get_num_threads() * (PARTS if blocks == 1 else 1))  # threads share the columns: each reads its own panels
-        MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, *y.shape, I, blocks, parts,
+        MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, O, *y.shape, I, blocks, parts,
                                         tasks=blocks * parts, scratch=NEEDED)  # fmt: skip
     return y
 
@@ -177,46 +178,41 @@ def _pack16(table: Any) -> None:
 
 @njit
 def _matmul(table: Any, panels: Any) -> None:
-    """A task is a block of rows and a part of the panels."""
+    """A task is a block of rows and a part of the panels; x's rows are packed so that the kernel reads them in order."""
     a = at(table, ARGUMENTS)
-    x, row, step, P, bias, function, y, M, O, K, blocks, parts = (
-        floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8], a[9], a[10], a[11], a[12])  # fmt: skip
+    x, row, step, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8]
+    M, O, K, blocks, parts = a[9], a[10], a[11], a[12], a[13]
     xs = memory(table)
     task = claim(table, TASKS)
     while task < blocks * parts:
-        first, part = task % blocks * BLOCK_ROWS, task // blocks
-        multiply(x, row, step, panels, K, O, P * part // parts, P * (part + 1) // parts, bias, function, y, O, first, min(first + BLOCK_ROWS, M), xs)
-        task = claim(table, TASKS)
-
-
-@njit
-def multiply(x: Any, row: int, step: int, panels: Any, K: int, O: int, panels_from: int, panels_to: int, bias: Any, function: int, y: Any, y_row: int,
-             first: int, last: int, xs: Any) -> None:  # fmt: skip
-    """Rows first to last of y, at most BLOCK_ROWS, in the columns of some panels; x's rows are packed so that the kernel reads them in order."""
-    scratch, columns_to = at(xs, BLOCK_ROWS * BLOCK_K), min(panels_to * COLUMNS, O)
-    for i in range(first, last):  # every sum starts from its bias
-        for j in range(panels_from * COLUMNS, columns_to):
-            y[i * y_row + j] = bias[j]
-    whole = first + (last - first) // ROWS * ROWS
-    abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
-    for k in range(0, K, BLOCK_K):
-        n = min(BLOCK_K, K - k)
-        for i in range(first, last, ROWS):
-            _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
-        for p in range(panels_from, panels_to, abreast):
-            some = min(abreast, panels_to - p)
-            for q in range(p, p + some):
-                for i in range(first, whole, ROWS):
-                    _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
-                          min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-            wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
-            for q in range(p, p + some if whole < last else p, wide):
-                _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n,
-                      at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-    if function:
-        for i in range(first, last):
+        first, panels_from, panels_to = task % blocks * BLOCK_ROWS, P * (task // blocks) // parts, P * (task // blocks + 1) // parts
+        last = min(first + BLOCK_ROWS, M)
+        scratch, columns_to = at(xs, BLOCK_ROWS * BLOCK_K), min(panels_to * COLUMNS, O)
+        for i in range(first, last):  # every sum starts from its bias
             for j in range(panels_from * COLUMNS, columns_to):
-                y[i * y_row + j] = activate(y[i * y_row + j], function)
+                y[i * y_row + j] = bias[j]
+        whole = first + (last - first) // ROWS * ROWS
+        abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
+        for k in range(0, K, BLOCK_K):
+            n = min(BLOCK_K, K - k)
+            for i in range(first, last, ROWS):
+                _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
+            for p in range(panels_from, panels_to, abreast):
+                some = min(abreast, panels_to - p)
+                for q in range(p, p + some):
+                    for i in range(first, whole, ROWS):
+                        _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
+                              min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+                wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
+                for q in range(p, p + some if whole < last else p, wide):
+                    _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n,
+                          at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+        if function:
+            for i in range(first, last):
+                for j in range(panels_from * COLUMNS, columns_to):
+                    y[i * y_row + j] = activate(y[i * y_row + j], function)
+        claim(table, DONE)
+        task = claim(table, TASKS)
 
 
 def _matmul_float32(table: Any) -> None:

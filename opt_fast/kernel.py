@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,34 +21,41 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import config, event
+from numba.core import config as numba_config
+from numba.core import event
 from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
-TASKS, THREADS, MEMORY, BYTES, ARGUMENTS = range(5)  # places in the table: tasks and threads begun, the threads' memory, how much each has; arguments
+TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
 intrinsic: Any = numba_intrinsic
+config: Any = numba_config
 _local = threading.local()
 
 
 class Kernel:
     """A function of the table; kernel(*arguments, tasks=…, scratch=…) runs it on as many threads as find work, each with so many float32 of memory.
 
-    In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument.
+    In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument. A kernel that may
+    be part of a program (program_cpu.py) also counts the tasks that are done: claim(table, DONE).
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:
         self._function = function
 
     @cached_property
-    def _address(self) -> int:
+    def address(self) -> int:
         with kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
             function: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
             return function.address
 
     def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
-        threads, size = min(numba.get_num_threads(), tasks), 4 * scratch
-        numbers = [0, 0, address(workspace(threads * size)), size, *(address(a) if isinstance(a, np.ndarray) else a for a in arguments)]
-        (_run if threads > 1 else _run_alone)(self._address, np.array(numbers, np.int64), threads)
+        threads = min(numba.get_num_threads(), tasks)
+        table = np.array(self.table(arguments, workspace(threads * scratch), scratch), np.int64)
+        (_run if threads > 1 else _run_alone)(self.address, address(table), threads)
+
+    @staticmethod
+    def table(arguments: Iterable[Any], memory: np.ndarray, scratch: int) -> list[int]:
+        return [0, 0, 0, address(memory), 4 * scratch, *(address(a) if isinstance(a, np.ndarray) else a for a in arguments)]
 
 
 @contextmanager
@@ -71,9 +78,9 @@ def address(a: np.ndarray) -> int:
 
 
 def workspace(size: int) -> np.ndarray:
-    """At least `size` bytes, kept from call to call: fresh memory costs a page fault for every 4096 of them."""
-    if not hasattr(_local, "memory") or _local.memory.nbytes < size:
-        _local.memory = np.empty(size, np.uint8)
+    """At least so many float32, kept from call to call: fresh memory costs a page fault for every 4096 bytes."""
+    if not hasattr(_local, "memory") or _local.memory.size < size:
+        _local.memory = np.empty(size, np.float32)
     return _local.memory
 
 
@@ -145,25 +152,42 @@ def claim(typing_context, table, place):
 
 
 @intrinsic
-def _call(typing_context, function, table):
+def call(typing_context, function, table):
+    """Calls the kernel at an address."""
+
     def generate(context, builder, signature, arguments):
-        table = context.make_array(signature.args[1])(context, builder, arguments[1]).data
-        kind = ir.FunctionType(ir.VoidType(), [table.type])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [table])
+        kind = ir.FunctionType(ir.VoidType(), [arguments[1].type])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
         return context.get_dummy_value()
 
     return types.void(types.int64, table), generate
 
 
+@intrinsic
+def wait(typing_context, counters, place, n):
+    """Until counters[place] is n."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.gep(arguments[0], [arguments[1]])
+        again, done = builder.append_basic_block("again"), builder.append_basic_block("done")
+        builder.branch(again)
+        builder.position_at_end(again)
+        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(counter, "acquire", 8), arguments[2]), again, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(counters, types.int64, types.int64), generate
+
+
 @njit(parallel=True, cache=True)
-def _run(function: int, table: Any, threads: int) -> None:
+def _run(function: int, table: int, threads: int) -> None:
     for _ in prange(threads):
-        _call(function, table)
+        call(function, int64s(table))
 
 
 @njit(cache=True)
-def _run_alone(function: int, table: Any, threads: int) -> None:
-    _call(function, table)
+def _run_alone(function: int, table: int, threads: int) -> None:
+    call(function, int64s(table))
 
 
 @njit(inline="always")

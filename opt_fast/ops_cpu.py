@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_fast import attention_cpu, decode_cpu, gemm, rowwise
+from opt_fast import attention_cpu, gemm, program_cpu, rowwise
 from opt_fast.gemm import Packed
 from opt_np import model
 from opt_np.config import OPTConfig
@@ -118,16 +118,15 @@ def float32(x: np.ndarray) -> np.ndarray:
 
 def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, ops: ModuleType, cache: KVCache | None = None,
             tap: model.Tap = model.no_tap, hidden_states: list | None = None) -> np.ndarray:  # fmt: skip
-    """model.decoder, made faster in two cases, with the same bits: one token for each of a few rows goes through a kernel of its own; and where there
+    """model.decoder, made faster in two cases, with the same bits: one token for each row goes through all blocks in one call; and where there
     is padding, the same lines run on (N, D), the real tokens alone, and padding becomes 0.
 
     x: (B, T, D)  ->  (B, T, D)
     """
     if layout.visible is None or (real := layout.visible[:, layout.past :]).all():
-        if x.shape[1] == 1 and len(x) <= decode_cpu.MOST_ROWS and type(cache) is KVCache and hidden_states is None:
-            y = decode_cpu.decode(params["layers"], float32(x), cfg, layout.visible, cache)
+        if x.shape[1] == 1 and type(cache) is KVCache and hidden_states is None:
+            y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache)
             if y is not None:
-                cache.advance(1)
                 return y
         return model.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states)
     ragged = Ragged(layout, real, cache)

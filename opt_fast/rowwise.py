@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from opt_fast.kernel import ARGUMENTS, TASKS, Kernel, at, claim, floats, squares, total
+from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, floats, squares, total
 from opt_np.ops import LAYER_NORM_EPS
 
 CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
@@ -50,8 +50,21 @@ def _norm(table: Any) -> None:
     first = claim(table, TASKS) * some
     while first < rows:
         for i in range(first, min(first + some, rows)):
-            norm_row(at(x, i * D), weight, bias, at(y, i * D), D)
+            _norm_row(at(x, i * D), weight, bias, at(y, i * D), D)
+        claim(table, DONE)
         first = claim(table, TASKS) * some
+
+
+def _add(table: Any) -> None:
+    """x += y: a step of decoding, for NumPy adds as well."""
+    a = at(table, ARGUMENTS)
+    x, y, size = floats(a[0]), floats(a[1]), a[2]
+    first = claim(table, TASKS) * CHUNK
+    while first < size:
+        for i in range(first, min(first + CHUNK, size)):
+            x[i] += y[i]
+        claim(table, DONE)
+        first = claim(table, TASKS) * CHUNK
 
 
 @njit
@@ -63,7 +76,7 @@ def activate(x: Any, function: int) -> Any:
 
 
 @njit
-def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int) -> None:
+def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int) -> None:
     """y may be x itself."""
     mean = total(x, D) / np.float32(D)
     for d in range(D):
@@ -73,4 +86,4 @@ def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int) -> None:
         y[d] = y[d] * rstd * weight[d] + bias[d]
 
 
-ACTIVATION, NORM = Kernel(_activation), Kernel(_norm)
+ACTIVATION, NORM, ADD = Kernel(_activation), Kernel(_norm), Kernel(_add)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
@@ -14,6 +16,7 @@ class KVCache:
     def __init__(self) -> None:
         self.length = 0
         self._layers: list[tuple[np.ndarray, np.ndarray]] = []  # capacity in axis 1
+        self.program: Any = None  # what a backend keeps from token to token
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Writes layer i's new keys and values after the past ones, and returns all of them.
