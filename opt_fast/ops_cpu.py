@@ -30,9 +30,11 @@ def pack(params: dict, release: bool = False) -> dict:
             return {name: packed(node.pop(name) if release else node[name], f"{path}.{name}") for name in list(node)}
         if isinstance(node, list):
             return [packed(item, path) for item in node]
-        if isinstance(node, Packed) or path.endswith("embed_positions.weight"):
+        if isinstance(node, Packed):
             return node
-        return gemm.pack(node) if node.ndim == 2 else np.asarray(node, np.float32)
+        if path.endswith("embed_positions.weight"):
+            return np.array(node)
+        return gemm.pack(node) if node.ndim == 2 else np.array(node, np.float32)
 
     return packed(params, "")
 

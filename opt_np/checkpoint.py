@@ -103,8 +103,8 @@ def load(name: str | Path, dtype: str | None = "float32", revision: str | None =
     return load_from(find(name, revision, tokenizer=False), dtype, strict)
 
 
-def load_from(source: Any, dtype: str | None = "float32", strict: bool = False) -> tuple[dict, OPTConfig]:
-    """The same from folders already found (hub.Source)."""
+def load_from(source: Any, dtype: str | None = "float32", strict: bool = False, copy: bool = True) -> tuple[dict, OPTConfig]:
+    """The same from folders already found (hub.Source). Without `copy`, arrays may be views of the file, to be read once."""
     cfg = load_config(source.config)
     flat, not_finite = {}, []
     for tensor, array in read_weights(source.weights):
@@ -113,8 +113,8 @@ def load_from(source: Any, dtype: str | None = "float32", strict: bool = False) 
                 f"{source.name}: {tensor} is stored as {array.dtype}; weights are {', '.join(FLOATS)}. Is the checkpoint quantised?"
             )
         with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is told below
-            cast = np.array(array, dtype)  # a copy always: the array may be a view of the file
-            if cast.size and not (np.isfinite(cast.min()) and np.isfinite(cast.max())):
+            cast = np.array(array, dtype) if copy else np.asarray(array, dtype)
+            if not all_finite(cast):
                 not_finite.append(tensor)
         flat[tensor] = cast
     if not_finite:
@@ -123,6 +123,13 @@ def load_from(source: Any, dtype: str | None = "float32", strict: bool = False) 
             raise CheckpointError(f"{told}; get the checkpoint again, or load it without strict")
         warnings.warn(printable(f"{told}, and so will the results; strict refuses such a checkpoint"), stacklevel=3)
     return unflatten(checked(rooted_at_decoder(flat, cfg, source.name), cfg, source.name)), cfg
+
+
+def all_finite(a: np.ndarray) -> bool:
+    """Whether there is neither NaN nor infinity; in 16 bits by the bits of the exponent, which are all 1 then: NumPy computes slowly there."""
+    if a.dtype.itemsize == 2:
+        return not a.size or int((a.view(np.uint16) & 0x7FFF).max()) < (0x7C00 if a.dtype == np.float16 else 0x7F80)
+    return not a.size or bool(np.isfinite(a.min()) and np.isfinite(a.max()))
 
 
 def weights_entry(folder: Path) -> Path:

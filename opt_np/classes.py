@@ -64,7 +64,7 @@ class OPTPreTrained:
         if quantize is not None:
             raise ValueError(f"quantize={quantize!r}: backend {backend!r} has no quantised weights; leave it None")
         source = hub.find(folder, revision, tokenizer=False)
-        params, config = checkpoint.load_from(source, dtype, strict)
+        params, config = checkpoint.load_from(source, dtype, strict, copy=backend == "numpy")  # others make their own, packed
         params = checkpoint.with_head_only(params, cls.head, folder, cls.__name__)
         missing = cls.missing_head(params, config)
         if missing and not new_head:
