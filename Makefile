@@ -26,7 +26,7 @@ bench: .venv/bench
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opt-np needs Python 3.11 or later; name one with make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[fast]"
 	@touch $@
 
 .venv/test .venv/bench: .venv/%: .venv/demo

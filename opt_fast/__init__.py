@@ -1,1 +1,1 @@
-"""The fast path under opt_np's model function. So far: packed matrix products on the CPU (gemm.py) and the benchmark."""
+"""The fast path under opt_np's model function: backend="cpu" (ops_cpu.py), and the benchmark (bench.py)."""

@@ -48,21 +48,27 @@ AHEAD = 16  # rows that are asked for before they are packed
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
+assert BC % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
+
 weigh, weigh_one = micro_kernel(ROWS, 1, STRIDE, 1), micro_kernel(1, ABREAST, STRIDE, 1)  # x is a tile of scores
 gather = micro_kernel(ROWS, 1, 1, STRIDE)  # x is a tile of scores, transposed
 
 
-def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None,
+                  skip: bool = False) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf, and with `skip` those after a row's last key do.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
     """
+    check(q, k, v, visible)
     B, T, H, Dh = q.shape
     O, L = np.empty(q.shape, np.float32), np.empty((B, T, H), np.float32)
+    if not O.size:
+        return O, L
     q, k, v = np.ascontiguousarray(q), rows_apart(k), rows_apart(v)
     blocks = math.ceil(4 * get_num_threads() / max(B * H, 1)) if T > 1 else 1  # few heads: several tasks for each
     Br = math.ceil(T / blocks / ROWS) * ROWS
-    FORWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
+    FORWARD(q, k, v, *hidden_keys(k, visible, skip), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
             tasks=B * H * blocks, scratch=attending(Br, Dh))  # fmt: skip
     return O, L
 
@@ -77,12 +83,22 @@ def steps(a: np.ndarray) -> tuple[int, int]:
     return a.strides[0] // 4, a.strides[1] // 4
 
 
-def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-    """Which keys are visible, whether any is not, each row's first visible key, and the end of its last one: beyond are no queries either."""
+def check(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None) -> None:
+    """Raises ValueError for shapes that do not belong together: the kernels see addresses only."""
+    (B, T, H, Dh), S = q.shape, k.shape[1]
+    if k.shape != (B, S, H, Dh) or v.shape != k.shape or T > S:
+        raise ValueError(f"q is {q.shape}, k {k.shape} and v {v.shape}; they are (B, T, H, Dh) and twice (B, S, H, Dh), with T ≤ S")
+    if visible is not None and (visible.shape != (B, S) or visible.dtype != np.bool_):
+        raise ValueError(f"layout.visible is {visible.dtype}{visible.shape}; it is bool{(B, S)}, a column for each key")
+
+
+def hidden_keys(k: np.ndarray, visible: np.ndarray | None, skip: bool = False) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    """Which keys are visible, whether any is not, each row's first visible key, and where its keys end, and with `skip` its queries."""
     B, S = k.shape[:2]
     if visible is None:
         return np.empty(0, np.bool_), 0, np.zeros(B, np.int64), np.full(B, S)
-    return np.ascontiguousarray(visible), 1, visible.argmax(1), np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0)
+    end = np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0) if skip else np.full(B, S)
+    return np.ascontiguousarray(visible), 1, np.where(visible.any(1), visible.argmax(1), S), end
 
 
 def _forward(table: Any) -> None:
@@ -97,7 +113,6 @@ def _forward(table: Any) -> None:
     keys = at(l, Br)
     values = at(keys, BC * Dh)
     scores = at(values, BC * width)
-    hidden = at(scores, ROWS * STRIDE)
     task = claim(table, TASKS)
     while task < B * H * blocks:
         b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
@@ -108,17 +123,15 @@ def _forward(table: Any) -> None:
             m[i], l[i] = -np.inf, 0
             for d in range(width):
                 acc[i * width + d] = 0
-        for key in range(start[b], past + last, BC):
+        for key in range(start[b], past + last if last > first else 0, BC):
             n, shown = min(BC, past + last - key), at(visible, b * S + key)
             pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
             pack_rows(at(v, b * v_row + key * v_step + h * Dh), v_step, n, Dh, shown, hides, BC, values)
-            for j in range(whole_panels(n)):
-                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
             for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
                 rows = min(ROWS, last - first - i)
                 limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
                 seen = min(n, limit + rows - 1)
-                score(at(xs, i * Dh), rows, keys, Dh, hidden, limit, seen, scores)
+                score(at(xs, i * Dh), rows, keys, Dh, shown, hides, n, limit, seen, scores)
                 for r in range(rows):
                     softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
                 p = 0
@@ -143,7 +156,7 @@ def _forward(table: Any) -> None:
 def attending(queries: int, Dh: int) -> int:
     """Numbers of memory that a task of so many queries needs."""
     width = math.ceil(Dh / COLUMNS) * COLUMNS
-    return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width + 1) + ROWS * STRIDE
+    return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width) + ROWS * STRIDE
 
 
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndarray | None, rows: Any = None) -> np.ndarray:
@@ -151,12 +164,13 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndar
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  visible: (B, S);  rows: (R)  ->  (B, H, R, S)
     """
+    check(q, k, k, visible)
     (B, T, H, Dh), S = q.shape, k.shape[1]
     rows = np.arange(T) if rows is None else np.arange(T)[np.asarray(rows)]
     k, R = rows_apart(k), len(rows)
     probs = np.zeros((B, H, R, S), np.float32)
     PROBS(np.ascontiguousarray(q[:, rows]), k, *hidden_keys(k, visible), probs, S - T + 1 + rows, B, R, S, H, Dh, *steps(k), float_bits(scale),
-          tasks=B * H, scratch=BC * (Dh + 1) + ROWS * STRIDE + (R + ROWS) * (Dh + 2))  # fmt: skip
+          tasks=B * H, scratch=BC * Dh + ROWS * STRIDE + (R + ROWS) * (Dh + 2))  # fmt: skip
     return probs
 
 
@@ -166,8 +180,7 @@ def _probs(table: Any) -> None:
     q, k, visible, hides, start, end, probs = floats(a[0]), floats(a[1]), bytes_(a[2]), a[3], int64s(a[4]), int64s(a[5]), floats(a[6])
     limits, B, R, S, H, Dh, k_row, k_step, scale = int64s(a[7]), a[8], a[9], a[10], a[11], a[12], a[13], a[14], float_of(a[15])
     keys = memory(table)
-    hidden = at(keys, BC * Dh)
-    scores = at(hidden, BC)
+    scores = at(keys, BC * Dh)
     m = at(scores, ROWS * STRIDE)
     l = at(m, R + ROWS)
     xs = at(l, R + ROWS)
@@ -181,11 +194,9 @@ def _probs(table: Any) -> None:
             for key in range(start[b], end[b], BC):
                 n, shown = min(BC, end[b] - key), at(visible, b * S + key)
                 pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
-                for j in range(BC):
-                    hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
                 for i in range(0, R, ROWS):
                     rows = min(ROWS, R - i)
-                    score(at(xs, i * Dh), rows, keys, Dh, hidden, BC, n, scores)
+                    score(at(xs, i * Dh), rows, keys, Dh, shown, hides, n, BC, n, scores)
                     for r in range(rows):
                         row, seen = at(scores, r * STRIDE), limits[i + r] - key
                         for j in range(max(seen, 0), whole_panels(n)):
@@ -209,13 +220,16 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  visible: (B, S)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
+    check(q, k, v, visible)
     (B, T, H, Dh), S = q.shape, k.shape[1]
+    if dO.shape != q.shape or O.shape != q.shape or L.shape != (B, T, H):
+        raise ValueError(f"dO is {dO.shape}, O {O.shape} and L {L.shape}; q is {q.shape}, and so are the first two, and L without its last axis")
     k, v, dO, O, L = (np.ascontiguousarray(a, np.float32) for a in (k, v, dO, O, L))
     dq, dk, dv = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
     width = math.ceil(Dh / COLUMNS) * COLUMNS
     q = np.ascontiguousarray(q * np.float32(scale))  # HF scales q, bias and all, before the product
     BACKWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, float_bits(scale), tasks=B * H,
-             scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width + 1) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
+             scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
     return dq, dk, dv
 
 
@@ -233,8 +247,7 @@ def _backward(table: Any) -> None:
     keys = at(values_t, BC * Dh)
     dk_sums = at(keys, BC * width)
     dv_sums = at(dk_sums, BC * width)
-    hidden = at(dv_sums, BC * width)
-    q_groups = at(hidden, BC)  # a block of queries, and of dO, in groups and as rows
+    q_groups = at(dv_sums, BC * width)  # a block of queries, and of dO, in groups and as rows
     dO_groups = at(q_groups, BQ * Dh)
     q_rows = at(dO_groups, BQ * Dh)
     dO_rows = at(q_rows, BQ * width)
@@ -257,8 +270,6 @@ def _backward(table: Any) -> None:
             pack_transposed(at(k, origin), step, n, Dh, shown, hides, keys_t)
             pack_transposed(at(v, origin), step, n, Dh, shown, hides, values_t)
             pack_rows(at(k, origin), step, n, Dh, shown, hides, BC, keys)
-            for j in range(BC):
-                hidden[j] = 0 if j < n and (hides == 0 or shown[j]) else -np.inf
             for j in range(BC * width):
                 dk_sums[j], dv_sums[j] = 0, 0
             for first in range(max(0, key - past) // BQ * BQ, queries, BQ):
@@ -272,7 +283,7 @@ def _backward(table: Any) -> None:
                     rows = min(ROWS, count - i)
                     seen = min(n, limit + i + 2 * ROWS)  # a group of keys reaches up to ROWS - 1 beyond what the last query sees
                     P_tile, dP_tile = at(P, i * STRIDE), at(dP, i * STRIDE)
-                    score(at(q_groups, i * Dh), rows, keys_t, Dh, hidden, limit + i, seen, P_tile)
+                    score(at(q_groups, i * Dh), rows, keys_t, Dh, shown, hides, n, limit + i, seen, P_tile)
                     weights_again(P_tile, dP_tile, rows, whole_panels(seen), at(L, (b * T + first + i) * H + h), H)
                     for p in range(0, whole_panels(seen), COLUMNS):
                         many(at(dP_tile, p), STRIDE, at(dO_groups, i * Dh), at(values_t, p * Dh), 0, Dh)
@@ -353,12 +364,12 @@ def whole_panels(n: int) -> int:
 
 
 @njit
-def score(x: Any, rows: int, keys: Any, Dh: int, hidden: Any, limit: int, seen: int, scores: Any) -> None:
-    """scores[r, j] = x[r] · key j, and -inf where the key is hidden or, j ≥ limit + r, in the query's future; for the panels that hold j < seen."""
+def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int, limit: int, seen: int, scores: Any) -> None:
+    """scores[r, j] = x[r] · key j, or -inf where the key is hidden or in the query's future, j ≥ limit + r; for panels that hold j < seen ≤ n."""
     panels, p = whole_panels(seen) // COLUMNS, 0
     for r in range(rows):
         for j in range(panels * COLUMNS):
-            scores[r * STRIDE + j] = hidden[j] if j < limit + r else -np.inf
+            scores[r * STRIDE + j] = 0
     while p < panels:
         tile, panel = at(scores, p * COLUMNS), at(keys, p * COLUMNS * Dh)
         if rows == 1 and p + ABREAST <= panels:
@@ -367,6 +378,12 @@ def score(x: Any, rows: int, keys: Any, Dh: int, hidden: Any, limit: int, seen: 
         else:
             many(tile, STRIDE, x, panel, 0, Dh)
             p += 1
+    for r in range(rows):
+        for j in range(max(0, min(n, limit + r)), panels * COLUMNS):
+            scores[r * STRIDE + j] = -np.inf
+        for j in range(min(n, seen) if hides else 0):
+            if not shown[j]:
+                scores[r * STRIDE + j] = -np.inf
 
 
 @njit
@@ -453,7 +470,8 @@ def exponential(builder: Any, x: Any) -> Any:
         p = add(p, f, number(coefficient))
     exponent = builder.shl(builder.bitcast(shifted, whole), every(whole, 23))
     value = builder.bitcast(builder.add(builder.bitcast(p, whole), exponent), VECTOR)
-    return builder.select(low, number(0), value)
+    value = builder.select(low, number(0), value)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)  # a NaN's own bits, for the exponent has been added to them
 
 
 @intrinsic

@@ -24,7 +24,6 @@ from opt_fast.kernel import (
     DONE,
     TASKS,
     Kernel,
-    address,
     at,
     broadcast,
     claim,
@@ -80,7 +79,6 @@ class Packed:
 
     def __init__(self, panels: np.ndarray, out_features: int) -> None:
         self.panels, self.shape = panels, (out_features, panels.shape[1])  # 16-bit floats as BITS
-        self.address = address(panels)
 
     @property
     def dtype(self) -> np.dtype:
@@ -95,13 +93,20 @@ class Packed:
         return self.panels.nbytes
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a packed weight cannot be seen as an array without a copy")
         weight = self.panels.swapaxes(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
-        return weight.view(self.dtype).astype(dtype or self.dtype, copy=False)
+        return weight.view(self.dtype).astype(dtype or self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the weight in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
         ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.shape[0]:
+            raise IndexError(f"rows {ids.min()} to {ids.max()} are asked for; this weight has 0 to {self.shape[0] - 1}")
         return self.panels[ids // COLUMNS, :, ids % COLUMNS].view(self.dtype).astype(np.float32, copy=False)
+
+    def __getitem__(self, _: Any) -> Any:
+        raise TypeError("this weight is packed for backend 'cpu': np.asarray() gives the array, and functions take it with ops=opt_fast.ops_cpu")
 
     def __repr__(self) -> str:
         return f"Packed({self.shape}, {self.dtype})"
@@ -198,7 +203,7 @@ def _matmul(table: Any, panels: Any) -> None:
             for i in range(first, last, ROWS):
                 _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
             for p in range(panels_from, panels_to, abreast):
-                some = min(abreast, panels_to - p)
+                some = min(abreast, panels_to - p)  # min(0, some) below: a plain 0 would have _tile compiled once more, for that number
                 for q in range(p, p + some):
                     for i in range(first, whole, ROWS):
                         _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,

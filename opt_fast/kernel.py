@@ -29,7 +29,8 @@ LANES = 16  # sums are kept side by side, on every processor
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
 intrinsic: Any = numba_intrinsic
 config: Any = numba_config
-_local = threading.local()
+_local, _lock = threading.local(), threading.Lock()
+COMPILED = ("kernel.py", "gemm.py", "rowwise.py", "attention_cpu.py", "program_cpu.py")
 
 
 class Kernel:
@@ -43,10 +44,10 @@ class Kernel:
         self._function = function
 
     @cached_property
-    def address(self) -> int:
-        with kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
-            function: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
-            return function.address
+    def address(self) -> Any:
+        with _lock, kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
+            self._compiled: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
+            return self._compiled.address
 
     def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
         threads = min(numba.get_num_threads(), tasks)
@@ -62,7 +63,7 @@ class Kernel:
 def kept_compiled() -> Iterator[None]:
     """Numba keeps what it compiles in __pycache__, and looks whether the function's own file has changed, but not the files of what it calls: so the
     folder's name holds a checksum of all of them."""
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in COMPILED)
     folder, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
     if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
         folder = Path.home() / ".cache" / "opt_fast"

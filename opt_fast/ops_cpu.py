@@ -11,12 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numba import get_num_threads
 
 from opt_fast import attention_cpu, gemm, program_cpu, rowwise
-from opt_fast.gemm import Packed
+from opt_fast.gemm import TILE, Packed
 from opt_np import model
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
+
+
+def description() -> str:
+    """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
+    return f"{TILE.name} vectors of {TILE.width} float32, {get_num_threads()} threads"
 
 
 def pack(params: dict, release: bool = False) -> dict:
@@ -56,7 +62,7 @@ def _linear(x: np.ndarray, weight: Any, bias: np.ndarray | None, function: str |
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As opt_np.ops.matmul.  a: (M, K);  b: (K, N)  ->  (M, N)"""
-    return gemm.product(float32(a), float32(b))
+    return gemm.product(float32(np.asarray(a)), float32(np.asarray(b)))
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
@@ -75,13 +81,13 @@ def mlp(h: np.ndarray, fc1: dict[str, Any], fc2: dict[str, Any], function: str) 
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
-    """As opt_np.ops.attention; queries that are padding after a row's last token get 0.
+    """As opt_np.ops.attention.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
     """
     if isinstance(layout, Ragged):
         q, k, v = (a if a.ndim == 4 else layout.spread(a) for a in (q, k, v))
-        return attention_lse(q, k, v, scale, layout.layout)[0][layout.real]
+        return attention_cpu.attention_lse(q, k, v, scale, layout.layout.visible, skip=True)[0][layout.real]
     return attention_lse(q, k, v, scale, layout)[0]
 
 
@@ -111,7 +117,7 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
 def float32(x: np.ndarray) -> np.ndarray:
     """x, if it is what these operations compute with."""
     if x.dtype != np.float32:
-        raise ValueError(f"backend 'cpu' computes in float32, and was given {x.dtype}; backend 'numpy' computes in float64")
+        raise ValueError(f"backend 'cpu' computes in float32, and was given {x.dtype}; cast it, or compute in float64 with backend 'numpy'")
     return x
 
 

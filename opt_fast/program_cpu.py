@@ -21,23 +21,36 @@ from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, 
 from opt_fast.rowwise import ADD, CHUNK, FUNCTIONS, NORM
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
+from opt_np.ops import LAYER_NORM_EPS
 
 WIDTH = ARGUMENTS + 20  # of a table, at most
 KERNELS = 11  # of a block
 
 
 def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache) -> np.ndarray | None:
-    """All blocks for one token a row, whose keys and values are written into the cache; None where a matrix is not packed.
+    """All blocks for one token a row, whose keys and values are written into the cache; None where the parameters are not as `pack` left them.
 
     x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)
     """
-    if cache.program is None or not cache.program.serves(layers, x):
-        if not all(isinstance(p["weight"], Packed) for layer in layers for p in matrices(layer)):
+    if cache.program is None or not cache.program.serves(layers, cfg, x):
+        if not all(fits(layer, cfg) for layer in layers):
             return None
         cache.program = Program(layers, cfg, len(x))
     y = cache.program.run(x, visible, cache)
     cache.advance(1)
     return y
+
+
+def fits(layer: dict, cfg: OPTConfig) -> bool:
+    """Whether the tables can hold these parameters' addresses: packed matrices, contiguous float32 vectors, all of the right length."""
+    D, F = cfg.hidden_size, cfg.ffn_dim
+    shapes = [(D, D)] * 4 + [(F, D), (D, F)]
+    known = all(p.keys() <= {"weight", "bias"} for p in (*matrices(layer), *layer_norms(layer)))
+    whole = known and all(isinstance(p["weight"], Packed) and p["weight"].shape == shape for p, shape in zip(matrices(layer), shapes, strict=True))
+    vectors = [(p.get("bias"), O) for p, (O, _) in zip(matrices(layer), shapes, strict=True)] + [
+        (a, D) for p in layer_norms(layer) for a in p.values()
+    ]
+    return whole and all(a is None or (a.dtype == np.float32 and a.shape == (n,) and a.flags.c_contiguous) for a, n in vectors)
 
 
 def matrices(layer: dict) -> list[dict]:
@@ -62,6 +75,7 @@ class Program:
 
     def __init__(self, layers: list[dict], cfg: OPTConfig, B: int) -> None:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
+        self.cfg = cfg
         self.parameters, self.threads, self.heads = leaves(layers), get_num_threads(), (H, cfg.head_dim)
         self.x, self.h, self.q, self.O, self.out = (np.empty((B, D), np.float32) for _ in range(5))  # the stream; a branch's input, …, output
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
@@ -86,7 +100,12 @@ class Program:
 
         def norm(p: dict, y: np.ndarray) -> Line:
             some = max(CHUNK // D, 1)
-            return NORM, [x, p.get("weight", self.ones), p.get("bias", self.zeros), y, B, D, some], math.ceil(B / some), True
+            return (
+                NORM,
+                [x, p.get("weight", self.ones), p.get("bias", self.zeros), y, B, D, some, float_bits(LAYER_NORM_EPS)],
+                math.ceil(B / some),
+                True,
+            )
 
         def linear(x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
             (O, I), panels, blocks = p["weight"].shape, p["weight"].panels, math.ceil(B / BLOCK_ROWS)
@@ -112,10 +131,11 @@ class Program:
             *([] if pre else [norm(norm2, x)]),
         ]
 
-    def serves(self, layers: list[dict], x: np.ndarray) -> bool:
+    def serves(self, layers: list[dict], cfg: OPTConfig, x: np.ndarray) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""
-        same = get_num_threads() == self.threads and len(x) == len(self.x)
-        return same and all(a is b for a, b in zip(leaves(layers), self.parameters, strict=True))
+        found = leaves(layers)
+        same = get_num_threads() == self.threads and len(x) == len(self.x) and cfg == self.cfg and len(found) == len(self.parameters)
+        return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
     def run(self, x: np.ndarray, visible: np.ndarray | None, cache: KVCache) -> np.ndarray:
         """x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)"""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, floats, squares, total
+from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, squares, total
 from opt_np.ops import LAYER_NORM_EPS
 
 CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
@@ -29,7 +29,9 @@ def layer_norm(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None
     y, rows, some = np.empty_like(x), x.size // D, max(CHUNK // D, 1)
     weight = np.ones(D, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
     bias = np.zeros(D, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
-    NORM(x, weight, bias, y, rows, D, some, tasks=math.ceil(rows / some))
+    if weight.shape != (D,) or bias.shape != (D,):
+        raise ValueError(f"x is {x.shape}, weight {weight.shape} and bias {bias.shape}; a LayerNorm over {D} numbers wants {(D,)} twice")
+    NORM(x, weight, bias, y, rows, D, some, float_bits(LAYER_NORM_EPS), tasks=math.ceil(rows / some))
     return y
 
 
@@ -46,11 +48,11 @@ def _activation(table: Any) -> None:
 def _norm(table: Any) -> None:
     """A task is some rows."""
     a = at(table, ARGUMENTS)
-    x, weight, bias, y, rows, D, some = floats(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), a[4], a[5], a[6]
+    x, weight, bias, y, rows, D, some, eps = floats(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), a[4], a[5], a[6], float_of(a[7])
     first = claim(table, TASKS) * some
     while first < rows:
         for i in range(first, min(first + some, rows)):
-            _norm_row(at(x, i * D), weight, bias, at(y, i * D), D)
+            _norm_row(at(x, i * D), weight, bias, at(y, i * D), D, eps)
         claim(table, DONE)
         first = claim(table, TASKS) * some
 
@@ -76,12 +78,12 @@ def activate(x: Any, function: int) -> Any:
 
 
 @njit
-def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int) -> None:
+def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
     """y may be x itself."""
     mean = total(x, D) / np.float32(D)
     for d in range(D):
         y[d] = x[d] - mean
-    rstd = np.float32(1) / math.sqrt(squares(y, D) / np.float32(D) + np.float32(LAYER_NORM_EPS))
+    rstd = np.float32(1) / math.sqrt(squares(y, D) / np.float32(D) + eps)
     for d in range(D):
         y[d] = y[d] * rstd * weight[d] + bias[d]
 

@@ -58,7 +58,8 @@ class OPTPreTrained:
         new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. strict refuses NaN and infinite weights, which
         are otherwise warned of. Raises CheckpointError, ValueError.
         """
-        backend, dtype = choose_backend(backend), dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        backend = choose_backend(backend, dtype)
         if dtype not in BACKENDS[backend]:
             raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
         if quantize is not None:
@@ -93,13 +94,13 @@ class OPTPreTrained:
         return sum(a.size for a in flatten(self.params).values())
 
     def _hidden(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool, output_hidden_states: bool,
-                output_attentions: bool, tap: Any) -> tuple[Any, Output]:  # fmt: skip
+                output_attentions: bool, tap: Any, padding: bool = False) -> tuple[Any, Output]:  # fmt: skip
         """The decoder's output, and what goes beside the logits."""
         cache = past_key_values if past_key_values is not None else KVCache() if use_cache else None
         hidden: list | None = [] if output_hidden_states else None
         attentions: list | None = [] if output_attentions else None
         h = model.last_hidden_state(self.params, input_ids, self.config, cache, attention_mask, self.ops, position_ids,
-                                    collecting(attentions, tap), hidden)  # fmt: skip
+                                    collecting(attentions, tap), hidden, padding)  # fmt: skip
         return h, Output(past_key_values=cache, hidden_states=as_tuple(hidden), attentions=as_tuple(attentions))
 
 
@@ -128,7 +129,8 @@ class OPTForCausalLM(OPTPreTrained):
         """
         if labels is not None and not np.array_equal(logits_to_keep, 0):
             raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
-        h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap)
+        h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap,
+                              padding=labels is not None)  # fmt: skip
         logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)
         loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
         return replace(out, logits=logits, loss=loss)
@@ -180,7 +182,8 @@ class OPTForQuestionAnswering(OPTPreTrained):
     def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, start_positions: Any = None, end_positions: Any = None,
                  output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
         """input_ids: (B, T);  attention_mask: (B, T);  start_positions: (B);  end_positions: (B)  ->  .start_logits, .end_logits (B, T), .loss"""
-        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
+        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap,
+                              padding=True)  # fmt: skip
         logits = self.ops.linear(h, **self.params["qa_outputs"])  # (B, T, W) -> (B, T, 2)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -206,12 +209,12 @@ def as_tuple(items: list | None) -> tuple | None:
     return None if items is None else tuple(items)
 
 
-def choose_backend(backend: str) -> str:
-    """ "auto" is the CPU kernels where opt_fast and Numba import, else NumPy; it never imports torch."""
+def choose_backend(backend: str, dtype: str = "float32") -> str:
+    """ "auto" is the CPU kernels where opt_fast and Numba import, else NumPy, which alone computes in float64; it never imports torch."""
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend {backend!r} is none of {', '.join((*BACKENDS, 'auto'))}")
-    if backend != "auto":
-        return backend
+    if backend != "auto" or dtype == "float64":
+        return backend if backend != "auto" else "numpy"
     try:
         load_ops("cpu")
     except ValueError:
@@ -224,5 +227,5 @@ def load_ops(backend: str) -> Any:
     name = "opt_np.ops" if backend == "numpy" else f"opt_fast.ops_{backend}"
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # Numba raises the latter where it can keep nothing
         raise ValueError(f"backend {backend!r} needs {name}, which does not import here ({error}); backend='numpy' always works") from None

@@ -73,6 +73,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
     parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
     parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu", "cuda"), help="what computes")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "float16", "bfloat16"), help="of the weights in memory")
 
 
 def add_generate(commands: Any) -> None:
@@ -126,11 +127,12 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
 }
 
 
-def generate(prompt: str, model: str | None, revision: str | None, strict: bool, backend: str, explain: int | None = None, **options: Any) -> None:
+def generate(prompt: str, model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, explain: int | None = None,
+             **options: Any) -> None:  # fmt: skip
     from opt_np.generate import room
     from opt_np.settings import resolve
 
-    language_model, tokenizer = load(model, revision, strict, backend)
+    language_model, tokenizer = load(model, revision, strict, backend, dtype)
     text = sys.stdin.read() if prompt == "-" else prompt
     ids, cfg = [tokenizer.encode(text)], language_model.config
     if options.get("early_stopping") in ("true", "false"):
@@ -161,12 +163,12 @@ def add_logits(commands: Any) -> None:
     p.add_argument("--out", default=None, metavar="FILE.npy", help="also save the logits, (tokens, vocabulary), as a NumPy file")
 
 
-def logits(text: str, model: str | None, revision: str | None, strict: bool, backend: str, top: int, out: str | None) -> None:
+def logits(text: str, model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, top: int, out: str | None) -> None:
     import numpy as np
 
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
-    language_model, tokenizer = load(model, revision, strict, backend)
+    language_model, tokenizer = load(model, revision, strict, backend, dtype)
     ids = tokenizer.encode(sys.stdin.read() if text == "-" else text)
     rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
     if out:
@@ -183,9 +185,9 @@ def add_info(commands: Any) -> None:
     add_model(add_command(commands, "info", info, "Describe a model: shape, parameters, memory, tokenizer."))
 
 
-def info(model: str | None, revision: str | None, strict: bool, backend: str) -> None:
+def info(model: str | None, revision: str | None, strict: bool, backend: str, dtype: str) -> None:
     from opt_np import checkpoint
-    from opt_np.classes import choose_backend
+    from opt_np.classes import choose_backend, load_ops
     from opt_np.hub import find, has_tokenizer
     from opt_np.init import ALL_HEADS
     from opt_np.tokenizer import OPTTokenizer
@@ -207,7 +209,8 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str) ->
     tokens = f"{OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens" if has_tokenizer(source.tokenizer) else "no tokenizer"
     print(f"vocabulary   {cfg.vocab_size} rows, {tokens}")
     print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
-    print(f"backend      {choose_backend(backend)}")
+    backend = choose_backend(backend_for(source.name, backend, dtype), dtype)
+    print(f"backend      {backend}, {load_ops(backend).description()}")
 
 
 def add_download(commands: Any) -> None:
@@ -340,13 +343,16 @@ def find_model(model: str | None) -> str | Path:
     return model if model is not None else SHIPPED
 
 
-def load(model: str | None, revision: str | None, strict: bool, backend: str) -> tuple[Any, Any]:
+def backend_for(name: Any, backend: str, dtype: str) -> str:
+    """The shipped model is so small that starting Numba would cost more than it saves."""
+    return "numpy" if backend == "auto" and dtype == "float32" and Path(name) == SHIPPED else backend
+
+
+def load(model: str | None, revision: str | None, strict: bool, backend: str, dtype: str) -> tuple[Any, Any]:
     """The language model and its tokenizer."""
     from opt_np.classes import OPTForCausalLM
     from opt_np.tokenizer import OPTTokenizer
 
     name = find_model(model)
-    if backend == "auto" and Path(name) == SHIPPED:
-        backend = "numpy"  # so small that starting Numba would cost more than it saves
     tokenizer = OPTTokenizer.from_pretrained(name, revision)
-    return OPTForCausalLM.from_pretrained(name, revision, backend=backend, strict=strict), tokenizer
+    return OPTForCausalLM.from_pretrained(name, revision, dtype, backend_for(name, backend, dtype), strict=strict), tokenizer

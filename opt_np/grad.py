@@ -432,7 +432,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     `ops` is the backend.
     Labels as HF: shifted inside, -100 ignored. Raises ValueError as `layout` does, and where no label is left.
     """
-    input_ids, labels = id_array(input_ids), np.asarray(labels)
+    input_ids, labels, num_items = id_array(input_ids), np.asarray(labels), None if num_items is None else int(num_items)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng, ops)
     loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items, ops)
     return loss, decoder_bwd(dh, saved, d_head)

@@ -27,6 +27,9 @@ class KVCache:
         keys[:, self.length :], values[:, self.length :] = k, v
         return keys, values
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"program": None}  # a copy makes its own
+
     def room(self, i: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """Layer i's keys and values with room at their end for new ones of this shape, (B, T, H, Dh), still to be written.
 
@@ -45,6 +48,8 @@ class KVCache:
             raise ValueError(
                 f"this cache holds {B} rows with heads {tuple(heads)}; the new keys are {shape[0]} rows with {tuple(shape[2:])}: start a new one"
             )
+        if keys.dtype != dtype:
+            raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {dtype}: another backend or dtype needs a cache of its own")
         if keys.shape[1] < S:
             keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
         return keys[:, :S], values[:, :S]

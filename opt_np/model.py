@@ -156,17 +156,18 @@ def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleTyp
 
 def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None,
                       ops: ModuleType = numpy_ops, position_ids: Any = None, tap: Tap | None = None,
-                      hidden_states: list | None = None) -> Any:  # fmt: skip
+                      hidden_states: list | None = None, padding: bool = False) -> Any:  # fmt: skip
     """Everything but the head: embeddings, blocks, final norm, projection.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
 
-    With a cache, the mask covers past and new tokens; none means that all are real. Equals HF's OPTModel.
+    With a cache, the mask covers past and new tokens; none means that all are real. `padding`: what stands at padding is wanted as well, which a
+    backend may leave at 0 otherwise. Equals HF's OPTModel.
     """
     input_ids, tap = id_array(input_ids), tap or no_tap
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops, tap)
-    stack = getattr(ops, "decoder", decoder) if tap is no_tap else decoder  # a backend may have its own, with the same numbers
+    stack = decoder if tap is not no_tap or padding else getattr(ops, "decoder", decoder)  # a backend's own has the same bits, and 0 at padding
     x = stack(params, x, cfg, where, ops, cache, tap, hidden_states)
     if cfg.has_final_layer_norm:
         x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))

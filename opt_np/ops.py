@@ -16,6 +16,11 @@ LAYER_NORM_EPS = 1e-5  # torch's default; config.json has no key for it
 QUERY_BLOCK = 128  # query rows per block of attention: the block's scores stay in the processor's cache
 
 
+def description() -> str:
+    """What computes, for people."""
+    return f"NumPy {np.__version__}"
+
+
 def pack(params: dict, release: bool = False) -> dict:
     """The parameters laid out as this backend computes with them, once, after loading: NumPy takes them as they are.
 

@@ -190,7 +190,7 @@ class Examples:
         losses, answers, wanted = [], [], []
         for first in range(0, len(self.eval_rows), self.batch_size):
             ids, labels, mask = self.stack(self.eval_rows[first : first + self.batch_size])
-            h = last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops)
+            h = last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops, padding=True)
             losses.append(self.head(h, params, ids, labels, cfg, None, ops)[0] * len(ids))
             answers += list(self.answer(h, params, ids, mask, cfg, ops))
             wanted += labels.tolist()

@@ -44,7 +44,7 @@ MAY_CHANGE = {
 
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
-CHOICES = {"task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
+CHOICES = {"backend": ("auto", "numpy", "cpu"), "task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
 
 
 @dataclass(frozen=True)

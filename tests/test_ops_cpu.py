@@ -1,5 +1,6 @@
 """backend="cpu": every operation against opt_np.ops, whole models against HF, and the promise that a row's bits depend on nothing else."""
 
+import copy
 import inspect
 from types import SimpleNamespace
 
@@ -14,12 +15,13 @@ from reference import PADDINGS, VARIANTS, batch, build, worst
 
 from opt_fast import attention_cpu, ops_cpu
 from opt_fast.gemm import Packed
-from opt_np import OPTForCausalLM, OPTForSequenceClassification, flash, grad, model, ops
+from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, flash, grad, model, ops
 from opt_np.kv_cache import KVCache
 from opt_np.train import Options, train
 from opt_np.tree import flatten
 
-CONTRACT = ("pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp", "attention", "attention_lse", "attention_probs", "attention_bwd")
+CONTRACT = ("description", "pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp",
+            "attention", "attention_lse", "attention_probs", "attention_bwd")  # fmt: skip
 EPS = np.finfo(np.float32).eps
 
 
@@ -104,27 +106,15 @@ def attention_problem(draw):
     return q, k, v, dO, SimpleNamespace(visible=visible)
 
 
-def without_padding(visible, T, *arrays):
-    """Arrays (B, T, …) with the queries after a row's last visible key set to 0: a backend may leave those out."""
-    if visible is None:
-        return arrays
-    S = visible.shape[1]
-    last = np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0)
-    kept = np.arange(S - T, S) < last[:, None]
-    return [np.where(kept.reshape(*kept.shape, *[1] * (a.ndim - 2)), a, 0) for a in arrays]
-
-
 @given(problem=attention_problem())
 def test_attention_and_its_gradients(problem):
     q, k, v, dO, layout = problem
-    scale, T = q.shape[-1] ** -0.5, q.shape[1]
-    (dO,) = without_padding(layout.visible, T, dO)
-    dO = np.ascontiguousarray(dO, np.float32)
+    scale = q.shape[-1] ** -0.5
     O, L = ops_cpu.attention_lse(q, k, v, scale, layout)
     exact, lse = ops.attention_lse(*wide(q, k, v), scale, layout)
-    (O_exact,), (O_numpy,) = (without_padding(layout.visible, T, a) for a in (exact, ops.attention(q, k, v, scale, layout)))
+    numpys = ops.attention(q, k, v, scale, layout)
     np.testing.assert_array_equal(O, ops_cpu.attention(q, k, v, scale, layout))
-    assert np.abs(O - O_exact).max() <= 2 * np.abs(O_numpy - O_exact).max() + 4 * EPS
+    assert np.abs(O - exact).max() <= 2 * np.abs(numpys - exact).max() + 4 * EPS
     assert not O[-np.inf == L].any()
     np.testing.assert_allclose(L[-np.inf != L], lse[-np.inf != L], rtol=1e-5, atol=1e-5)
     plain = ops.attention_bwd(dO, q, k, v, *ops.attention_lse(q, k, v, scale, layout), scale, layout)
@@ -170,6 +160,80 @@ def test_memory_does_not_grow_with_the_square():
     from opt_fast.kernel import _local
 
     assert _local.memory.nbytes < numba.get_num_threads() * 8 * 2**20
+
+
+def test_what_stands_in_the_future_does_not_matter():
+    """Not even NaN, to queries of other groups; a key's own group may share its value's NaN, as NumPy's block of queries does."""
+    q, k, v = numbers(1, 40, 1, 8), numbers(1, 40, 1, 8, seed=1), numbers(1, 40, 1, 8, seed=2)
+    before = ops_cpu.attention(q, k, v, 0.5)
+    k[0, 39], v[0, 39] = np.nan, np.inf
+    after = ops_cpu.attention(q, k, v, 0.5)
+    np.testing.assert_array_equal(after[0, :36], before[0, :36])
+    assert np.isnan(after[0, 39]).all()
+    assert np.isfinite(ops_cpu.attention_probs(q, k, 0.5)[0, 0, :39]).all()
+
+
+def test_a_nan_of_any_bits_stays_nan():
+    q = np.ones((1, 1, 1, 1), np.float32)
+    for bits in (0x7FC00000, 0x7FC00001, 0x7F800001, 0xFFC00123):
+        k = np.array([bits], np.uint32).view(np.float32).reshape(1, 1, 1, 1)
+        assert np.isnan(ops_cpu.attention(q, np.concatenate([k, q], axis=1), np.concatenate([q, q], axis=1), 1.0)).all()
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), ((1, 4, 2, 8), (1, 4, 2, 8), (1, 3, 2, 8)), ((1, 5, 2, 8),) + ((1, 4, 2, 8),) * 2]
+)
+def test_shapes_that_do_not_belong_together(shapes):
+    with pytest.raises(ValueError, match="q is"):
+        ops_cpu.attention(*(numbers(*shape) for shape in shapes), 1.0)
+    q = numbers(2, 4, 2, 8)
+    for visible in (np.ones((1, 4), bool), np.ones((2, 4), np.int64)):
+        with pytest.raises(ValueError, match=r"layout\.visible is"):
+            ops_cpu.attention(q, q, q, 1.0, SimpleNamespace(visible=visible))
+    with pytest.raises(ValueError, match="a LayerNorm over 8 numbers"):
+        ops_cpu.layer_norm(q, numbers(4), numbers(4))
+    with pytest.raises(ValueError, match="dO is"):
+        ops_cpu.attention_bwd(q[:, 1:], q, q, q, q, q[..., 0], 1.0)
+    with pytest.raises(IndexError, match="rows 3 to 9"):
+        ops_cpu.pack({"weight": numbers(9, 4)})["weight"].rows([3, 9])
+    assert ops_cpu.attention(numbers(1, 0, 2, 8), q[:1], q[:1], 1.0).shape == (1, 0, 2, 8)
+
+
+def test_a_packed_weight_where_an_array_is_needed_says_so():
+    cfg = small.config()
+    packed = ops_cpu.pack(small.params(cfg))
+    with pytest.raises(TypeError, match="packed for backend 'cpu'"):
+        model.forward(packed, small.ids(cfg), cfg)
+    ids = small.ids(cfg)
+    loss, _ = grad.loss_and_grads(packed, ids, ids, cfg, ops=ops_cpu, num_items=np.int64(16))
+    assert loss == pytest.approx(grad.loss_and_grads(small.params(cfg), ids, ids, cfg, num_items=16)[0], rel=1e-5)
+
+
+def test_a_cache_is_copied_without_what_it_points_to():
+    lm, ids = MODELS["float32"], np.array([[5, 6, 7]])
+    cache = KVCache()
+    lm(ids, past_key_values=cache)
+    lm(ids[:, :1], past_key_values=cache)
+    again = copy.deepcopy(cache)
+    assert cache.program is not None
+    assert again.program is None
+    np.testing.assert_array_equal(lm(ids[:, 1:2], past_key_values=again).logits, lm(ids[:, 1:2], past_key_values=cache).logits)
+    mixed = KVCache()
+    OPTForCausalLM(EXACT, CFG)(ids, past_key_values=mixed)  # float64, on NumPy
+    with pytest.raises(ValueError, match="this cache holds float64"):
+        lm(ids[:, :1], past_key_values=mixed)
+
+
+@pytest.mark.parametrize("cls", [OPTForQuestionAnswering, OPTForCausalLM])
+def test_losses_that_read_padding_are_those_of_numpy(cls, tmp_path):
+    cfg = small.config()
+    checkpoint = small.folder(tmp_path, cfg)
+    ids, mask = small.ids(cfg), np.ones((2, 9), np.int64)
+    mask[0, 6:] = 0
+    head = {"new_head": True} if cls is OPTForQuestionAnswering else {}
+    labels = {"start_positions": [1, 2], "end_positions": [3, 4]} if head else {"labels": ids}
+    ours, numpys = (cls.from_pretrained(checkpoint, backend=b, **head)(ids, mask, **labels).loss for b in ("cpu", "numpy"))
+    assert ours == pytest.approx(numpys, rel=1e-5)
 
 
 def test_float64_is_refused():
@@ -309,6 +373,45 @@ def test_long_attention_has_the_same_bits_in_pieces_and_behind_padding(T, past, 
     padded = [np.concatenate([np.full((1, left, 2, 24), np.nan, np.float32), a], axis=1) for a in (k, v)]
     visible = SimpleNamespace(visible=np.arange(left + past + T)[None] >= left)
     np.testing.assert_array_equal(ops_cpu.attention(q, *padded, 0.2, visible), O)
+
+
+class PlainCache(KVCache):
+    """Not the class that ops_cpu.decoder keeps a program with: every step goes through the plain operations."""
+
+
+CHANGES = ("step", "threads", "crop", "reorder", "shrink", "fork", "new weight", "plain weight", "new bias", "wide bias")
+
+
+@given(changes=st.lists(st.sampled_from(CHANGES), max_size=12), dtype=st.sampled_from(sorted(MODELS)),
+       variant=st.sampled_from(["pre_norm", "like_350m", "galactica_30b", "no_affine", "head_dim_7"]))  # fmt: skip
+@settings(max_examples=25)
+def test_a_decoding_step_is_the_plain_one_whatever_changed_since_the_last(changes, variant, dtype):
+    _, cfg, exact = build(variant)
+    params, rng, before = ops_cpu.pack(small.cast(exact, dtype)), np.random.default_rng(0), numba.get_num_threads()
+    ids, caches = rng.integers(4, cfg.vocab_size, (3, 4)), [KVCache(), PlainCache()]
+    first = [model.forward(params, ids, cfg, cache=cache, ops=ops_cpu) for cache in caches]
+    np.testing.assert_array_equal(*first)
+    try:
+        for change in [*changes, "step"]:
+            fc1 = params["layers"][-1]["fc1"]
+            if change == "threads":
+                numba.set_num_threads(1 if numba.get_num_threads() > 1 else before)
+            elif change == "crop":
+                [cache.crop(max(cache.length - 2, 1)) for cache in caches]
+            elif change in ("reorder", "shrink"):
+                rows = np.array([0, 0, 0]) if change == "reorder" else np.arange(1)
+                [cache.reorder(np.minimum(rows, len(cache._layers[0][0]) - 1)) for cache in caches]
+            elif change == "fork":
+                caches[0] = caches[0].fork()
+            elif change in ("new weight", "plain weight"):
+                weight = np.asarray(fc1["weight"]) * np.asarray(2, fc1["weight"].dtype)
+                fc1["weight"] = weight if change == "plain weight" else ops_cpu.gemm.pack(weight)
+            elif change in ("new bias", "wide bias"):
+                fc1["bias"] = (fc1.get("bias", np.zeros(cfg.ffn_dim)) + 1).astype(np.float32 if change == "new bias" else np.float64)
+            ids = rng.integers(4, cfg.vocab_size, (len(caches[0]._layers[0][0]), 1))
+            np.testing.assert_array_equal(*(model.forward(params, ids, cfg, cache=cache, ops=ops_cpu) for cache in caches))
+    finally:
+        numba.set_num_threads(before)
 
 
 def test_a_row_generates_the_same_tokens_and_scores_in_any_batch():
