@@ -177,3 +177,48 @@ def test_a_processor_without_wide_vectors(tmp_path):
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() in ("plain", "NEON")
+
+
+MODEL = """
+import importlib.util, sys
+import numpy as np
+sys.path[:0] = [root, root + "/tests"]
+import opt_fast
+spec = importlib.util.spec_from_file_location("opt_fast.gemm", file)
+sys.modules["opt_fast.gemm"] = opt_fast.gemm = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(opt_fast.gemm)
+import small
+from opt_fast import ops_cpu
+from opt_np import grad, model
+from opt_np.kv_cache import KVCache
+assert ops_cpu.TILE.name == name
+cfg = small.config(hidden_size=60, num_attention_heads=3, ffn_dim=70, num_hidden_layers=1, max_position_embeddings=260)
+params, ids = small.params(cfg), small.ids(cfg, 2, 230)
+mask = np.ones_like(ids)
+mask[0, :7] = 0
+plain, ours = model.forward(params, ids, cfg, attention_mask=mask), model.forward(params, ids, cfg, attention_mask=mask, ops=ops_cpu)
+loss, plain_grads = grad.loss_and_grads(params, ids, ids, cfg, mask)
+our_loss, our_grads = grad.loss_and_grads(params, ids, ids, cfg, mask, ops=ops_cpu)
+assert np.abs(ours - plain)[mask == 1].max() < 1e-4 * np.abs(plain).max(), np.abs(ours - plain)[mask == 1].max()
+assert abs(our_loss - loss) < 1e-4 * loss
+for (_, a), (_, b) in zip(*(sorted(small.flatten(g).items()) for g in (our_grads, plain_grads))):
+    assert np.abs(a - b).max() < 1e-3 * max(np.abs(b).max(), 1e-2)
+packed, cache = ops_cpu.pack(params), KVCache()
+parts = [model.forward(packed, part, cfg, cache=cache, attention_mask=mask[:, :end], ops=ops_cpu)
+         for part, end in ((ids[:, :220], 220), *((ids[:, t : t + 1], t + 1) for t in range(220, 230)))]
+assert cache.program is not None
+assert (np.concatenate(parts, axis=1)[mask == 1] == ours[mask == 1]).all()
+assert (model.forward(packed, ids[1:, :50], cfg, ops=ops_cpu) == ours[1:, :50]).all()
+"""
+
+
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.name != gemm.TILE.name], ids=lambda tile: tile.name)
+def test_a_model_in_another_processors_tiles(tile, tmp_path):
+    """Everything but the registers' width: a model forward, backward and step by step, in the tiles of the processors that this is not."""
+    source = (ROOT / "opt_fast" / "gemm.py").read_text(encoding="utf-8")
+    assert source.count("TILE = best_tile()") == 1
+    (tmp_path / "gemm.py").write_text(source.replace("TILE = best_tile()", f"TILE = {tile!r}"), encoding="utf-8")
+    program = f"root, file, name = {str(ROOT)!r}, {str(tmp_path / 'gemm.py')!r}, {tile.name!r}\n{MODEL}"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
