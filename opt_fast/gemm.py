@@ -68,9 +68,12 @@ def best_tile() -> Tile:
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
 BLOCK_ROWS, BLOCK_K = 12 * ROWS, 384  # x's block, 72 × 384, stays in the second-level cache, a panel's 384 · COLUMNS in the first
-FEW, ABREAST = ROWS // 2, 4  # up to FEW rows take two panels at a time, one row takes ABREAST: more sums that do not wait for each other
+FEW, ABREAST = (
+    ROWS // 2,
+    8 // TILE.vectors,
+)  # up to FEW rows take two panels at a time, one row takes ABREAST: more sums that do not wait for each other
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers that multiply() needs
-PARTS = 4  # tasks for each thread, where there is one block of rows
+PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 
 
@@ -132,10 +135,16 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
         numbers, row, step = flat(np.asarray(x, np.float32))
         blocks, panels = math.ceil(len(x) / BLOCK_ROWS), len(weight.panels)
-        parts = min(panels, get_num_threads() * (PARTS if blocks == 1 else 1))  # threads share the columns: each reads its own panels
+        parts = cuts(panels, blocks, get_num_threads())
         MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, O, *y.shape, I, blocks, parts,
                                         tasks=blocks * parts, scratch=NEEDED)  # fmt: skip
     return y
+
+
+def cuts(panels: int, blocks: int, threads: int) -> int:
+    """Into how many tasks the panels are cut: threads share the columns, so that each reads its own. ABREAST panels stay together: a row that meets
+    fewer at a time is slow."""
+    return min(math.ceil(panels / ABREAST), threads * (PARTS if blocks == 1 else 1))
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -190,8 +199,8 @@ def _matmul(table: Any, panels: Any) -> None:
     xs = memory(table)
     task = claim(table, TASKS)
     while task < blocks * parts:
-        first, panels_from, panels_to = task % blocks * BLOCK_ROWS, P * (task // blocks) // parts, P * (task // blocks + 1) // parts
-        last = min(first + BLOCK_ROWS, M)
+        first, part, groups = task % blocks * BLOCK_ROWS, task // blocks, (P + ABREAST - 1) // ABREAST
+        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
         scratch, columns_to = at(xs, BLOCK_ROWS * BLOCK_K), min(panels_to * COLUMNS, O)
         for i in range(first, last):  # every sum starts from its bias
             for j in range(panels_from * COLUMNS, columns_to):

@@ -16,7 +16,7 @@ import numpy as np
 from numba import get_num_threads
 
 from opt_fast.attention_cpu import FORWARD, attending, hidden_keys
-from opt_fast.gemm import BLOCK_ROWS, MATMUL, NEEDED, PARTS, ROWS, Packed
+from opt_fast.gemm import BLOCK_ROWS, MATMUL, NEEDED, ROWS, Packed, cuts
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, float_bits, int64s, wait
 from opt_fast.rowwise import ADD, CHUNK, FUNCTIONS, NORM
 from opt_np.config import OPTConfig
@@ -109,7 +109,7 @@ class Program:
 
         def linear(x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
             (O, I), panels, blocks = p["weight"].shape, p["weight"].panels, math.ceil(B / BLOCK_ROWS)
-            parts = min(len(panels), self.threads * (PARTS if blocks == 1 else 1))
+            parts = cuts(len(panels), blocks, self.threads)
             arguments = [x, I, 1, panels, len(panels), p.get("bias", self.zeros), FUNCTIONS[function], y, O, B, O, I, blocks, parts]
             return MATMUL[panels.dtype.str], arguments, blocks * parts, after
 
