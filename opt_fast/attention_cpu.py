@@ -37,14 +37,12 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
-    prefetch,
     store,
 )
 
 BQ = 96  # queries of a block in the backward pass
 BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
 STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
-AHEAD = 16  # rows that are asked for before they are packed
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
@@ -68,7 +66,8 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, vis
     q, k, v = np.ascontiguousarray(q), rows_apart(k), rows_apart(v)
     blocks = math.ceil(4 * get_num_threads() / max(B * H, 1)) if T > 1 else 1  # few heads: several tasks for each
     Br = math.ceil(T / blocks / ROWS) * ROWS
-    FORWARD(q, k, v, *hidden_keys(k, visible, skip), O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
+    end = last_keys(visible) if skip and visible is not None else np.full(B, k.shape[1])
+    FORWARD(q, k, v, *hidden_keys(k, visible), end, O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
             tasks=B * H * blocks, scratch=attending(Br, Dh))  # fmt: skip
     return O, L
 
@@ -92,13 +91,17 @@ def check(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | Non
         raise ValueError(f"layout.visible is {visible.dtype}{visible.shape}; it is bool{(B, S)}, a column for each key")
 
 
-def hidden_keys(k: np.ndarray, visible: np.ndarray | None, skip: bool = False) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-    """Which keys are visible, whether any is not, each row's first visible key, and where its keys end, and with `skip` its queries."""
+def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, int, np.ndarray]:
+    """Which keys are visible, whether any is not, and each row's first visible key."""
     B, S = k.shape[:2]
     if visible is None:
-        return np.empty(0, np.bool_), 0, np.zeros(B, np.int64), np.full(B, S)
-    end = np.where(visible.any(1), S - visible[:, ::-1].argmax(1), 0) if skip else np.full(B, S)
-    return np.ascontiguousarray(visible), 1, np.where(visible.any(1), visible.argmax(1), S), end
+        return np.empty(0, np.bool_), 0, np.zeros(B, np.int64)
+    return np.ascontiguousarray(visible), 1, np.where(visible.any(1), visible.argmax(1), S)
+
+
+def last_keys(visible: np.ndarray) -> np.ndarray:
+    """The end of each row's last visible key: what comes after is padding.  visible: (B, S)  ->  (B)"""
+    return np.where(visible.any(1), visible.shape[1] - visible[:, ::-1].argmax(1), 0)
 
 
 def _forward(table: Any) -> None:
@@ -155,7 +158,7 @@ def _forward(table: Any) -> None:
 
 def attending(queries: int, Dh: int) -> int:
     """Numbers of memory that a task of so many queries needs."""
-    width = math.ceil(Dh / COLUMNS) * COLUMNS
+    width = whole_panels.py_func(Dh)
     return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width) + ROWS * STRIDE
 
 
@@ -177,8 +180,8 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndar
 def _probs(table: Any) -> None:
     """A task is a head: over its keys once for each query's maximum and sum, and once more for the weights."""
     a = at(table, ARGUMENTS)
-    q, k, visible, hides, start, end, probs = floats(a[0]), floats(a[1]), bytes_(a[2]), a[3], int64s(a[4]), int64s(a[5]), floats(a[6])
-    limits, B, R, S, H, Dh, k_row, k_step, scale = int64s(a[7]), a[8], a[9], a[10], a[11], a[12], a[13], a[14], float_of(a[15])
+    q, k, visible, hides, start, probs, limits = floats(a[0]), floats(a[1]), bytes_(a[2]), a[3], int64s(a[4]), floats(a[5]), int64s(a[6])
+    B, R, S, H, Dh, k_row, k_step, scale = a[7], a[8], a[9], a[10], a[11], a[12], a[13], float_of(a[14])
     keys = memory(table)
     scores = at(keys, BC * Dh)
     m = at(scores, ROWS * STRIDE)
@@ -191,8 +194,8 @@ def _probs(table: Any) -> None:
         for i in range(R):
             m[i], l[i] = -np.inf, 0
         for writing in range(2):
-            for key in range(start[b], end[b], BC):
-                n, shown = min(BC, end[b] - key), at(visible, b * S + key)
+            for key in range(start[b], S, BC):
+                n, shown = min(BC, S - key), at(visible, b * S + key)
                 pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
                 for i in range(0, R, ROWS):
                     rows = min(ROWS, R - i)
@@ -226,7 +229,7 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
         raise ValueError(f"dO is {dO.shape}, O {O.shape} and L {L.shape}; q is {q.shape}, and so are the first two, and L without its last axis")
     k, v, dO, O, L = (np.ascontiguousarray(a, np.float32) for a in (k, v, dO, O, L))
     dq, dk, dv = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
-    width = math.ceil(Dh / COLUMNS) * COLUMNS
+    width = whole_panels.py_func(Dh)
     q = np.ascontiguousarray(q * np.float32(scale))  # HF scales q, bias and all, before the product
     BACKWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, float_bits(scale), tasks=B * H,
              scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
@@ -236,10 +239,10 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
 def _backward(table: Any) -> None:
     """A task is a head: its tiles of keys one after the other, and for each the blocks of BQ queries that see it."""
     a = at(table, ARGUMENTS)
-    q, k, v, visible, hides, start, end = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5]), int64s(a[6])
-    O, L, B, T, S, H, Dh = floats(a[7]), floats(a[8]), a[9], a[10], a[11], a[12], a[13]
-    dO, dq, dk, dv, scale = floats(a[14]), floats(a[15]), floats(a[16]), floats(a[17]), float_of(a[18])
-    past, step, width = S - T, H * Dh, (Dh + COLUMNS - 1) // COLUMNS * COLUMNS
+    q, k, v, visible, hides, start = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5])
+    O, L, B, T, S, H, Dh = floats(a[6]), floats(a[7]), a[8], a[9], a[10], a[11], a[12]
+    dO, dq, dk, dv, scale = floats(a[13]), floats(a[14]), floats(a[15]), floats(a[16]), float_of(a[17])
+    past, step, width = S - T, H * Dh, whole_panels(Dh)
     dq_sums = memory(table)  # (T, width)
     D = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not
     keys_t = at(D, T + ROWS)  # a tile of keys, and of values, as columns and as rows
@@ -256,7 +259,6 @@ def _backward(table: Any) -> None:
     task = claim(table, TASKS)
     while task < B * H:
         b, h = task % B, task // B
-        queries = min(T, end[b] - past)  # the rest is padding
         for t in range(T):
             place = ((b * T + t) * H + h) * Dh
             D[t] = 0
@@ -264,16 +266,16 @@ def _backward(table: Any) -> None:
                 D[t] += dO[place + d] * O[place + d]
             for d in range(width):
                 dq_sums[t * width + d] = 0
-        for key in range(start[b], end[b], BC):
-            n, origin = min(BC, end[b] - key), ((b * S + key) * H + h) * Dh
+        for key in range(start[b], S, BC):
+            n, origin = min(BC, S - key), ((b * S + key) * H + h) * Dh
             shown = at(visible, b * S + key)
             pack_transposed(at(k, origin), step, n, Dh, shown, hides, keys_t)
             pack_transposed(at(v, origin), step, n, Dh, shown, hides, values_t)
             pack_rows(at(k, origin), step, n, Dh, shown, hides, BC, keys)
             for j in range(BC * width):
                 dk_sums[j], dv_sums[j] = 0, 0
-            for first in range(max(0, key - past) // BQ * BQ, queries, BQ):
-                count, origin = min(BQ, queries - first), ((b * T + first) * H + h) * Dh
+            for first in range(max(0, key - past) // BQ * BQ, T, BQ):
+                count, origin = min(BQ, T - first), ((b * T + first) * H + h) * Dh
                 pack_groups(at(q, origin), step, count, Dh, np.float32(1), q_groups)
                 pack_groups(at(dO, origin), step, count, Dh, np.float32(1), dO_groups)
                 pack_rows(at(q, origin), step, count, Dh, shown, 0, BQ, q_rows)
@@ -340,7 +342,7 @@ def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, 
 @njit
 def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: int, panels: Any) -> None:
     """n rows of a tile, of `most`: panels[p, j, c] = x[j, p · COLUMNS + c]; 0 for hidden rows, lest a weight of 0 times NaN be NaN."""
-    for p in range((Dh + COLUMNS - 1) // COLUMNS):
+    for p in range(whole_panels(Dh) // COLUMNS):
         source, target = at(x, p * COLUMNS), at(panels, p * most * COLUMNS)
         if (p + 1) * COLUMNS <= Dh:
             copy(source, step, target, n)
@@ -481,8 +483,6 @@ def transpose(typing_context, rows, step, columns):
     def generate(context, builder, signature, arguments):
         rows, step, columns = arguments
         lines = [load(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]), VECTOR) for r in range(WIDTH)]
-        for r in range(WIDTH):  # rows of a head lie far apart, and the processor does not guess where
-            prefetch(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(AHEAD + r))]))
         apart = 1
         while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
             above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
@@ -507,7 +507,6 @@ def copy(typing_context, rows, step, panel, n):
         rows, step, panel, n = arguments
 
         def body(k: Any, carried: list) -> list:
-            prefetch(builder, builder.gep(rows, [builder.mul(builder.add(k, ir.IntType(64)(AHEAD)), step)]))
             source, target = builder.gep(rows, [builder.mul(k, step)]), builder.gep(panel, [builder.mul(k, ir.IntType(64)(COLUMNS))])
             for c in range(0, COLUMNS, WIDTH):
                 place = [ir.IntType(64)(c)]

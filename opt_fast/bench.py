@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -303,7 +302,7 @@ def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
             result = jobs[name](seed + len(seconds))
             seconds.append(time.perf_counter() - start)
         numbers = [] if budget else [np.asarray(a).ravel() for a in (result if isinstance(result, list | tuple) else [result])]
-        connection.send((statistics.median(seconds), numbers, resident()))
+        connection.send((float(np.median(seconds)), numbers, resident()))
 
 
 def proc(path: str) -> dict[str, str]:
@@ -339,13 +338,13 @@ def summary(jobs: list[Job], seconds: dict[str, Seconds], ceilings: dict[str, fl
         least = job.cost / ceilings[job.limit]
         ours = [lane for lane in times if lane.startswith("opt_fast")] or [next(iter(times))]
         ratios = {o: {lane: middle([b / a for a, b in zip(times[o], times[lane], strict=True)]) for lane in times if lane not in ours} for o in ours}
-        share = {lane: 100 * least / statistics.median(s) for lane, s in times.items()}
+        share = {lane: 100 * least / float(np.median(s)) for lane, s in times.items()}
         found[job.key] = {"seconds": times, "limit_seconds": least, "percent_of_limit": share, "ratio": ratios}
     return found
 
 
 def middle(values: list[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
+    return float(np.median(values)), min(values), max(values)
 
 
 def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:

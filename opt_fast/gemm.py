@@ -4,8 +4,7 @@ A weight (O, I) is stored as panels of a few output columns, (P, I, COLUMNS): th
 The micro-kernel holds a tile of the result, rows × columns, in vector registers and adds one product after the other, k = 0, 1, 2 …, each fused
 where the processor can; after every BLOCK_K of them the tile is added to the result, which keeps rounding errors small. So a result depends on its
 own row and column alone, never on the batch, the tile's other rows or the number of threads. Numba cannot be told to keep a tile in registers, so
-the kernel is written in LLVM's instructions, for the vectors that Numba compiles for. Weights may be
-stored in 16 bits: they widen as they are loaded.
+the kernel is written in LLVM's instructions, for the vectors that Numba compiles for. Weights may be stored in 16 bits: they widen when loaded.
 """
 
 from __future__ import annotations
@@ -68,11 +67,9 @@ def best_tile() -> Tile:
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
 BLOCK_ROWS, BLOCK_K = 12 * ROWS, 384  # x's block, 72 × 384, stays in the second-level cache, a panel's 384 · COLUMNS in the first
-FEW, ABREAST = (
-    ROWS // 2,
-    8 // TILE.vectors,
-)  # up to FEW rows take two panels at a time, one row takes ABREAST: more sums that do not wait for each other
-NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers that multiply() needs
+FEW = ROWS // 2  # rows that take two panels at a time,
+ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
+NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers of memory that a thread needs for a product
 PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 
@@ -133,18 +130,22 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     y = np.empty((len(x), O), np.float32)
     if y.size:
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
-        numbers, row, step = flat(np.asarray(x, np.float32))
-        blocks, panels = math.ceil(len(x) / BLOCK_ROWS), len(weight.panels)
-        parts = cuts(panels, blocks, get_num_threads())
-        MATMUL[weight.panels.dtype.str](numbers, row, step, weight.panels, panels, start, FUNCTIONS[function], y, O, *y.shape, I, blocks, parts,
-                                        tasks=blocks * parts, scratch=NEEDED)  # fmt: skip
+        kernel, arguments, tasks = matmul_call(*flat(np.asarray(x, np.float32)), weight, start, function, y, len(x))
+        kernel(*arguments, tasks=tasks, scratch=NEEDED)
     return y
 
 
-def cuts(panels: int, blocks: int, threads: int) -> int:
-    """Into how many tasks the panels are cut: threads share the columns, so that each reads its own. ABREAST panels stay together: a row that meets
-    fewer at a time is slow."""
-    return min(math.ceil(panels / ABREAST), threads * (PARTS if blocks == 1 else 1))
+def matmul_call(
+    x: np.ndarray, row: int, step: int, weight: Packed, bias: np.ndarray, function: str | None, y: Any, M: int
+) -> tuple[Kernel, list, int]:
+    """The kernel of a product, its arguments, and into how many tasks they cut it; y is (M, O), or 0 where its address and rows come later.
+
+    Threads share the columns, so that each reads its own panels; ABREAST panels stay together, for a row that meets fewer at a time is slow.
+    """
+    (O, I), panels, blocks = weight.shape, len(weight.panels), math.ceil(M / BLOCK_ROWS)
+    parts = min(math.ceil(panels / ABREAST), get_num_threads() * (PARTS if blocks == 1 else 1))
+    arguments = [x, row, step, weight.panels, panels, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts]
+    return MATMUL[weight.panels.dtype.str], arguments, blocks * parts
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -210,14 +210,6 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Asks for the line of memory there, which will be read soon."""
-    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), name)
-    builder.call(function, [builder.bitcast(address, byte), number(0), number(3), number(1)])
-
-
 def every(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 

@@ -28,8 +28,10 @@ def description() -> str:
 def pack(params: dict, release: bool = False) -> dict:
     """A tree like `params` with its matrices packed and its biases and LayerNorms in float32; positions are looked up as they are.
 
-    release=True takes every array out of the given tree as soon as it is packed, so that the weights are never held twice.
+    release=True takes every array out of the given tree as soon as it is packed, so that the weights are never held twice, and keeps none of its
+    memory: it may be that of a file.
     """
+    kept = np.array if release else np.asarray
 
     def packed(node: Any, path: str) -> Any:
         if isinstance(node, dict):
@@ -39,8 +41,8 @@ def pack(params: dict, release: bool = False) -> dict:
         if isinstance(node, Packed):
             return node
         if path.endswith("embed_positions.weight"):
-            return np.array(node)
-        return gemm.pack(node) if node.ndim == 2 else np.array(node, np.float32)
+            return kept(node)
+        return gemm.pack(node) if node.ndim == 2 else kept(node, np.float32)
 
     return packed(params, "")
 

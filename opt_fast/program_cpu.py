@@ -16,12 +16,11 @@ import numpy as np
 from numba import get_num_threads
 
 from opt_fast.attention_cpu import FORWARD, attending, hidden_keys
-from opt_fast.gemm import BLOCK_ROWS, MATMUL, NEEDED, ROWS, Packed, cuts
+from opt_fast.gemm import NEEDED, ROWS, Packed, matmul_call
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, float_bits, int64s, wait
-from opt_fast.rowwise import ADD, CHUNK, FUNCTIONS, NORM
+from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
-from opt_np.ops import LAYER_NORM_EPS
 
 WIDTH = ARGUMENTS + 20  # of a table, at most
 KERNELS = 11  # of a block
@@ -99,19 +98,10 @@ class Program:
         source = h if pre else x  # a post-norm block's branch reads the stream itself
 
         def norm(p: dict, y: np.ndarray) -> Line:
-            some = max(CHUNK // D, 1)
-            return (
-                NORM,
-                [x, p.get("weight", self.ones), p.get("bias", self.zeros), y, B, D, some, float_bits(LAYER_NORM_EPS)],
-                math.ceil(B / some),
-                True,
-            )
+            return *norm_call(x, p.get("weight", self.ones), p.get("bias", self.zeros), y, B, D), True
 
         def linear(x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
-            (O, I), panels, blocks = p["weight"].shape, p["weight"].panels, math.ceil(B / BLOCK_ROWS)
-            parts = cuts(len(panels), blocks, self.threads)
-            arguments = [x, I, 1, panels, len(panels), p.get("bias", self.zeros), FUNCTIONS[function], y, O, B, O, I, blocks, parts]
-            return MATMUL[panels.dtype.str], arguments, blocks * parts, after
+            return *matmul_call(x, x.shape[1], 1, p["weight"], p.get("bias", self.zeros), function, y, B), after
 
         attention = [self.q, 0, 0, 0, 0, 0, 0, self.O, self.lse, B, 1, 0, H, Dh, 0, D, 0, D, ROWS, float_bits(Dh**-0.5)]
         add = ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True
@@ -148,7 +138,7 @@ class Program:
                 arguments[i, self.first + place, 7:9] = address(a) + 4 * past * D, row
             attention = arguments[i, self.first + 3]
             attention[[1, 2, 11, 14, 16]] = address(keys), address(values), past + 1, row, row
-        masks = hidden_keys(keys, visible)
+        masks = *hidden_keys(keys, visible), np.full(B, past + 1)
         arguments[:, self.first + 3, 3:7] = [address(a) if isinstance(a, np.ndarray) else a for a in masks]
         self.tables[:, :, :MEMORY] = 0  # nothing is begun or done yet
         self.x[:] = x[:, 0]

@@ -26,13 +26,20 @@ def activation(x: np.ndarray, function: str) -> np.ndarray:
 def layer_norm(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None) -> np.ndarray:
     """x: (*N, D);  weight: (D);  bias: (D)  ->  (*N, D)"""
     x, D = np.ascontiguousarray(x), x.shape[-1]
-    y, rows, some = np.empty_like(x), x.size // D, max(CHUNK // D, 1)
+    y = np.empty_like(x)
     weight = np.ones(D, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
     bias = np.zeros(D, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
     if weight.shape != (D,) or bias.shape != (D,):
         raise ValueError(f"x is {x.shape}, weight {weight.shape} and bias {bias.shape}; a LayerNorm over {D} numbers wants {(D,)} twice")
-    NORM(x, weight, bias, y, rows, D, some, float_bits(LAYER_NORM_EPS), tasks=math.ceil(rows / some))
+    kernel, arguments, tasks = norm_call(x, weight, bias, y, x.size // D, D)
+    kernel(*arguments, tasks=tasks)
     return y
+
+
+def norm_call(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray, rows: int, D: int) -> tuple[Kernel, list, int]:
+    """LayerNorm's kernel, its arguments, and how many tasks they make."""
+    some = max(CHUNK // D, 1)
+    return NORM, [x, weight, bias, y, rows, D, some, float_bits(LAYER_NORM_EPS)], math.ceil(rows / some)
 
 
 def _activation(table: Any) -> None:

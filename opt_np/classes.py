@@ -213,8 +213,10 @@ def choose_backend(backend: str, dtype: str = "float32") -> str:
     """ "auto" is the CPU kernels where opt_fast and Numba import, else NumPy, which alone computes in float64; it never imports torch."""
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend {backend!r} is none of {', '.join((*BACKENDS, 'auto'))}")
-    if backend != "auto" or dtype == "float64":
-        return backend if backend != "auto" else "numpy"
+    if backend != "auto":
+        return backend
+    if dtype == "float64":
+        return "numpy"
     try:
         load_ops("cpu")
     except ValueError:

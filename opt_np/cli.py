@@ -278,12 +278,12 @@ def verify(model: str | None, revision: str | None, backend: str, golden: str | 
 
 
 def add_train(commands: Any) -> None:
-    from opt_np.train import Options
+    from opt_np.train import CHOICES, Options
 
     p = add_command(commands, "train", train, "Train from nothing, or from a checkpoint, and save so that a killed run resumes to the same bits.")
     d = Options(out="")
     source = p.add_argument_group("what to learn from")
-    source.add_argument("--task", default=d.task, choices=("lm", "classify", "qa"), help="language model, text classification, question answering")
+    source.add_argument("--task", default=d.task, choices=CHOICES["task"], help="language model, text classification, question answering")
     source.add_argument("--text", nargs="+", default=(), metavar="FILE", help="plain text files, or folders of .txt (lm)")
     source.add_argument("--data", metavar="FILE", help="JSON lines: text | text, label | question, context, answer, answer_start")
     source.add_argument("--eval-text", nargs="+", default=(), metavar="FILE", help="text to evaluate on (lm)")
@@ -295,7 +295,7 @@ def add_train(commands: Any) -> None:
     run = p.add_argument_group("the run")
     run.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint, log.jsonl and the state to resume from go")
     run.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    run.add_argument("--backend", default=d.backend, choices=("auto", "numpy", "cpu"), help="what computes: auto is cpu where Numba imports")
+    run.add_argument("--backend", default=d.backend, choices=CHOICES["backend"], help="what computes: auto is cpu where Numba imports")
     for name, help in (
         ("context", "tokens per window"), ("batch_size", "windows or examples per batch"), ("accumulate", "batches per step"), ("steps", "updates"),
         ("seed", "of parameters, order and dropout"), ("learning_rate", "its peak"), ("schedule", "linear, cosine or constant after the warm-up"),
