@@ -5,24 +5,26 @@ of scores, turns it into weights, and adds their sum of values to what it had. K
 the row's first real key, and each number is a sum in the order of d or of the keys: so a query's output has the same bits whatever stands beside it,
 however much padding stands before it, and whether the keys came all at once or out of a cache.
 Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels see arrays as addresses; a row of one head is Dh numbers, rows lie `step` apart.
+Forward, rows may have any lengths, and keys stand PAGE by PAGE wherever `Rows` says: in one array, in a cache, or in pages that rows share.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, njit, types
 
-from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, many, micro_kernel, one
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, many, micro_kernel, one, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
     TASKS,
     Kernel,
     across,
+    address,
     at,
     broadcast,
     bytes_,
@@ -31,6 +33,7 @@ from opt_fast.kernel import (
     float_bits,
     float_of,
     floats,
+    int16s,
     int64s,
     intrinsic,
     load,
@@ -38,38 +41,98 @@ from opt_fast.kernel import (
     memory,
     multiply_add,
     store,
+    uint16s,
 )
+from opt_fast.rowwise import CHUNK
 
 BQ = 96  # queries of a block in the backward pass
 BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
+PAGE = 64  # keys that stand together wherever they are
 STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
-assert BC % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
+assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
 
 weigh, weigh_one = micro_kernel(ROWS, 1, STRIDE, 1), micro_kernel(1, ABREAST, STRIDE, 1)  # x is a tile of scores
 gather = micro_kernel(ROWS, 1, 1, STRIDE)  # x is a tile of scores, transposed
 
 
-def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None,
-                  skip: bool = False) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf, and with `skip` those after a row's last key do.
+class Rows(NamedTuple):
+    """Which queries see which keys: rows of any lengths, T queries at the end of S keys."""
+
+    table: np.ndarray  # (R, 5) int64: the row's first query among all, T, S, and the addresses of its places and of its mask
+    step: int  # from key to key
+    kept: tuple  # what the addresses point to: places, where each PAGE of a row's keys begins in k and v; masks, bool(S), or 0 for none hidden
+
+
+def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, step: int, visible: np.ndarray | None = None) -> Rows:
+    """Rows whose keys lie `step` apart, from an origin in k and v on.
+
+    firsts: (R);  counts: (R), queries;  origins: (R);  keys: (R), visible or not;  visible: (R, S)
+    """
+    R, S = len(origins), int(keys.max(initial=0))
+    start = np.zeros(R, np.int64) if visible is None else np.where(visible.any(1), visible.argmax(1), keys)
+    places = (origins + start * step)[:, None] + np.arange(0, S, PAGE) * step  # (R, pages)
+    table = np.zeros((R, 5), np.int64)
+    table[:, 0], table[:, 1], table[:, 2] = firsts, counts, keys - start
+    table[:, 3] = address(places) + places.strides[0] * np.arange(R)
+    if visible is not None:
+        visible = np.ascontiguousarray(visible)
+        hides = visible.sum(1) < keys - start
+        table[:, 4] = hides * (address(visible) + visible.strides[0] * np.arange(R) + start)
+    return Rows(table, step, (places, visible))
+
+
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
     """
     check(q, k, v, visible)
-    B, T, H, Dh = q.shape
-    O, L = np.empty(q.shape, np.float32), np.empty((B, T, H), np.float32)
-    if not O.size:
-        return O, L
-    q, k, v = np.ascontiguousarray(q), rows_apart(k), rows_apart(v)
-    blocks = math.ceil(4 * get_num_threads() / max(B * H, 1)) if T > 1 else 1  # few heads: several tasks for each
-    Br = math.ceil(T / blocks / ROWS) * ROWS
-    end = last_keys(visible) if skip and visible is not None else np.full(B, k.shape[1])
-    FORWARD(q, k, v, *hidden_keys(k, visible), end, O, L, B, T, k.shape[1], H, Dh, *steps(k), *steps(v), Br, float_bits(scale),
-            tasks=B * H * blocks, scratch=attending(Br, Dh))  # fmt: skip
+    (B, T, H, Dh), S = q.shape, k.shape[1]
+    k, v = rows_apart(k), rows_apart(v)
+    if k.strides != v.strides:
+        k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+    row, step = steps(k)
+    O, L = attend(q.reshape(B * T, H, Dh), k, v, rows_of(np.arange(B) * T, T, np.arange(B) * row, np.full(B, S), step, visible), scale)
+    return O.reshape(q.shape), L.reshape(B, T, H)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The same for rows of any lengths; k and v are arrays of any shape, float32 or 16-bit floats as BITS, in which rows.places count.
+
+    q: (N, H, Dh)  ->  (N, H, Dh), (N, H)
+    """
+    N, H, Dh = q.shape
+    O, L = np.empty(q.shape, np.float32), np.empty((N, H), np.float32)
+    if O.size:
+        Br, tasks = blocks(rows.table, H)
+        kernel, arguments = attention_call(np.ascontiguousarray(q), k, v, O, L, rows.table, tasks, rows.step, Br, scale)
+        kernel(*arguments, tasks=len(tasks) * H, scratch=attending(Br, Dh))
     return O, L
+
+
+def attention_call(q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int, Br: int,
+                   scale: float) -> tuple[Kernel, list]:  # fmt: skip
+    """The kernel that reads keys of this dtype, and its arguments."""
+    return FORWARD[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), step, *q.shape[1:], Br, float_bits(scale)]
+
+
+def blocks(table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
+    """How many queries a task has at most, and the tasks, (n, 2): a row and its first query, those with most work first."""
+    rows = [(int(T), int(S)) for T, S in table[:, 1:3]]
+    longest = max(T for T, _ in rows)
+    equals = sum(T for T, _ in rows) / longest  # as many rows of the longest's length
+    parts = math.ceil(4 * get_num_threads() / (equals * H)) if longest > 1 else 1  # few heads: several tasks for each
+    Br = math.ceil(longest / parts / ROWS) * ROWS
+
+    def work(task: tuple[int, int]) -> int:
+        (T, S), first = rows[task[0]], task[1]
+        last = min(first + Br, T)
+        return (first - last) * (S - T + last)
+
+    return Br, np.array(sorted(((r, first) for r, (T, _) in enumerate(rows) for first in range(0, T, Br)), key=work), np.int64)
 
 
 def rows_apart(a: np.ndarray) -> np.ndarray:
@@ -99,42 +162,38 @@ def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, 
     return np.ascontiguousarray(visible), 1, np.where(visible.any(1), visible.argmax(1), S)
 
 
-def last_keys(visible: np.ndarray) -> np.ndarray:
-    """The end of each row's last visible key: what comes after is padding.  visible: (B, S)  ->  (B)"""
-    return np.where(visible.any(1), visible.shape[1] - visible[:, ::-1].argmax(1), 0)
-
-
-def _forward(table: Any) -> None:
-    """The last block of queries, which has the most keys, goes first."""
+@njit
+def _forward(table: Any, k: Any, v: Any) -> None:
     a = at(table, ARGUMENTS)
-    q, k, v, visible, hides, start, end = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5]), int64s(a[6])
-    O, L, B, T, S, H, Dh = floats(a[7]), floats(a[8]), a[9], a[10], a[11], a[12], a[13]
-    k_row, k_step, v_row, v_step, Br, scale = a[14], a[15], a[16], a[17], a[18], float_of(a[19])
-    past, blocks, width = S - T, (T + Br - 1) // Br, whole_panels(Dh)
+    q, O, L, rows_table, tasks, n, step = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7], a[8]
+    H, Dh, Br, scale = a[9], a[10], a[11], float_of(a[12])
+    width = whole_panels(Dh)
     xs = memory(table)
     acc, m, l = at(xs, Br * Dh), at(xs, Br * (Dh + width)), at(xs, Br * (Dh + width + 1))
     keys = at(l, Br)
     values = at(keys, BC * Dh)
     scores = at(values, BC * width)
     task = claim(table, TASKS)
-    while task < B * H * blocks:
-        b, h, first = task % B, task // B % H, (blocks - 1 - task // (B * H)) * Br
-        stop = min(first + Br, T)
-        last = max(first, min(stop, end[b] - past))  # the rest is padding
-        pack_groups(at(q, ((b * T + first) * H + h) * Dh), H * Dh, last - first, Dh, scale, xs)
-        for i in range(stop - first):
+    while task < n * H:
+        h, row, first = task % H, at(rows_table, tasks[task // H * 2] * 5), tasks[task // H * 2 + 1]
+        T, S, places, mask, hides = row[1], row[2], int64s(row[3]), bytes_(row[4]), row[4]
+        past, count, origin = S - T, min(Br, T - first), (row[0] + first) * H + h
+        pack_groups(at(q, origin * Dh), H * Dh, count, Dh, scale, xs)
+        for i in range(count):
             m[i], l[i] = -np.inf, 0
             for d in range(width):
                 acc[i * width + d] = 0
-        for key in range(start[b], past + last if last > first else 0, BC):
-            n, shown = min(BC, past + last - key), at(visible, b * S + key)
-            pack_transposed(at(k, b * k_row + key * k_step + h * Dh), k_step, n, Dh, shown, hides, keys)
-            pack_rows(at(v, b * v_row + key * v_step + h * Dh), v_step, n, Dh, shown, hides, BC, values)
-            for i in range(max(0, key - past - first) // ROWS * ROWS, last - first, ROWS):  # from the first queries that see this tile
-                rows = min(ROWS, last - first - i)
+        for key in range(0, past + first + count, BC):
+            tile, shown = min(BC, past + first + count - key), at(mask, key)
+            for j in range(0, tile, PAGE):
+                place, some = places[(key + j) // PAGE] + h * Dh, min(PAGE, tile - j)
+                pack_transposed(at(k, place), step, some, Dh, at(shown, j), hides, at(keys, j * Dh))
+                pack_rows(at(v, place), step, some, Dh, at(shown, j), hides, BC, at(values, j * COLUMNS))
+            for i in range(max(0, key - past - first) // ROWS * ROWS, count, ROWS):  # from the first queries that see this tile
+                rows = min(ROWS, count - i)
                 limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
-                seen = min(n, limit + rows - 1)
-                score(at(xs, i * Dh), rows, keys, Dh, shown, hides, n, limit, seen, scores)
+                seen = min(tile, limit + rows - 1)
+                score(at(xs, i * Dh), rows, keys, Dh, shown, hides, tile, limit, seen, scores)
                 for r in range(rows):
                     softmax(at(scores, r * STRIDE), whole_panels(seen), at(m, i + r), at(l, i + r), at(acc, (i + r) * width), width)
                 p = 0
@@ -146,14 +205,25 @@ def _forward(table: Any) -> None:
                     else:
                         weigh(sums, width, scores, panel, 0, seen)
                         p += COLUMNS
-        for i in range(stop - first):
-            part = np.float32(1) / l[i] if l[i] != 0 and i < last - first else np.float32(0)  # exactly 0 where no key is seen, and at padding
-            place = (b * T + first + i) * H + h
+        for i in range(count):
+            part = np.float32(1) / l[i] if l[i] != 0 else np.float32(0)  # exactly 0 where no key is seen
             for d in range(Dh):
-                O[place * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
-            L[place] = m[i] + math.log(l[i])
+                O[(origin + i * H) * Dh + d] = acc[i * width + d] * part if part != 0 else np.float32(0)
+            L[origin + i * H] = m[i] + math.log(l[i])
         claim(table, DONE)
         task = claim(table, TASKS)
+
+
+def _forward_float32(table: Any) -> None:
+    _forward(table, floats(table[ARGUMENTS + 1]), floats(table[ARGUMENTS + 2]))
+
+
+def _forward_float16(table: Any) -> None:
+    _forward(table, int16s(table[ARGUMENTS + 1]), int16s(table[ARGUMENTS + 2]))
+
+
+def _forward_bfloat16(table: Any) -> None:
+    _forward(table, uint16s(table[ARGUMENTS + 1]), uint16s(table[ARGUMENTS + 2]))
 
 
 def attending(queries: int, Dh: int) -> int:
@@ -332,7 +402,7 @@ def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, 
             else:
                 for c in range(min(WIDTH, n - j)):
                     for e in range(d, min(d + WIDTH, Dh)):
-                        target[e * COLUMNS + c] = x[(j + c) * step + e]
+                        target[e * COLUMNS + c] = float32_at(x, (j + c) * step + e)
     for j in range(whole_panels(n)):
         if j >= n or (hides and not shown[j]):
             for d in range(Dh):
@@ -349,11 +419,105 @@ def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: 
         else:
             for j in range(n):
                 for c in range(COLUMNS):
-                    target[j * COLUMNS + c] = source[j * step + c] if p * COLUMNS + c < Dh else np.float32(0)
+                    target[j * COLUMNS + c] = float32_at(source, j * step + c) if p * COLUMNS + c < Dh else np.float32(0)
         for j in range(n if hides else 0):
             if not shown[j]:
                 for c in range(COLUMNS):
                     target[j * COLUMNS + c] = 0
+
+
+# ---- a cache -----------------------------------------------------------------------------------------------------------------------------
+
+
+def write(k: np.ndarray, v: np.ndarray, K: np.ndarray, V: np.ndarray, slots: np.ndarray) -> None:
+    """Each token's keys and values where its slot says.  k: (N, …);  v: (N, …);  slots: (N)"""
+    kernel, arguments, tasks = write_call(np.ascontiguousarray(k), np.ascontiguousarray(v), K, V, np.ascontiguousarray(slots, np.int64))
+    kernel(*arguments, tasks=tasks)
+
+
+def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray) -> tuple[Kernel, list, int]:
+    """The kernel that does so, its arguments, and how many tasks they make; K and V hold float32 or 16-bit floats as BITS."""
+    N, D = len(k), k.size // len(k)
+    some = max(CHUNK // D, 1)
+    return WRITE[K.dtype.str], [k, v, K, V, slots, N, D, some], math.ceil(N / some)
+
+
+@njit
+def _write(table: Any, K: Any, V: Any) -> None:
+    """A task is some tokens."""
+    a = at(table, ARGUMENTS)
+    k, v, slots, N, D, some = floats(a[0]), floats(a[1]), int64s(a[4]), a[5], a[6], a[7]
+    first = claim(table, TASKS) * some
+    while first < N:
+        for i in range(first, min(first + some, N)):
+            for d in range(D):
+                put(K, slots[i] + d, k[i * D + d])
+            for d in range(D):
+                put(V, slots[i] + d, v[i * D + d])
+        claim(table, DONE)
+        first = claim(table, TASKS) * some
+
+
+def _write_float32(table: Any) -> None:
+    _write(table, floats(table[ARGUMENTS + 2]), floats(table[ARGUMENTS + 3]))
+
+
+def _write_float16(table: Any) -> None:
+    _write(table, int16s(table[ARGUMENTS + 2]), int16s(table[ARGUMENTS + 3]))
+
+
+def _write_bfloat16(table: Any) -> None:
+    _write(table, uint16s(table[ARGUMENTS + 2]), uint16s(table[ARGUMENTS + 3]))
+
+
+@intrinsic
+def float32_at(typing_context, numbers, i):
+    """numbers[i] in float32, whichever float it is stored as."""
+
+    def generate(context, builder, signature, arguments):
+        lane = widened(builder, builder.gep(arguments[0], [arguments[1]]), ir.VectorType(ir.FloatType(), 1), signature.args[0].dtype, TILE)
+        return builder.extract_element(lane, ir.IntType(32)(0))
+
+    return types.float32(numbers, types.int64), generate
+
+
+@intrinsic
+def put(typing_context, numbers, i, number):
+    """numbers[i] = number, rounded to the nearest float that it is stored as, of two as near to the even one; NaN stays NaN."""
+
+    def generate(context, builder, signature, arguments):
+        place, number, word = builder.gep(arguments[0], [arguments[1]]), arguments[2], ir.IntType(32)
+        if signature.args[0].dtype != types.float32:
+            bits = builder.bitcast(number, word)
+            half = bfloat16_bits(builder, bits) if signature.args[0].dtype == types.uint16 else float16_bits(builder, bits)
+            number = builder.trunc(half, ir.IntType(16))
+        builder.store(number, place)
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64, types.float32), generate
+
+
+def bfloat16_bits(builder: Any, bits: Any) -> Any:
+    """The upper half of a float32, rounded."""
+    word = bits.type
+    upper = builder.lshr(bits, word(16))
+    rounded = builder.lshr(builder.add(bits, builder.add(builder.and_(upper, word(1)), word(0x7FFF))), word(16))
+    nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
+    return builder.select(nan, builder.or_(upper, word(0x40)), rounded)
+
+
+def float16_bits(builder: Any, bits: Any) -> Any:
+    """Sign, exponent less 112, and the mantissa's upper 10 bits, rounded; below 2⁻¹⁴ a whole number of 2⁻²⁴, which adding 0.5 rounds to."""
+    word, single = bits.type, ir.FloatType()
+    size = builder.and_(bits, word(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, word(13)), word(1))
+    normal = builder.lshr(builder.add(builder.add(size, odd), word(0xFFF - (112 << 23))), word(13))
+    added = builder.bitcast(builder.fadd(builder.bitcast(size, single), single(0.5)), word)
+    small = builder.sub(added, word(0x3F000000))
+    half = builder.select(builder.icmp_unsigned("<", size, word(0x38800000)), small, normal)
+    half = builder.select(builder.icmp_unsigned(">=", size, word(0x47800000)), word(0x7C00), half)
+    half = builder.select(builder.icmp_unsigned(">", size, word(0x7F800000)), word(0x7E00), half)
+    return builder.or_(half, builder.and_(builder.lshr(bits, word(16)), word(0x8000)))
 
 
 # ---- a tile ------------------------------------------------------------------------------------------------------------------------------
@@ -482,7 +646,8 @@ def transpose(typing_context, rows, step, columns):
 
     def generate(context, builder, signature, arguments):
         rows, step, columns = arguments
-        lines = [load(builder, builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]), VECTOR) for r in range(WIDTH)]
+        places = [builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]) for r in range(WIDTH)]
+        lines = [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places]
         apart = 1
         while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
             above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
@@ -510,7 +675,7 @@ def copy(typing_context, rows, step, panel, n):
             source, target = builder.gep(rows, [builder.mul(k, step)]), builder.gep(panel, [builder.mul(k, ir.IntType(64)(COLUMNS))])
             for c in range(0, COLUMNS, WIDTH):
                 place = [ir.IntType(64)(c)]
-                store(builder, load(builder, builder.gep(source, place), VECTOR), builder.gep(target, place))
+                store(builder, widened(builder, builder.gep(source, place), VECTOR, signature.args[0].dtype, TILE), builder.gep(target, place))
             return []
 
         loop(builder, n, 1, [], body)
@@ -519,5 +684,6 @@ def copy(typing_context, rows, step, panel, n):
     return types.void(rows, types.intp, panel, types.intp), generate
 
 
-FORWARD = Kernel(_forward)
+FORWARD = {"<f4": Kernel(_forward_float32), "<i2": Kernel(_forward_float16), "<u2": Kernel(_forward_bfloat16)}
+WRITE = {"<f4": Kernel(_write_float32), "<i2": Kernel(_write_float16), "<u2": Kernel(_write_bfloat16)}
 PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,18 +29,24 @@ import numpy as np
 from opt_fast import limits, peers
 from opt_np.config import OPTConfig, parameter_shapes
 
-SIZES = ("125m", "350m", "1.3b", "tiny")
+SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "tiny")
 ENGINES = tuple(peers.IMPORTS)
-JOBS = ("attention", "decode", "prefill", "decode-16", "prefill-16", "train", "memory")
-# How the weights are stored: in float32, or in 16 bits, and there as the engine can.
+JOBS = ("attention", "decode", "prefill", "batch", "prefix", "decode-16", "prefill-16", "decode-int8", "prefill-int8", "batch-int8", "decode-int4",
+        "prefill-int4", "batch-int4", "train", "memory")  # fmt: skip
+# How the weights are stored: in float32, or in fewer bits, and there as the engine can, beside the reference in float32.
 STORED: dict[str, dict[str, tuple[str, ...]]] = {
     "float32": dict.fromkeys(ENGINES, ("float32",)),
     "16 bits": {"opt_fast": ("float16", "bfloat16"), "openvino": ("bfloat16",), "hf": ("bfloat16",)},
+    "int8": {"opt_fast": ("int8",), "openvino": ("int8",), "ctranslate2": ("int8",), "numpy": ("float32",)},
+    "int4": {"opt_fast": ("int4",), "openvino": ("int4",), "numpy": ("float32",)},
 }
-TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2}  # of the largest number
+SUFFIX = {"float32": "", "16 bits": "-16", "int8": "-int8", "int4": "-int4"}  # of a job
+BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "16 bits": 2.0, "int8": 1.0, "int4": 0.5}  # a weight at least: scales come on top
+TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2, "int8": 5e-2, "int4": 0.5}  # of the largest number; random weights reach 0.02 in int8, 0.2 in int4
+LOOSE = {"ctranslate2 int8": 0.5}  # reaches 0.11 to 0.32: it rounds activations to 8 bits, and on AVX2 without VNNI its sums of products saturate
 BUDGET = 0.5  # a call shorter than this many seconds is repeated for as long, and its median counts
 REST = 0.3  # seconds in which the threads of the last engine stop waiting for more work
-PACKAGES = ("numpy", "numba", "torch", "transformers", "ctranslate2", "openvino", "openvino-genai")
+PACKAGES = ("numpy", "numba", "torch", "transformers", "ctranslate2", "openvino", "openvino-genai", "nncf")
 Seconds = dict[str, list[float]]  # of each lane ("hf bfloat16"), round by round
 
 
@@ -52,12 +58,21 @@ class Job:
     title: str
     amount: float  # of `unit`, in one call
     unit: str
-    limit: str  # what cannot be outrun: "bandwidth" or "matmul"
-    cost: float  # bytes read or FLOPs, in one call
+    flops: float  # in one call
+    read: float = 0.0  # bytes of weights, in one call
 
     @property
     def key(self) -> str:
-        return self.name + ("-16" if self.stored == "16 bits" else "")
+        return self.name + SUFFIX[self.stored]
+
+    @property
+    def asked_as(self) -> str:
+        """Its name in --jobs, which may stand for several."""
+        return self.name.partition("-")[0] + SUFFIX[self.stored]
+
+    def least(self, ceilings: dict[str, float]) -> float:
+        """Seconds that nothing can outrun."""
+        return max(self.flops / ceilings["matmul"], self.read / ceilings["bandwidth"])
 
 
 def add_options(parser: Any) -> None:
@@ -65,7 +80,8 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--size", choices=SIZES, default="125m", help="shape of the model; tiny is for trying this command")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of each engine")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, metavar="JOB", help=f"of {', '.join(JOBS)}; -16 stores weights in 16 bits")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, metavar="JOB",
+                        help=f"of {', '.join(JOBS)}; -16 stores weights in 16 bits, -int8 and -int4 as whole numbers")  # fmt: skip
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--plot", metavar="FILE", help="also draw the ratios, as a .png, .svg or .pdf")
 
@@ -84,8 +100,10 @@ def run(what: str, size: str, rounds: int, threads: int, jobs: Iterable[str], en
     say("measuring what the machine can do")
     ceilings = limits.measure(threads)
     with tempfile.TemporaryDirectory() as folder, limits.thread_limit(threads):
-        if kinds := {job.kind for job in wanted if job.kind != "attention"} | ({"model"} if "memory" in jobs else set()):
-            write_weights(shape.cfg, folder, engines if "model" in kinds else [], threads)
+        if "memory" in jobs or any(job.kind != "attention" for job in wanted):
+            say("writing the weights")
+            write_weights(shape.cfg, Path(folder))
+        convert(folder, {lane for stored in stored_as(wanted, jobs) for lane in lanes("model", stored, engines)}, threads)
         seconds: dict[str, Seconds] = {}
         for (kind, stored), group in groupby(wanted, lambda job: (job.kind, job.stored)):
             seconds |= measure(list(group), lanes(kind, stored, engines), peers.Setup(shape, folder, "float32", threads), rounds)
@@ -104,7 +122,7 @@ def say(words: str) -> None:
 
 def installed(engine: str) -> bool:
     """Whether its packages are here, and those that make its format; without them it is left out with a word."""
-    needs = [*peers.IMPORTS[engine], *(("torch", "transformers") if engine in peers.CONVERTERS else ())]
+    needs = [*peers.IMPORTS[engine], *peers.CONVERTERS_IMPORT.get(engine, ())]
     missing = [name for name in needs if not find_spec(name if name.startswith("opt_") else name.partition(".")[0])]
     if missing:
         say(f"{engine} is left out: {', '.join(missing)} cannot be imported; pip install 'opt-np[bench]' brings it")
@@ -119,25 +137,39 @@ def all_jobs(s: peers.Shape) -> list[Job]:
     for S, Dh, H in s.attention:
         flops = 4 * S * S * Dh * H / 2  # two products, of which causality needs one half
         title = f"attention, {S} tokens, {H} heads of {Dh}"
-        jobs.append(Job(f"attention-{S}-{Dh}", "attention", "float32", title, flops / 1e9, "GFLOP/s", "matmul", flops))
+        jobs.append(Job(f"attention-{S}-{Dh}", "attention", "float32", title, flops / 1e9, "GFLOP/s", flops))
         flops *= 3.5  # backward: five products more
-        jobs.append(Job(f"attention-{S}-{Dh}-backward", "attention", "float32", f"{title}, and backward", flops / 1e9, "GFLOP/s", "matmul", flops))
-    for stored, size in (("float32", 4), ("16 bits", 2)):
-        read = size * s.decode * weights_read(s.cfg)
-        jobs += [
-            Job("decode", "model", stored, f"decode, {s.decode} tokens after one, {stored}", s.decode, "tokens/s", "bandwidth", read),
-            Job("prefill", "model", stored, f"first token of a fresh prompt of {s.prefill}, {stored}", s.prefill, "tokens/s", "matmul",
-                forward_flops(s.cfg, s.prefill, 1)),
-        ]  # fmt: skip
+        jobs.append(Job(f"attention-{S}-{Dh}-backward", "attention", "float32", f"{title}, and backward", flops / 1e9, "GFLOP/s", flops))
+    for stored in STORED:
+        jobs += model_jobs(s, stored)
     B, T = s.train
     flops = 3 * B * forward_flops(s.cfg, T, T)  # backward makes two products for each of the forward pass
-    jobs.append(Job("train", "train", "float32", f"training step, {B} x {T} tokens", B * T, "tokens/s", "matmul", flops))
+    jobs.append(Job("train", "train", "float32", f"training step, {B} x {T} tokens", B * T, "tokens/s", flops))
     return jobs
+
+
+def model_jobs(s: peers.Shape, stored: str) -> list[Job]:
+    """Those of them for which there is a word in JOBS."""
+    read, step = BYTES[stored] * weights_read(s.cfg), forward_flops(s.cfg, 1, 1)
+    decode = f"{s.decode} tokens after one, {stored}"
+    jobs = [
+        Job("decode", "model", stored, f"decode, {decode}", s.decode, "tokens/s", s.decode * step, s.decode * read),
+        Job("prefill", "model", stored, f"first token of a fresh prompt of {s.prefill}, {stored}", s.prefill, "tokens/s",
+            forward_flops(s.cfg, s.prefill, 1), read),
+    ]  # fmt: skip
+    jobs += [
+        Job(f"batch-{B}", "model", stored, f"decode, {B} rows at once, {decode}", B * s.decode, "tokens/s", B * s.decode * step, s.decode * read)
+        for B in s.batches
+    ]
+    B, P, T = s.prefix
+    flops = forward_flops(s.cfg, P, 0) + B * forward_flops(s.cfg, T, 1, past=P)
+    jobs.append(Job("prefix", "model", stored, f"first tokens of {B} prompts of {P + T} that share {P}, {stored}", B, "prompts/s", flops, read))
+    return [job for job in jobs if job.asked_as in JOBS]
 
 
 def choose(every: list[Job], jobs: Iterable[str], engines: Iterable[str]) -> list[Job]:
     """The jobs asked for that one of the engines can do."""
-    asked = [job for job in every if job.key in jobs or (job.kind == "attention" and "attention" in jobs)]
+    asked = [job for job in every if job.asked_as in jobs]
     idle = [job.key for job in asked if not lanes(job.kind, job.stored, engines)]
     if idle:
         say(f"{', '.join(idle)} left out: {', '.join(engines)} cannot do that")
@@ -147,32 +179,58 @@ def choose(every: list[Job], jobs: Iterable[str], engines: Iterable[str]) -> lis
     return chosen
 
 
+def stored_as(wanted: list[Job], jobs: Iterable[str]) -> Collection[str]:
+    """How the jobs want a whole model's weights; memory is measured for each."""
+    return STORED if "memory" in jobs else {job.stored for job in wanted if job.kind == "model"}
+
+
 def weights_read(cfg: OPTConfig) -> int:
     """Numbers that a step of decoding reads: all but the positions; the token matrix is the head as well."""
     return sum(prod(shape) for name, shape in parameter_shapes(cfg).items() if name != "embed_positions.weight")
 
 
-def forward_flops(cfg: OPTConfig, T: int, logits: int) -> float:
-    """FLOPs for T tokens of one row, `logits` of them through the head."""
+def forward_flops(cfg: OPTConfig, T: int, logits: int, past: int = 0) -> float:
+    """FLOPs for T tokens of one row after `past` others, `logits` of them through the head."""
     matrices = sum(prod(shape) for name, shape in parameter_shapes(cfg).items() if len(shape) == 2 and not name.startswith("embed_"))
-    return 2 * T * matrices + 2 * logits * cfg.vocab_size * cfg.word_embed_proj_dim + cfg.num_hidden_layers * 2 * T * T * cfg.hidden_size
+    attention = cfg.num_hidden_layers * 2 * T * (2 * past + T) * cfg.hidden_size
+    return 2 * T * matrices + 2 * logits * cfg.vocab_size * cfg.word_embed_proj_dim + attention
 
 
 def lanes(kind: str, stored: str, engines: Iterable[str]) -> list[tuple[str, str]]:
-    """(engine, dtype), ours first and the reference last."""
-    return [(engine, dtype) for engine in engines if engine in peers.ENGINES[kind] for dtype in STORED[stored].get(engine, ())]
+    """(engine, dtype), ours first and the reference last; none where only the float32 reference could take part."""
+    found = [(engine, dtype) for engine in engines if engine in peers.ENGINES[kind] for dtype in STORED[stored].get(engine, ())]
+    return found if stored == "float32" or {dtype for _, dtype in found} != {"float32"} else []
 
 
-def write_weights(cfg: OPTConfig, folder: str, engines: Iterable[str], threads: int) -> None:
+def write_weights(cfg: OPTConfig, folder: Path) -> None:
+    """A random checkpoint in float16, as Meta's are, in a shard for each layer: a model that does not fit into memory can be written too.
+
+    Numbers are drawn as OPT's recipe draws matrices, around 1 for what scales in a LayerNorm, so that nothing is left out that is 0 or 1.
+    """
+    from safetensors.numpy import save_file
+
     from opt_np import checkpoint
-    from opt_np.init import init_params
 
-    say("writing the weights")
-    checkpoint.save(folder, init_params(cfg), cfg)
-    for engine, convert in peers.CONVERTERS.items():
-        if engine in engines:
-            say(f"converting them for {engine}")
-            limits.alone(threads, convert, folder)
+    rng = np.random.default_rng(1)
+    weight_map: dict[str, str] = {}
+    for layer, group in groupby(parameter_shapes(cfg).items(), lambda item: ".".join(item[0].split(".")[:2])):
+        file, shard = f"model-{layer}.safetensors", {}
+        for name, shape in group:
+            centre = 1.0 if name.endswith("layer_norm.weight") else 0.0
+            shard[f"model.decoder.{name}"] = (centre + cfg.init_std * rng.standard_normal(shape, np.float32)).astype(np.float16)
+        save_file(shard, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    keys = {**cfg.to_dict(), "architectures": ["OPTForCausalLM"], "torch_dtype": "float16"}
+    checkpoint.write_text(folder / "config.json", json.dumps(keys))
+
+
+def convert(folder: str, those: Iterable[tuple[str, str]], threads: int) -> None:
+    """The formats of their own, for the engines and dtypes that need them."""
+    for engine, make in peers.CONVERTERS.items():
+        if dtypes := sorted(dtype for name, dtype in those if name == engine):
+            say(f"converting them for {engine}, {', '.join(dtypes)}")
+            limits.alone(threads, make, folder, dtypes)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------------------------------
@@ -181,9 +239,11 @@ def write_weights(cfg: OPTConfig, folder: str, engines: Iterable[str], threads: 
 def measure(jobs: list[Job], those: list[tuple[str, str]], setup: peers.Setup, rounds: int) -> dict[str, Seconds]:
     """Seconds of each job in each lane, round by round, once all agree."""
     those = those[: how_many_fit(jobs[0], those, setup.shape.cfg)]
+    names = [job.name for job in jobs]
+    steps = [name.replace("batch", "step") for name in names] + ["step"] * (jobs[0].kind == "model")
     with ExitStack() as stack:
         workers = {" ".join(lane): stack.enter_context(Worker(jobs[0].kind, *lane, setup)) for lane in those}
-        for name in dict.fromkeys([*(job.name for job in jobs), *(["step"] if jobs[0].kind == "model" else [])]):
+        for name in dict.fromkeys(names + steps):
             check(name, jobs[0].stored, {lane: worker.check(name) for lane, worker in workers.items()})  # also the warm-up
         verdict = f"{', '.join(workers)} agree" if len(workers) > 1 else f"{next(iter(workers))} is alone, and not checked"
         say(f"{verdict}; timing {', '.join(job.key for job in jobs)}")
@@ -198,26 +258,32 @@ def measure(jobs: list[Job], those: list[tuple[str, str]], setup: peers.Setup, r
 
 def how_many_fit(job: Job, those: list[tuple[str, str]], cfg: OPTConfig) -> int:
     """They are in memory together: those that find no room are left out with a word, the reference first."""
-    weights = sum(prod(shape) for shape in parameter_shapes(cfg).values()) * (4 if job.stored == "float32" else 2)
-    need = {"attention": 0.5e9, "model": 0.6e9 + 1.1 * weights, "train": 2e9 + 4.5 * weights}[job.kind]
-    fit = int(free_memory() // need)
+    needs = [room(job.kind, dtype, cfg) for _, dtype in those]
+    fit = int(np.searchsorted(np.cumsum(needs), free_memory(), side="right"))
     if fit < len(those):
         say(f"{job.key}: {', '.join(' '.join(lane) for lane in those[fit:])} left out, as memory is short; choose with --engines and --jobs")
     if not fit:
-        raise ValueError(f"{job.key} needs {need / 1e9:.0f} GB of free memory for each engine, and {free_memory() / 1e9:.0f} are free")
+        raise ValueError(f"{job.key} needs {needs[0] / 1e9:.0f} GB of free memory for {' '.join(those[0])}, and {free_memory() / 1e9:.0f} are free")
     return fit
+
+
+def room(kind: str, dtype: str, cfg: OPTConfig) -> float:
+    """Bytes of memory that an engine needs, roughly."""
+    weights = BYTES[dtype] * sum(prod(shape) for shape in parameter_shapes(cfg).values())
+    return {"attention": 0.5e9, "model": 0.6e9 + 1.1 * weights, "train": 2e9 + 4.5 * weights}[kind]
 
 
 def check(name: str, stored: str, results: dict[str, list[np.ndarray]]) -> None:
     """Raises ValueError where an engine disagrees with the last: a fast wrong answer is no result.
 
-    Tokens in float32 are equal or not. In 16 bits each engine rounds its own way, and two likely tokens may change places: "step" is checked.
+    Tokens in float32 are equal or not. In fewer bits each engine rounds its own way, and two likely tokens may change places: steps are checked.
     """
-    if name == "decode" and stored == "16 bits":
-        return
-    tolerance = 0.0 if name == "decode" else TOLERANCE[stored]
     *others, (reference, expected) = results.items()
+    tokens = expected[0].dtype.kind == "i"
+    if tokens and stored != "float32":
+        return
     for lane, found in others:
+        tolerance = 0.0 if tokens else max(TOLERANCE[stored], LOOSE.get(lane, 0.0), LOOSE.get(reference, 0.0))
         for a, b in zip(expected, found, strict=True):
             told = (a != peers.UNTOLD) & (b != peers.UNTOLD) if a.shape == b.shape else np.zeros(0, bool)
             error, largest = (np.abs(a - b)[told].max(), np.abs(a[told]).max()) if told.any() else (np.inf, 0)
@@ -226,15 +292,20 @@ def check(name: str, stored: str, results: dict[str, list[np.ndarray]]) -> None:
 
 
 def measure_memory(engines: Iterable[str], setup: peers.Setup) -> dict[str, dict[str, float]]:
-    """By how much each process grows, one after the other, from all imported to loaded and decoded; mapped files count."""
+    """By how much each process grows, one after the other, from all imported to loaded and decoded; mapped files count.
+
+    Those that find no room are left out with a word.
+    """
     cfg, found = setup.shape.cfg, {}
     if not resident()["VmRSS"]:
         say("memory is left out: this system has no /proc/self/status")
         return {}
-    for stored, size in (("float32", 4), ("16 bits", 2)):
-        cache = 4 * 2 * cfg.num_hidden_layers * cfg.hidden_size * setup.shape.decode
-        least = size * sum(prod(shape) for shape in parameter_shapes(cfg).values()) + cache
-        for lane in lanes("model", stored, engines):
+    cache = 4 * 2 * cfg.num_hidden_layers * cfg.hidden_size * setup.shape.decode
+    for lane in dict.fromkeys(lane for stored in STORED for lane in lanes("model", stored, engines)):
+        least = BYTES[lane[1]] * sum(prod(shape) for shape in parameter_shapes(cfg).values()) + cache
+        if room("model", lane[1], cfg) > free_memory():
+            say(f"memory: {' '.join(lane)} left out, as memory is short")
+        else:
             with Worker("model", *lane, setup) as worker:
                 worker.check("decode")
                 grown, peak = worker.memory["VmRSS"] - worker.before["VmRSS"], worker.memory["VmHWM"] - worker.before["VmRSS"]
@@ -335,7 +406,7 @@ def summary(jobs: list[Job], seconds: dict[str, Seconds], ceilings: dict[str, fl
     found: dict[str, Any] = {}
     for job in jobs:
         times = seconds[job.key]
-        least = job.cost / ceilings[job.limit]
+        least = job.least(ceilings)
         ours = [lane for lane in times if lane.startswith("opt_fast")] or [next(iter(times))]
         ratios = {o: {lane: middle([b / a for a, b in zip(times[o], times[lane], strict=True)]) for lane in times if lane not in ours} for o in ours}
         share = {lane: 100 * least / float(np.median(s)) for lane, s in times.items()}
@@ -356,6 +427,8 @@ def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:
     ]
     if not {"avx512_bf16", "amx_bf16"} & set(where["vectors"]):
         lines.append("no bfloat16 products on this CPU: in 16 bits each engine widens as it can, and OpenVINO computes in float32")
+    if any(job.stored.startswith("int") for job in jobs):
+        lines.append("int8 and int4: each engine quantises in its own way; the limit reads 1 byte or half a byte a weight, and multiplies in float32")
     for job in jobs:
         found = result["jobs"][job.key]
         lines += ["", job.title]

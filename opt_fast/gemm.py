@@ -85,6 +85,10 @@ class Packed:
         return next((dtype for dtype, bits in BITS.items() if bits == self.panels.dtype), self.panels.dtype)
 
     @property
+    def count(self) -> int:
+        return math.ceil(self.shape[0] / COLUMNS)  # of panels
+
+    @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
@@ -100,10 +104,20 @@ class Packed:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the weight in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        ids = self.checked_rows(ids)
+        return self.panels[ids // COLUMNS, :, ids % COLUMNS].view(self.dtype).astype(np.float32, copy=False)
+
+    def checked_rows(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.shape[0]:
             raise IndexError(f"rows {ids.min()} to {ids.max()} are asked for; this weight has 0 to {self.shape[0] - 1}")
-        return self.panels[ids // COLUMNS, :, ids % COLUMNS].view(self.dtype).astype(np.float32, copy=False)
+        return ids
+
+    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
+        """The kernel of a product, its arguments, and into how many tasks they cut it; y is (M, O), or 0 where its address and rows come later."""
+        (O, I), (blocks, parts) = self.shape, cut(self.count, M)
+        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts]
+        return MATMUL[self.panels.dtype.str], arguments, blocks * parts
 
     def __getitem__(self, _: Any) -> Any:
         raise TypeError("this weight is packed for backend 'cpu': np.asarray() gives the array, and functions take it with ops=opt_fast.ops_cpu")
@@ -130,7 +144,7 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     y = np.empty((len(x), O), np.float32)
     if y.size:
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
-        kernel, arguments, tasks = matmul_call(*flat(np.asarray(x, np.float32)), weight, start, function, y, len(x))
+        kernel, arguments, tasks = weight.call(*flat(np.asarray(x, np.float32)), start, function, y, len(x))
         kernel(*arguments, tasks=tasks, scratch=NEEDED)
     return y
 
@@ -138,14 +152,16 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
 def matmul_call(
     x: np.ndarray, row: int, step: int, weight: Packed, bias: np.ndarray, function: str | None, y: Any, M: int
 ) -> tuple[Kernel, list, int]:
-    """The kernel of a product, its arguments, and into how many tasks they cut it; y is (M, O), or 0 where its address and rows come later.
+    return weight.call(x, row, step, bias, function, y, M)
+
+
+def cut(panels: int, M: int) -> tuple[int, int]:
+    """Blocks of rows, and parts of the panels, whose product is the number of tasks.
 
     Threads share the columns, so that each reads its own panels; ABREAST panels stay together, for a row that meets fewer at a time is slow.
     """
-    (O, I), panels, blocks = weight.shape, len(weight.panels), math.ceil(M / BLOCK_ROWS)
-    parts = min(math.ceil(panels / ABREAST), get_num_threads() * (PARTS if blocks == 1 else 1))
-    arguments = [x, row, step, weight.panels, panels, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts]
-    return MATMUL[weight.panels.dtype.str], arguments, blocks * parts
+    blocks = math.ceil(M / BLOCK_ROWS)
+    return blocks, min(math.ceil(panels / ABREAST), get_num_threads() * (PARTS if blocks == 1 else 1))
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table
 intrinsic: Any = numba_intrinsic
 config: Any = numba_config
 _local, _lock = threading.local(), threading.Lock()
-COMPILED = ("kernel.py", "gemm.py", "rowwise.py", "attention_cpu.py", "program_cpu.py")
+COMPILED = ("kernel.py", "gemm.py", "gemm_int.py", "rowwise.py", "attention_cpu.py", "program_cpu.py")
 
 
 class Kernel:
@@ -114,7 +114,9 @@ def _pointer_to(kind: Any) -> Any:
     return cast
 
 
-floats, int16s, uint16s, int64s, bytes_ = (_pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int64, types.uint8))
+floats, int16s, uint16s, int32s, int64s, bytes_ = (
+    _pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int32, types.int64, types.uint8)
+)
 
 
 def float_bits(number: float) -> int:

@@ -2,7 +2,7 @@
 
 Same bits: a row's numbers do not depend on the batch around it, on padding, on the number of threads, or on how a prompt was cut into the cache,
 as long as backend, dtype and machine stay the same. Weights may be stored in float32, float16 or bfloat16. `pack` lays the matrices out once, after
-loading; one that is not packed is packed at each use, as training wants it.
+loading; one that is not packed is packed at each use, as training wants it. int8 and int4 weights (opt_np/quantize.py) stay whole numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from numba import get_num_threads
 
 from opt_fast import attention_cpu, gemm, program_cpu, rowwise
 from opt_fast.gemm import TILE, Packed
+from opt_fast.gemm_int import PackedIntegers
 from opt_np import model
+from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
@@ -34,11 +36,14 @@ def pack(params: dict, release: bool = False) -> dict:
     kept = np.array if release else np.asarray
 
     def packed(node: Any, path: str) -> Any:
+        if isinstance(node, dict) and "scale" in node:
+            leaf: Any = {name: node.pop(name) if release else node[name] for name in ("weight", "scale", "columns") if name in node}
+            return {"weight": PackedIntegers(**leaf)} | {name: packed(node[name], f"{path}.{name}") for name in node.keys() - leaf.keys()}
         if isinstance(node, dict):
             return {name: packed(node.pop(name) if release else node[name], f"{path}.{name}") for name in list(node)}
         if isinstance(node, list):
             return [packed(item, path) for item in node]
-        if isinstance(node, Packed):
+        if not isinstance(node, np.ndarray):  # packed already, or layers that are when they are read
             return node
         if path.endswith("embed_positions.weight"):
             return kept(node)
@@ -47,18 +52,22 @@ def pack(params: dict, release: bool = False) -> dict:
     return packed(params, "")
 
 
-def embed(ids: np.ndarray, weight: Any) -> np.ndarray:
+def embed(ids: np.ndarray, weight: Any, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> np.ndarray:
     """As opt_np.ops.embed, in float32.  ids: (*N);  weight: (V, D)  ->  (*N, D)"""
-    return weight.rows(ids) if isinstance(weight, Packed) else weight[ids].astype(np.float32, copy=False)
+    return weight.rows(ids) if isinstance(weight, Packed) else numpy_ops.embed(ids, weight, scale, columns).astype(np.float32, copy=False)
 
 
-def linear(x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
+def linear(
+    x: np.ndarray, weight: Any, bias: np.ndarray | None = None, scale: np.ndarray | None = None, columns: np.ndarray | None = None
+) -> np.ndarray:
     """As opt_np.ops.linear.  x: (*N, I);  weight: (O, I);  bias: (O)  ->  (*N, O)"""
-    return _linear(x, weight, bias, None)
+    return _linear(x, None, weight, bias, scale, columns)
 
 
-def _linear(x: np.ndarray, weight: Any, bias: np.ndarray | None, function: str | None) -> np.ndarray:
-    weight = weight if isinstance(weight, Packed) else gemm.pack(weight)
+def _linear(x: np.ndarray, function: str | None, weight: Any, bias: np.ndarray | None = None, scale: np.ndarray | None = None,
+            columns: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+    if not isinstance(weight, Packed):
+        weight = gemm.pack(weight) if scale is None else PackedIntegers(weight, scale, columns)
     return gemm.matmul(float32(x).reshape(-1, x.shape[-1]), weight, bias, function).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -79,7 +88,7 @@ def activation(x: np.ndarray, function: str) -> np.ndarray:
 
 def mlp(h: np.ndarray, fc1: dict[str, Any], fc2: dict[str, Any], function: str) -> np.ndarray:
     """As opt_np.ops.mlp; the activation is applied while its numbers are at hand.  h: (*N, D)  ->  (*N, D)"""
-    return linear(_linear(h, fc1["weight"], fc1.get("bias"), function), **fc2)
+    return linear(_linear(h, function, **fc1), **fc2)
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
@@ -87,9 +96,8 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout:
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
     """
-    if isinstance(layout, Ragged):
-        q, k, v = (a if a.ndim == 4 else layout.spread(a) for a in (q, k, v))
-        return attention_cpu.attention_lse(q, k, v, scale, layout.layout.visible, skip=True)[0][layout.real]
+    if rows := getattr(layout, "rows", None):
+        return attention_cpu.attend(float32(q), k, v, rows, scale)[0]
     return attention_lse(q, k, v, scale, layout)[0]
 
 
@@ -133,13 +141,14 @@ def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, o
 
     x: (B, T, D)  ->  (B, T, D)
     """
-    if layout.visible is None or (real := layout.visible[:, layout.past :]).all():
+    real = None if layout.visible is None else layout.visible[:, layout.past :]  # (B, T)
+    if real is None or real.all() or with_holes(real):
         if x.shape[1] == 1 and type(cache) is KVCache and hidden_states is None:
             y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache)
             if y is not None:
                 return y
         return model.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states)
-    ragged = Ragged(layout, real, cache)
+    ragged = Ragged(layout, real, cache, cfg)
     packed_states: list | None = None if hidden_states is None else []
     y = model.decoder(params, x[real], cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
     if hidden_states is not None:
@@ -147,11 +156,27 @@ def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, o
     return ragged.spread(y)
 
 
-class Ragged:
-    """A layout of real tokens alone, (N, …), and the cache as the model's lines see it then."""
+def with_holes(real: np.ndarray) -> bool:
+    """Whether padding stands between real tokens of a row.  real: (B, T)"""
+    return bool((np.diff(real, axis=1, prepend=False, append=False).sum(1) > 2).any())
 
-    def __init__(self, layout: model.Layout, real: np.ndarray, cache: KVCache | None) -> None:
-        self.layout, self.real, self.cache = layout, real, cache  # real: (B, T)
+
+class Ragged:
+    """A layout of real tokens alone, (N, …), each row's side by side, and the cache as the model's lines see it then."""
+
+    def __init__(self, layout: model.Layout, real: np.ndarray, cache: KVCache | None, cfg: OPTConfig) -> None:
+        self.real, self.cache, self.heads = real, cache, (cfg.num_attention_heads, cfg.head_dim)  # real: (B, T)
+        some, counts = real.any(1), real.sum(1)
+        first, counts = (np.cumsum(counts) - counts)[some], counts[some]  # of the rows that have a token
+        assert layout.visible is not None
+        if cache is None:
+            self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size)
+        else:
+            row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.dtype(np.float32))[0])
+            ends = layout.past + real.shape[1] - real[:, ::-1].argmax(1)
+            self.rows = attention_cpu.rows_of(first, counts, np.flatnonzero(some) * row, ends[some], step, layout.visible[some])
+            b, t = np.nonzero(real)
+            self.slots = b * row + (layout.past + t) * step
 
     def spread(self, packed: np.ndarray) -> np.ndarray:
         """Real tokens to their places, zeros between.  packed: (N, …)  ->  (B, T, …)"""
@@ -160,9 +185,22 @@ class Ragged:
         return whole
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's new keys and values to their places in the cache, zeros between.  k: (N, H, Dh);  v: (N, H, Dh)"""
         assert self.cache is not None
-        return self.cache.extend(i, self.spread(k), self.spread(v))
+        keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k.dtype)
+        for a in (keys, values):
+            a[:, -self.real.shape[1] :][~self.real] = 0
+        attention_cpu.write(k, v, keys, values, self.slots)
+        return keys, values
 
     def advance(self, _: int) -> None:
         assert self.cache is not None
         self.cache.advance(self.real.shape[1])
+
+
+def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int) -> Any:
+    """As opt_np.reader.Reader, over pages."""
+    from opt_fast.engine import Machine, Reader  # which imports this module
+    from opt_fast.paged_cache import Pages
+
+    return Reader(Machine(params, cfg, Pages(cfg, 0)), first)

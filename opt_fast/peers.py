@@ -1,14 +1,17 @@
 """The engines that bench.py times: ours, and those people use today. Each is a function that loads the weights and returns its jobs.
 
 A job is a function of a seed, which draws the prompt, so that no engine can answer from memory; it returns numbers that must agree with
-the other engines'. CTranslate2 and OpenVINO read formats of their own, made here from the HF model.
+the other engines'. CTranslate2 and OpenVINO read formats of their own, made here from the HF model, and quantised as their users do.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +27,31 @@ UNTOLD = np.finfo(np.float32).min  # stands for a number that an engine keeps to
 
 @dataclass(frozen=True)
 class Shape:
-    """How much work a size is: the model, tokens of a prefill and of a decode, rows and tokens of a training step, S, Dh and H of attention."""
+    """How much work a size is.
+
+    The model, tokens of a prefill and of a decode, rows and tokens of a training step, S, Dh and H of attention, rows of a decode at once, and
+    prompts that begin alike: how many, tokens that they share, and that each has of its own.
+    """
 
     cfg: OPTConfig
     prefill: int = 1024
     decode: int = 64  # after a prompt of one token, so that all of them are steps, at a context of 32 in the mean
     train: tuple[int, int] = (4, 256)
     attention: tuple[tuple[int, int, int], ...] = ((512, 64, 12), (1024, 64, 12), (2048, 64, 12), (2048, 80, 32))
+    batches: tuple[int, ...] = (4, 8, 16)
+    prefix: tuple[int, int, int] = (8, 512, 16)
 
 
 def shape(size: str) -> Shape:
     if size != "tiny":
         return Shape(OPTConfig.from_size(size, dropout=0.0))
     cfg = OPTConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256, dropout=0.0)
-    return Shape(cfg, 64, 8, (2, 16), ((64, 16, 4), (48, 24, 2)))
+    return Shape(cfg, 64, 8, (2, 16), ((64, 16, 4), (48, 24, 2)), (2, 3), (3, 32, 4))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is given; `folder` holds the checkpoint, in float32, and what `CONVERTERS` made of it."""
+    """What an engine is given; `folder` holds the checkpoint, in float16, and what `CONVERTERS` made of it."""
 
     shape: Shape
     folder: str
@@ -52,11 +61,27 @@ class Setup:
     def prompt(self, seed: int, T: int, B: int = 1) -> np.ndarray:
         return np.random.default_rng(seed).integers(4, self.shape.cfg.vocab_size, (B, T))
 
+    def prompts_alike(self, seed: int) -> np.ndarray:
+        B, P, T = self.shape.prefix
+        ids = self.prompt(seed, P + T, B)
+        ids[:, :P] = ids[0, :P]
+        return ids
+
+    @property
+    def quantize(self) -> str | None:
+        return self.dtype if self.dtype.startswith("int") else None
+
 
 def centred(logits: Any) -> np.ndarray:
-    """Logits moved until the mean of their exponentials is 1: what an engine that tells only log-probabilities can be compared with."""
-    logits = np.asarray(logits, np.float32).ravel()
-    return logits - np.log(np.mean(np.exp(logits - logits.max()))) - logits.max()
+    """Logits (…, V) moved until the mean of their exponentials is 1: what an engine that tells only log-probabilities can be compared with."""
+    logits = np.asarray(logits, np.float32)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.mean(np.exp(logits), -1, keepdims=True))
+
+
+def folder_of(s: Setup, engine: str) -> str:
+    """Where the format of an engine lies; from float32 it makes its own bfloat16."""
+    return f"{s.folder}/{engine}-{s.quantize or 'float32'}"
 
 
 # ---- attention alone ---------------------------------------------------------------------------------------------------------------------
@@ -111,21 +136,37 @@ def torch_attention(s: Setup) -> Jobs:
 # ---- the model, running ------------------------------------------------------------------------------------------------------------------
 
 
-def model_jobs(s: Setup, logits: Callable[[np.ndarray], np.ndarray], decode: Callable[[np.ndarray], Any]) -> Jobs:
-    """`logits` are those of what follows a prompt, `decode` the tokens that follow it; a prompt of one is what a step of decoding computes."""
+def model_jobs(s: Setup, logits: Callable[[np.ndarray], Any], decode: Callable[[np.ndarray], Any], alike: Callable[[np.ndarray, int], Any]) -> Jobs:
+    """`logits` are those of what follows each prompt, `decode` the tokens that follow it; a prompt of one is what a step of decoding computes.
+
+    `alike` are the logits of prompts of which so many tokens are the same: each engine computes them once, by its own means.
+    """
+
+    def steps(B: int, function: Callable[[np.ndarray], Any]) -> Callable[[int], Any]:
+        return lambda seed: function(s.prompt(seed, 1, B))
+
     return {
         "prefill": lambda seed: logits(s.prompt(seed, s.shape.prefill)),
-        "step": lambda seed: logits(s.prompt(seed, 1)),
-        "decode": lambda seed: decode(s.prompt(seed, 1)),
+        "prefix": lambda seed: alike(s.prompts_alike(seed), s.shape.prefix[1]),
+        "step": steps(1, logits),
+        "decode": steps(1, decode),
+        **{f"step-{B}": steps(B, logits) for B in s.shape.batches},
+        **{f"batch-{B}": steps(B, decode) for B in s.shape.batches},
     }
 
 
 def our_model(s: Setup, backend: str) -> Jobs:
     from opt_np.classes import OPTForCausalLM
 
-    lm = OPTForCausalLM.from_pretrained(s.folder, dtype=s.dtype, backend=backend)
+    lm = OPTForCausalLM.from_pretrained(s.folder, dtype="float32" if s.quantize else s.dtype, backend=backend, quantize=s.quantize)
+
+    def alike(ids: np.ndarray, P: int) -> np.ndarray:
+        cache = lm(ids[:1, :P], use_cache=True, logits_to_keep=1).past_key_values
+        cache.reorder(np.zeros(len(ids), np.int64))
+        return centred(lm(ids[:, P:], past_key_values=cache, logits_to_keep=1).logits)
+
     return model_jobs(s, lambda ids: centred(lm(ids, logits_to_keep=1).logits),
-                      lambda ids: lm.generate(ids, max_new_tokens=s.shape.decode, eos_token_id=-1)[:, 1:])  # fmt: skip
+                      lambda ids: lm.generate(ids, max_new_tokens=s.shape.decode, eos_token_id=-1)[:, 1:], alike)  # fmt: skip
 
 
 def opt_fast_model(s: Setup) -> Jobs:
@@ -151,59 +192,85 @@ def hf_model(s: Setup) -> Jobs:
     hf = load_hf(s.folder, s.dtype)
     hf.generation_config.eos_token_id = None
 
-    def logits(ids: np.ndarray) -> np.ndarray:
+    def logits(ids: np.ndarray, past: Any = None) -> np.ndarray:
         with torch.inference_mode():
-            return centred(hf(torch.from_numpy(ids), logits_to_keep=1).logits.float())
+            return centred(hf(torch.from_numpy(ids), past_key_values=past, logits_to_keep=1).logits.float())
 
     def decode(ids: np.ndarray) -> Any:
         prompt = torch.from_numpy(ids)
         return hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=s.shape.decode, do_sample=False)[:, 1:]
 
-    return model_jobs(s, logits, decode)
+    def alike(ids: np.ndarray, P: int) -> np.ndarray:
+        with torch.inference_mode():
+            past = hf(torch.from_numpy(ids[:1, :P]), use_cache=True, logits_to_keep=1).past_key_values
+            past.batch_repeat_interleave(len(ids))
+        return logits(ids[:, P:], past)
+
+    return model_jobs(s, logits, decode, alike)
 
 
 def ctranslate2_model(s: Setup) -> Jobs:
-    """Tokens are the ids, written out; a minimum length keeps it from stopping, and hides the end token, so that it is not for logits."""
+    """Tokens are the ids, written out; a minimum length keeps it from stopping, and hides the end token, so that it is not for logits.
+
+    In int8 it rounds activations as well, and multiplies whole numbers.
+    """
     import ctranslate2
 
-    generator = ctranslate2.Generator(f"{s.folder}/ctranslate2", device="cpu", compute_type=s.dtype, intra_threads=s.threads)
+    generator = ctranslate2.Generator(folder_of(s, "ctranslate2"), device="cpu", compute_type=s.dtype, intra_threads=s.threads)
 
     def run(ids: np.ndarray, **options: Any) -> Any:
-        (result,) = generator.generate_batch([[str(i) for i in ids[0]]], sampling_topk=1, include_prompt_in_result=False, **options)
-        return result
+        return generator.generate_batch(written(ids), sampling_topk=1, include_prompt_in_result=False, **options)
 
-    def logits(ids: np.ndarray) -> np.ndarray:
-        result = run(ids, max_length=1, return_logits_vocab=True)  # owns the logits
-        return centred(result.logits[0][0])
+    def logits(ids: np.ndarray, **options: Any) -> np.ndarray:
+        results = run(ids, max_length=1, return_logits_vocab=True, **options)  # own the logits
+        return centred([np.array(result.logits[0][0]) for result in results])
 
-    return model_jobs(s, logits, lambda ids: run(ids, min_length=s.shape.decode, max_length=s.shape.decode).sequences_ids)
+    def decode(ids: np.ndarray) -> np.ndarray:
+        return np.array([result.sequences_ids[0] for result in run(ids, min_length=s.shape.decode, max_length=s.shape.decode)])
+
+    def alike(ids: np.ndarray, P: int) -> np.ndarray:
+        return logits(ids[:, P:], static_prompt=written(ids[:1, :P])[0], cache_static_prompt=True)
+
+    return model_jobs(s, logits, decode, alike)
+
+
+def written(ids: np.ndarray) -> list[list[str]]:
+    return [[str(i) for i in row] for row in ids]
 
 
 def openvino_model(s: Setup) -> Jobs:
     """OpenVINO GenAI's LLMPipeline, on ids: it needs no tokenizer for them. It tells no logits, but what it chose and the log-probability.
 
-    Its own default for keys and values is 8 bits; here they are stored in as many bits as the weights. The pipeline's default, paged attention,
-    prefills faster than its other backend. Where the CPU has no bfloat16 products, it stores and computes in float32 whatever is asked.
+    Its own default for keys and values is 8 bits; here they are stored in as many bits as the weights, and with int8 and int4 in 16, which no
+    longer costs it time. The pipeline's default, paged attention, prefills faster than its other backend, and keeps all that it computed: of
+    prompts that begin alike it takes the first one alone, for in one call it would compute the same tokens for each. Where the CPU has no
+    bfloat16 products, it stores and computes in float32 whatever is asked; int8 and int4 are computed as it likes best.
     """
     import openvino
     import openvino_genai
 
-    precision = cached = {"float32": "f32", "bfloat16": "bf16"}[s.dtype]
-    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    float_type = {"float32": "f32", "bfloat16": "bf16"}.get(s.dtype)
+    cached = float_type or "f16"
+    if cached == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         cached = "f16"  # where it has to emulate bfloat16, a cache of it makes prefill half as fast
-    pipeline = openvino_genai.LLMPipeline(f"{s.folder}/openvino", "CPU", INFERENCE_PRECISION_HINT=precision, KV_CACHE_PRECISION=cached,
-                                          PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=s.threads)  # fmt: skip
+    precision = {"INFERENCE_PRECISION_HINT": float_type} if float_type else {}
+    pipeline = openvino_genai.LLMPipeline(folder_of(s, "openvino"), "CPU", KV_CACHE_PRECISION=cached, PERFORMANCE_HINT="LATENCY",
+                                          INFERENCE_NUM_THREADS=s.threads, **precision)  # fmt: skip
 
     def run(ids: np.ndarray, new: int, **options: Any) -> Any:
-        return pipeline.generate(openvino.Tensor(ids), max_new_tokens=new, ignore_eos=True, **options)
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        return pipeline.generate(inputs, max_new_tokens=new, ignore_eos=True, **options)
 
     def logits(ids: np.ndarray) -> np.ndarray:
         result = run(ids, 1, logprobs=1)
-        told = np.full(s.shape.cfg.vocab_size, UNTOLD)
-        told[result.tokens[0]] = result.scores[0] + np.log(len(told))
+        told = np.full((len(ids), s.shape.cfg.vocab_size), UNTOLD)
+        told[np.arange(len(ids)), np.ravel(result.tokens)] = np.array(result.scores) + np.log(told.shape[1])
         return told
 
-    return model_jobs(s, logits, lambda ids: run(ids, s.shape.decode).tokens)
+    def alike(ids: np.ndarray, P: int) -> np.ndarray:
+        return np.concatenate([logits(ids[:1]), logits(ids[1:])])
+
+    return model_jobs(s, logits, lambda ids: np.array(run(ids, s.shape.decode).tokens), alike)
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------------------------
@@ -259,20 +326,21 @@ def hf_train(s: Setup) -> Jobs:
 # ---- formats of their own ----------------------------------------------------------------------------------------------------------------
 
 
-def to_ctranslate2(folder: str) -> None:
+def to_ctranslate2(folder: str, dtypes: Sequence[str]) -> None:
     """The steps of CTranslate2's TransformersConverter, without the tokenizer that it asks for."""
     from ctranslate2.converters.transformers import OPTLoader
 
     hf, loader = load_hf(folder, "float32"), OPTLoader()
-    spec = loader.get_model_spec(hf)
-    loader.set_vocabulary(spec, [str(i) for i in range(hf.config.vocab_size)])
-    spec.config.bos_token = spec.config.eos_token = "2"
-    spec.config.unk_token = "3"
-    spec.validate()
-    spec.optimize()
-    out = Path(folder, "ctranslate2")
-    out.mkdir()
-    spec.save(str(out))
+    for dtype in dtypes:
+        spec = loader.get_model_spec(hf)
+        loader.set_vocabulary(spec, [str(i) for i in range(hf.config.vocab_size)])
+        spec.config.bos_token = spec.config.eos_token = "2"
+        spec.config.unk_token = "3"
+        spec.validate()
+        spec.optimize(quantization=dtype)
+        out = Path(folder, f"ctranslate2-{dtype}")
+        out.mkdir()
+        spec.save(str(out))
 
 
 class Past:
@@ -291,7 +359,7 @@ class Past:
         return self.tensors[2 * i], self.tensors[2 * i + 1]
 
 
-def to_openvino(folder: str) -> None:
+def to_openvino(folder: str, dtypes: Sequence[str]) -> None:
     """The stateful graph that OpenVINO's own exporter makes: keys and values are the model's state, and attention is one node per layer."""
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -302,9 +370,26 @@ def to_openvino(folder: str) -> None:
     kinds = [node.get_type_name() for node in model.get_ops()]
     if 2 * kinds.count("ScaledDotProductAttention") != len(past):
         raise RuntimeError("OpenVINO's graph has not one fused attention a layer: it would not run at its best")
-    out = Path(folder, "openvino")
-    openvino.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    for dtype in dict.fromkeys("float32" if dtype == "bfloat16" else dtype for dtype in dtypes):
+        out = Path(folder, f"openvino-{dtype}")
+        stored = model if dtype == "float32" else compressed(model.clone(), dtype)
+        openvino.save_model(stored, out / "openvino_model.xml", compress_to_fp16=False)
+        (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+
+
+def compressed(model: Any, dtype: str) -> Any:
+    """With int8 or int4 weights, by NNCF, as OpenVINO's users make them; of its settings that need no text, those that run fastest here.
+
+    INT8_SYM decodes 1.1 to 1.2 times as fast as the default, INT8_ASYM; INT4_SYM in groups of 64 as fast as in 128, and 1.2 times as fast as
+    INT4_ASYM. int4 leaves the token matrix, which is the head as well, in int8.
+    """
+    with redirect_stdout(sys.stderr):  # it draws how far it is
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        if dtype == "int8":
+            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64)
 
 
 def traced(hf: Any) -> tuple[Any, list[str]]:
@@ -362,7 +447,8 @@ ENGINES: dict[str, dict[str, Callable[[Setup], Jobs]]] = {
     "model": {"opt_fast": opt_fast_model, "openvino": openvino_model, "hf": hf_model, "ctranslate2": ctranslate2_model, "numpy": numpy_model},
     "train": {"opt_fast": opt_fast_train, "hf": hf_train, "numpy": numpy_train},
 }
-CONVERTERS: dict[str, Callable[[str], None]] = {"openvino": to_openvino, "ctranslate2": to_ctranslate2}
+CONVERTERS: dict[str, Callable[[str, Sequence[str]], None]] = {"openvino": to_openvino, "ctranslate2": to_ctranslate2}
+CONVERTERS_IMPORT = {"openvino": ("torch", "transformers", "nncf"), "ctranslate2": ("torch", "transformers")}
 IMPORTS = {  # what an engine has in memory before it loads a model
     "opt_fast": ("numba", "opt_np.classes", "opt_fast.ops_cpu"),
     "openvino": ("openvino_genai",),

@@ -1,10 +1,10 @@
-"""A step of decoding, one new token for each row, through all blocks in a single call.
+"""A step of decoding, one new token for each row, through all blocks, or through the whole model, in a single call.
 
 With one row, the products of a block take less time than what Python needs to start them. So the kernels that ops_cpu would start one after the
 other are written down beforehand, each with its table, and one loop runs the list on all threads: a thread that finds no task left in a kernel waits
 until those that were taken are done, then goes on to the next. They are the same kernels in the same order, so the numbers are the same bits.
-A thread waits for tasks, not for threads: it does not matter how many come. The list is kept with the cache, and only what changes from token to
-token is written into it.
+A thread waits for tasks, not for threads: it does not matter how many come. The list is kept, and only what changes from token to token is written
+into it: where the rows' keys stand (attention_cpu.Rows), in a KVCache or in pages.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from numba import get_num_threads
 
-from opt_fast.attention_cpu import FORWARD, attending, hidden_keys
+from opt_fast.attention_cpu import Rows, attending, attention_call, rows_of, steps, write_call
 from opt_fast.gemm import NEEDED, ROWS, Packed, matmul_call
-from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, float_bits, int64s, wait
+from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, int64s, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
 WIDTH = ARGUMENTS + 20  # of a table, at most
-KERNELS = 11  # of a block
+KERNELS = 12  # of a block
 
 
 def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache) -> np.ndarray | None:
@@ -31,24 +31,39 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
 
     x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)
     """
-    if cache.program is None or not cache.program.serves(layers, cfg, x):
-        if not all(fits(layer, cfg) for layer in layers):
+    B, past = len(x), cache.length
+    if cache.program is None or not cache.program.serves(layers, cfg, B):
+        if not fit(layers, cfg):
             return None
-        cache.program = Program(layers, cfg, len(x))
-    y = cache.program.run(x, visible, cache)
+        cache.program = Program(layers, cfg, B, np.dtype(np.float32))
+    arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), np.dtype(np.float32)) for i in range(len(layers))]
+    row, step = steps(arrays[0][0])
+    rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, visible)
+    bases = np.array([[address(keys), address(values)] for keys, values in arrays])
+    y, _ = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
     cache.advance(1)
-    return y
+    return y[:, None]
 
 
-def fits(layer: dict, cfg: OPTConfig) -> bool:
-    """Whether the tables can hold these parameters' addresses: packed matrices, contiguous float32 vectors, all of the right length."""
+def fit(layers: Any, cfg: OPTConfig) -> bool:
+    """Whether the tables can hold the layers' addresses: not of layers that come and go."""
     D, F = cfg.hidden_size, cfg.ffn_dim
     shapes = [(D, D)] * 4 + [(F, D), (D, F)]
-    known = all(p.keys() <= {"weight", "bias"} for p in (*matrices(layer), *layer_norms(layer)))
-    whole = known and all(isinstance(p["weight"], Packed) and p["weight"].shape == shape for p, shape in zip(matrices(layer), shapes, strict=True))
-    vectors = [(p.get("bias"), O) for p, (O, _) in zip(matrices(layer), shapes, strict=True)] + [
-        (a, D) for p in layer_norms(layer) for a in p.values()
-    ]
+    return type(layers) is list and all(fits(matrices(layer), shapes, layer_norms(layer), D) for layer in layers)
+
+
+def fits_end(params: dict, cfg: OPTConfig) -> bool:
+    """The same of what comes after the layers."""
+    D, W, V = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
+    found, norms = end(params)
+    return fits(found, [(W, D), (V, W)][-len(found) :], norms, D)
+
+
+def fits(found: list[dict], shapes: list[tuple[int, int]], norms: list[dict], D: int) -> bool:
+    """Whether these are packed matrices of these shapes, and contiguous float32 vectors."""
+    known = all(p.keys() <= {"weight", "bias"} for p in (*found, *norms))
+    whole = known and all(isinstance(p["weight"], Packed) and p["weight"].shape == shape for p, shape in zip(found, shapes, strict=True))
+    vectors = [(p.get("bias"), O) for p, (O, _) in zip(found, shapes, strict=True)] + [(a, D) for p in norms for a in p.values()]
     return whole and all(a is None or (a.dtype == np.float32 and a.shape == (n,) and a.flags.c_contiguous) for a, n in vectors)
 
 
@@ -62,6 +77,12 @@ def layer_norms(layer: dict) -> list[dict]:
     return [layer.get(name, {}) for name in ("self_attn_layer_norm", "final_layer_norm")]
 
 
+def end(params: dict) -> tuple[list[dict], list[dict]]:
+    """The matrices and the LayerNorm after the last layer; the head is the last matrix."""
+    head = params.get("lm_head", params["embed_tokens"])
+    return [*([params["project_out"]] if "project_out" in params else []), head], [params.get("final_layer_norm", {})]
+
+
 def leaves(layers: list[dict]) -> list[Any]:
     return [p.get(name) for layer in layers for p in (*matrices(layer), *layer_norms(layer)) for name in ("weight", "bias")]
 
@@ -70,47 +91,50 @@ Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks
 
 
 class Program:
-    """The tables of all kernels of a step, and the buffers that they work on."""
+    """The tables of all kernels of a step of B rows, and the buffers that they work on; the cache stores this dtype.
 
-    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int) -> None:
+    With `params`, that is the whole model, the step goes on to the logits.
+    """
+
+    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, params: dict | None = None) -> None:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
-        self.cfg = cfg
-        self.parameters, self.threads, self.heads = leaves(layers), get_num_threads(), (H, cfg.head_dim)
-        self.x, self.h, self.q, self.O, self.out = (np.empty((B, D), np.float32) for _ in range(5))  # the stream; a branch's input, …, output
+        self.cfg, self.dtype, self.parameters, self.threads = cfg, dtype, leaves(layers), get_num_threads()
+        self.whole = params is not None
+        self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
+        self.q = np.empty((B, H, cfg.head_dim), np.float32)
+        self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
-        self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F), np.float32)
+        self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
         scratch = max(NEEDED, attending(1, cfg.head_dim))
         self.memory = np.empty((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
-        kernels = [line for layer in layers for line in self.block(layer, cfg)]
+        kernels = [line for layer in layers for line in self.block(layer, cfg)] + (self.ending(params, cfg) if params else [])
+        self.lines = kernels  # with the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
-        self.tables = np.zeros((len(layers), KERNELS, WIDTH), np.int64)
+        self.tables = np.zeros((len(kernels), WIDTH), np.int64)
+        self.blocks = self.tables[: len(layers) * KERNELS].reshape(len(layers), KERNELS, WIDTH)
         place = 0
-        for table, (_, arguments, _, after) in zip(self.tables.reshape(-1, WIDTH), kernels, strict=True):
+        for table, (_, arguments, _, after) in zip(self.tables, kernels, strict=True):
             filled = Kernel.table(arguments, self.memory[place], scratch)
             table[: len(filled)] = filled
             place = 0 if after else place + 1
-        self.first = 1 if cfg.do_layer_norm_before else 0  # a pre-norm block begins with a LayerNorm; then come q, k, v, attention
+        self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
 
     def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
-        """model.decoder_layer, kernel by kernel. What depends on the cache is 0 here, and written by `run`."""
+        """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`."""
         (B, D), pre, x, h, H, Dh = self.x.shape, cfg.do_layer_norm_before, self.x, self.h, cfg.num_attention_heads, cfg.head_dim
         (q, k, v, out, fc1, fc2), (norm1, norm2) = matrices(layer), layer_norms(layer)
         source = h if pre else x  # a post-norm block's branch reads the stream itself
-
-        def norm(p: dict, y: np.ndarray) -> Line:
-            return *norm_call(x, p.get("weight", self.ones), p.get("bias", self.zeros), y, B, D), True
-
-        def linear(x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
-            return *matmul_call(x, x.shape[1], 1, p["weight"], p.get("bias", self.zeros), function, y, B), after
-
-        attention = [self.q, 0, 0, 0, 0, 0, 0, self.O, self.lse, B, 1, 0, H, Dh, 0, D, 0, D, ROWS, float_bits(Dh**-0.5)]
+        norm, linear, nowhere = self.norm, self.linear, np.empty(0, self.dtype)
+        write, writes, tasks = write_call(self.k, self.v, nowhere, nowhere, self.slots)
+        attention, attends = attention_call(self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, ROWS, Dh**-0.5)
         add = ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True
         return [
             *([norm(norm1, h)] if pre else []),
             linear(source, q, self.q, after=False),
-            linear(source, k, 0, after=False),
-            linear(source, v, 0),
-            (FORWARD, attention, B * H, True),
+            linear(source, k, self.k, after=False),
+            linear(source, v, self.v),
+            (write, writes, tasks, True),
+            (attention, attends, B * H, True),
             linear(self.O, out, self.out),
             add,
             *([] if pre else [norm(norm1, x)]),
@@ -121,29 +145,45 @@ class Program:
             *([] if pre else [norm(norm2, x)]),
         ]
 
-    def serves(self, layers: list[dict], cfg: OPTConfig, x: np.ndarray) -> bool:
+    def ending(self, params: dict, cfg: OPTConfig) -> list[Line]:
+        """model.final and model.lm_logits. Where the logits go is written by `run`."""
+        (*projections, head), (norm,) = end(params)
+        h, self.shape = self.h if cfg.has_final_layer_norm else self.x, (len(self.x), cfg.vocab_size)
+        lines = [self.norm(norm, h)] if cfg.has_final_layer_norm else []
+        for p in projections:
+            self.projected = np.empty((len(h), p["weight"].shape[0]), np.float32)
+            lines.append(self.linear(h, p, self.projected))
+            h = self.projected
+        nowhere = np.empty((1, cfg.vocab_size), np.float32)
+        lines.append(self.linear(h, head, nowhere))
+        self.logits_at = next(i for i, argument in enumerate(lines[-1][1]) if argument is nowhere)
+        return lines
+
+    def norm(self, p: dict, y: np.ndarray) -> Line:
+        return *norm_call(self.x, p.get("weight", self.ones), p.get("bias", self.zeros), y, *self.x.shape), True
+
+    def linear(self, x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
+        return *matmul_call(x, x.shape[1], 1, p["weight"], p.get("bias", self.zeros), function, y, len(x)), after
+
+    def serves(self, layers: list[dict], cfg: OPTConfig, B: int) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""
         found = leaves(layers)
-        same = get_num_threads() == self.threads and len(x) == len(self.x) and cfg == self.cfg and len(found) == len(self.parameters)
+        same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and len(found) == len(self.parameters)
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
-    def run(self, x: np.ndarray, visible: np.ndarray | None, cache: KVCache) -> np.ndarray:
-        """x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)"""
-        B, _, D = x.shape
-        arguments, past = self.tables[:, :, ARGUMENTS:], cache.length
-        for i in range(len(arguments)):
-            keys, values = cache.room(i, (B, 1, *self.heads), np.dtype(np.float32))
-            row = keys.strides[0] // 4
-            for a, place in ((keys, 1), (values, 2)):
-                arguments[i, self.first + place, 7:9] = address(a) + 4 * past * D, row
-            attention = arguments[i, self.first + 3]
-            attention[[1, 2, 11, 14, 16]] = address(keys), address(values), past + 1, row, row
-        masks = *hidden_keys(keys, visible), np.full(B, past + 1)
-        arguments[:, self.first + 3, 3:7] = [address(a) if isinstance(a, np.ndarray) else a for a in masks]
-        self.tables[:, :, :MEMORY] = 0  # nothing is begun or done yet
-        self.x[:] = x[:, 0]
+    def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+        """x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D), (B, V)"""
+        arguments, logits = self.blocks[:, :, ARGUMENTS:], None
+        arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
+        if self.whole:
+            logits = np.empty(self.shape, np.float32)
+            self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
+        self.slots[:], self.rows[:] = slots, rows.table
+        self.tasks[:, 0] = np.argsort(-rows.table[:, 2])  # the row with most keys first
+        self.tables[:, :MEMORY] = 0  # nothing is begun or done yet
+        self.x[:] = x
         PROGRAM(self.list, len(self.list), self.tables, tasks=self.threads)
-        return self.x[:, None].copy()
+        return self.x.copy(), logits
 
 
 def _program(table: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opt_np.processors import highest, log_softmax, process
+from opt_np.reader import Decoding, Reading
 
 if TYPE_CHECKING:
     from opt_np.generate import Request
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 WORST = np.float32(-1e9)  # HF's score for what must not win; sums with it are rounded as in HF
 
 
-def search(request: Request) -> np.ndarray:
-    """The new tokens of the num_return_sequences best continuations, best first; shorter ones end in pads.  ->  (B·n, new)
+def search(request: Request) -> Decoding:
+    """Finds the new tokens of the num_return_sequences best continuations, best first, (B·n, new); shorter ones end in pads.
 
     A continuation's score is Σ log P / length^length_penalty over the new tokens. Equals HF's `_beam_search`, in float32 as there. Among equal
     scores the better beam comes first, then the lower id; HF leaves their order to torch.topk.
@@ -29,7 +30,7 @@ def search(request: Request) -> np.ndarray:
     best = Finished(request, B, k)
     processors = request.chain(k)
     for length in range(1, request.new + 1):  # of the new tokens
-        _, logits = request.reader(ids, mask, copies=1 if length > 1 else k)
+        _, logits = yield Reading(ids, mask, copies=1 if length > 1 else k)
         log_p = process(processors, log_softmax(logits), ids).reshape(B, k, -1) + running[:, :, None]
         picked = candidates_of(log_p.reshape(B, -1), wide, request, length - 1)  # (B, wide)
         scores = np.take_along_axis(log_p.reshape(B, -1), picked, 1)
@@ -47,7 +48,7 @@ def search(request: Request) -> np.ndarray:
         best.add(candidates[..., T:], scores, ended, length)
         if best.complete(running, length) or ended.all():
             break
-    return best.returned()
+    yield best.returned()
 
 
 def candidates_of(scores: np.ndarray, wide: int, request: Request, step: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import numpy as np
 
 from opt_np.config import OPTConfig, parameter_shapes
 from opt_np.init import ALL_HEADS, HEADS
+from opt_np.quantize import Quantized, Quantizer, expanded, is_quantized_matrix, stored
 from opt_np.tree import flatten, unflatten
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5",
            "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json")  # the first that is there is read  # fmt: skip
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-STORED = ("F16", "BF16", "F32", "F64")  # in safetensors
+STORED = ("F16", "BF16", "F32", "F64", "I8", "U8")  # in safetensors; the last two where config.json says that weights are quantised
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 TIED = ("lm_head.weight", "embed_tokens.weight")  # an index may name both where the file holds the shared matrix once
 MEANINGLESS = ("decoder.version", "output_projection.weight")  # metaseq's version mark and its copy of the tied matrix; HF's conversion drops both
@@ -103,26 +104,54 @@ def load(name: str | Path, dtype: str | None = "float32", revision: str | None =
     return load_from(find(name, revision, tokenizer=False), dtype, strict)
 
 
-def load_from(source: Any, dtype: str | None = "float32", strict: bool = False, copy: bool = True) -> tuple[dict, OPTConfig]:
-    """The same from folders already found (hub.Source). Without `copy`, arrays may be views of the file, to be read once."""
+def load_from(source: Any, dtype: str | None = "float32", strict: bool = False, copy: bool = True,
+              quantizer: Quantizer | None = None) -> tuple[dict, OPTConfig]:  # fmt: skip
+    """The same from folders already found (hub.Source). Without `copy`, arrays may be views of the file, to be read once.
+
+    With a quantizer, matrices become whole numbers as soon as each is read.
+    """
     cfg = load_config(source.config)
-    flat, not_finite = {}, []
-    for tensor, array in read_weights(source.weights):
-        if array.dtype.name not in FLOATS:
-            raise CheckpointError(
-                f"{source.name}: {tensor} is stored as {array.dtype}; weights are {', '.join(FLOATS)}. Is the checkpoint quantised?"
-            )
+    if quantizer and cfg.quantized:
+        raise CheckpointError(f"{source.name} is {cfg.quantized[0]} already; quantise the checkpoint that it was made from")
+    flat = as_type(read_weights(source.weights), cfg, source.name, dtype, strict, copy, quantizer)
+    return expanded(unflatten(checked(rooted_at_decoder(flat, cfg, source.name), cfg, source.name))), cfg
+
+
+def as_type(tensors: Iterable[tuple[str, np.ndarray]], cfg: OPTConfig, name: str, dtype: str | None, strict: bool | None, copy: bool,
+            quantizer: Quantizer | None = None) -> dict[str, Any]:  # fmt: skip
+    """The tensors of the checkpoint `name` in dtype, NaN and infinite weights told or refused as `load` says (with strict=None not looked for).
+
+    Whole numbers and what they are worth, where cfg says that there are some, stay as they are stored.
+    """
+    flat: dict[str, Any] = {}
+    not_finite = []
+    for tensor, array in tensors:
+        whole = stays_whole(tensor, array.dtype, cfg, name)
+        if quantizer and is_quantized_matrix(tensor, array.ndim):
+            flat[tensor] = quantizer(tensor, array)
+            continue
+        if whole:
+            flat[tensor] = np.array(array) if copy else array
+            continue
         with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is told below
             cast = np.array(array, dtype) if copy else np.asarray(array, dtype)
-            if not all_finite(cast):
+            if strict is not None and not all_finite(cast):
                 not_finite.append(tensor)
         flat[tensor] = cast
     if not_finite:
-        told = f"{source.name}: {few(not_finite)} hold NaN or infinite weights"
+        told = f"{name}: {few(not_finite)} hold NaN or infinite weights"
         if strict:
             raise CheckpointError(f"{told}; get the checkpoint again, or load it without strict")
-        warnings.warn(printable(f"{told}, and so will the results; strict refuses such a checkpoint"), stacklevel=3)
-    return unflatten(checked(rooted_at_decoder(flat, cfg, source.name), cfg, source.name)), cfg
+        warnings.warn(printable(f"{told}, and so will the results; strict refuses such a checkpoint"), stacklevel=4)
+    return flat
+
+
+def stays_whole(tensor: str, dtype: np.dtype, cfg: OPTConfig, name: str) -> bool:
+    """Whether a tensor belongs to a quantised matrix. Raises CheckpointError for one of whole numbers that does not."""
+    whole = cfg.quantized is not None and (dtype in (np.int8, np.uint8) or tensor.endswith((".scale", ".columns")))
+    if dtype.name not in FLOATS and not whole:
+        raise CheckpointError(f"{name}: {tensor} is stored as {dtype}; weights are {', '.join(FLOATS)}. Is the checkpoint quantised?")
+    return whole
 
 
 def all_finite(a: np.ndarray) -> bool:
@@ -175,11 +204,14 @@ def weight_map(index: Path) -> dict[str, str]:
     return {tensor: str(file) for tensor, file in found.items()}
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each weight of a folder, whatever its format, under the names of the PyTorch checkpoint. Raises CheckpointError."""
+def read_weights(folder: Path, read: Callable[[Path], Iterable[tuple[str, Any]]] | None = None) -> Iterator[tuple[str, Any]]:
+    """(name, array) for each weight of a folder, under the names of the PyTorch checkpoint; `read` reads each file in place of its format's reader.
+
+    Raises CheckpointError.
+    """
     entry, seen = weights_entry(folder), set()
     for path in weight_files(entry):
-        for name, array in reader(path)(path):
+        for name, array in (read or reader(path))(path):
             if name in seen:
                 raise CheckpointError(f"{path}: {name} stands in another shard too; was the checkpoint copied from two?")
             seen.add(name)
@@ -271,8 +303,10 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
     return rooted
 
 
-def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+def same_numbers(a: Any, b: Any) -> bool:
     """Whether two matrices are equal, their NaN included; without NumPy's equal_nan, which copies both."""
+    if isinstance(a, Quantized):
+        return a.leaves.keys() == b.leaves.keys() and all(np.array_equal(a.leaves[name], b.leaves[name]) for name in a.leaves)
     bits = f"u{a.dtype.itemsize}"
     return np.array_equal(a, b) or (a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits)))
 
@@ -282,17 +316,22 @@ def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the chec
     if cfg.num_hidden_layers > max(1000, len(flat)):  # so many names would take forever to list
         told = f"{folder} has {len(flat)} tensors; config.json's num_hidden_layers={cfg.num_hidden_layers} wants more"
         raise CheckpointError(f"{told}. Is it this checkpoint's config.json?")
-    heads = head_shapes(cfg, flat)
-    decoder = {name: shape for name, shape in parameter_shapes(cfg).items() if name not in heads}
-    missing, extra = [n for n in decoder if n not in flat], [n for n in flat if n not in decoder and n not in heads]
+    heads = stored(head_shapes(cfg, flat), cfg)
+    decoder = stored({name: shape for name, shape in parameter_shapes(cfg).items() if name not in heads}, cfg)
+    missing = [name for name in decoder if name not in flat and not name.endswith(".columns")]
+    extra = [name for name in flat if name not in decoder and name not in heads]
     if missing or extra:
         problems = [f"{len(names)} {word} ({few(names)})" for word, names in
                     (("missing", missing), ("unknown", extra)) if names]  # fmt: skip
         raise CheckpointError(f"{folder}: tensors {' and '.join(problems)}. Is config.json this checkpoint's, and was the checkpoint copied whole?")
-    ordered = {name: shape for name, shape in {**decoder, **heads}.items() if name in flat}
-    for name, shape in ordered.items():
+    ordered = {name: wanted for name, wanted in {**decoder, **heads}.items() if name in flat}
+    for name, (shape, dtype) in ordered.items():
         if flat[name].shape != shape:
             raise CheckpointError(f"{folder}: {name} is {flat[name].shape}; config.json wants {shape}. Is it this checkpoint's config.json?")
+        if dtype and flat[name].dtype != dtype:
+            raise CheckpointError(
+                f"{folder}: {name} is {flat[name].dtype}; config.json's quantization_config wants {dtype}. Is it this checkpoint's?"
+            )
     return {name: flat[name] for name in ordered}
 
 
@@ -317,12 +356,16 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
     The weights change in one rename, so that a reader, or a crash, finds the old ones or the new; config.json follows them.
     Raises CheckpointError for values that dtype cannot hold.
     """
+    if not isinstance(params["layers"], list):
+        raise CheckpointError(f"{folder}: a model whose layers stay on disk cannot be saved; load it without stream_layers, or use opt-np convert")
     folder, flat = Path(folder), flatten(params)
+    if packed := [name for name, a in flat.items() if getattr(a, "kind", None)]:
+        raise CheckpointError(f"{folder}: {packed[0]} is packed as {flat[packed[0]].kind}, and cannot be saved; opt-np quantize writes such a folder")
     folder.mkdir(parents=True, exist_ok=True)
     named = {name if name.split(".")[0] in ALL_HEADS else f"model.decoder.{name}": a for name, a in flat.items()}
     parts = divided(named, dtype, max_shard_bytes)
     architecture = next((cls for head, cls in HEADS.items() if head in params), "OPTForCausalLM")
-    stored_as = next(iter(flat.values())).dtype.name if dtype is None else dtype
+    stored_as = flat[ANCHOR].dtype.name if dtype is None else dtype
     keys = {**cfg.to_dict(), "architectures": [architecture], "torch_dtype": stored_as}
     keys.pop("dtype", None)  # transformers 5's name for torch_dtype; one of the two is enough
     write_weights(folder, parts, dtype)

@@ -18,7 +18,7 @@ from opt_np.checkpoint import CheckpointError
 from opt_np.config import OPTConfig
 from opt_np.init import init_head
 from opt_np.kv_cache import KVCache
-from opt_np.tree import flatten
+from opt_np.quantize import num_parameters, quantizer, with_kind
 
 BACKENDS = {"numpy": ("float32", "float64"), "cpu": ("float32", "float16", "bfloat16"), "cuda": ("float32", "float16", "bfloat16")}
 
@@ -52,20 +52,31 @@ class OPTPreTrained:
     @classmethod
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
                         quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0,
-                        strict: bool = False) -> Any:  # fmt: skip
+                        strict: bool = False, stream_layers: bool = False) -> Any:  # fmt: skip
         """Reads a folder, or a hub id at a revision: from the cache, else from the hub.
 
         new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. strict refuses NaN and infinite weights, which
-        are otherwise warned of. Raises CheckpointError, ValueError.
+        are otherwise warned of. quantize is "int8" or "int4": matrices become whole numbers as they are read (quantize.py).
+        stream_layers=True is for a model larger than memory: each pass reads the layers from the files, which must be safetensors, one after the
+        other. Raises CheckpointError, ValueError.
         """
         dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         backend = choose_backend(backend, dtype)
         if dtype not in BACKENDS[backend]:
             raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
-        if quantize is not None:
-            raise ValueError(f"quantize={quantize!r}: backend {backend!r} has no quantised weights; leave it None")
+        if quantize and stream_layers:
+            raise ValueError(
+                f"quantize={quantize!r} and stream_layers: every pass would quantise again; write a quantised folder first, opt-np quantize"
+            )
         source = hub.find(folder, revision, tokenizer=False)
-        params, config = checkpoint.load_from(source, dtype, strict, copy=backend == "numpy")  # others make their own, packed
+        copy = backend == "numpy"  # others make their own, packed
+        if stream_layers:
+            from opt_np import layers_on_disk
+
+            params, config = layers_on_disk.load_from(source, dtype, strict, copy, load_ops(backend).pack)
+        else:
+            params, config = checkpoint.load_from(source, dtype, strict, copy, quantizer(quantize) if quantize else None)
+            config = with_kind(config, quantize) if quantize else config
         params = checkpoint.with_head_only(params, cls.head, folder, cls.__name__)
         missing = cls.missing_head(params, config)
         if missing and not new_head:
@@ -91,7 +102,8 @@ class OPTPreTrained:
             checkpoint.write_text(Path(folder) / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
 
     def num_parameters(self) -> int:
-        return sum(a.size for a in flatten(self.params).values())
+        layers = self.params["layers"]
+        return num_parameters({**self.params, "layers": layers if isinstance(layers, list) else layers.tensors})
 
     def _hidden(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool, output_hidden_states: bool,
                 output_attentions: bool, tap: Any, padding: bool = False) -> tuple[Any, Output]:  # fmt: skip

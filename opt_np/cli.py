@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+HOW_TO_LOAD = ("model", "revision", "strict", "backend", "dtype", "quantize", "stream_layers")  # options of commands that compute
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_download(commands)
     add_convert(commands)
+    add_quantize(commands)
     add_verify(commands)
     add_train(commands)
     add_bench(commands)
@@ -74,6 +76,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
     parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu", "cuda"), help="what computes")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "float16", "bfloat16"), help="of the weights in memory")
+    parser.add_argument("--quantize", default=None, choices=("int8", "int4"), help="keep matrices as whole numbers, made while loading")
+
+
+def add_stream_layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stream-layers", action="store_true", help="for a model larger than memory: read its layers anew at every pass")
 
 
 def add_generate(commands: Any) -> None:
@@ -81,6 +88,7 @@ def add_generate(commands: Any) -> None:
     p.add_argument("prompt", help="the text to continue; - reads it from standard input")
     add_model(p)
     p.add_argument("--seed", type=int, default=argparse.SUPPRESS, help="the same seed draws the same text")
+    add_stream_layers(p)
     p.add_argument("--explain", type=int, metavar="N", default=argparse.SUPPRESS, help="show instead why each token was chosen among the N likeliest")
     for title, options in GENERATE_OPTIONS.items():
         group = p.add_argument_group(title)
@@ -127,12 +135,11 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
 }
 
 
-def generate(prompt: str, model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, explain: int | None = None,
-             **options: Any) -> None:  # fmt: skip
+def generate(prompt: str, explain: int | None = None, **options: Any) -> None:
     from opt_np.generate import room
     from opt_np.settings import resolve
 
-    language_model, tokenizer = load(model, revision, strict, backend, dtype)
+    language_model, tokenizer = load(**{name: options.pop(name) for name in HOW_TO_LOAD})
     text = sys.stdin.read() if prompt == "-" else prompt
     ids, cfg = [tokenizer.encode(text)], language_model.config
     if options.get("early_stopping") in ("true", "false"):
@@ -159,16 +166,17 @@ def add_logits(commands: Any) -> None:
     p = add_command(commands, "logits", logits, "Show the likeliest next tokens after each token of a text.")
     p.add_argument("text", help="the text; - reads it from standard input")
     add_model(p)
+    add_stream_layers(p)
     p.add_argument("--top", type=int, default=5, metavar="K", help="how many candidates to show")
     p.add_argument("--out", default=None, metavar="FILE.npy", help="also save the logits, (tokens, vocabulary), as a NumPy file")
 
 
-def logits(text: str, model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, top: int, out: str | None) -> None:
+def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     import numpy as np
 
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
-    language_model, tokenizer = load(model, revision, strict, backend, dtype)
+    language_model, tokenizer = load(**how_to_load)
     ids = tokenizer.encode(sys.stdin.read() if text == "-" else text)
     rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
     if out:
@@ -185,18 +193,19 @@ def add_info(commands: Any) -> None:
     add_model(add_command(commands, "info", info, "Describe a model: shape, parameters, memory, tokenizer."))
 
 
-def info(model: str | None, revision: str | None, strict: bool, backend: str, dtype: str) -> None:
+def info(model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, quantize: str | None) -> None:
     from opt_np import checkpoint
     from opt_np.classes import choose_backend, load_ops
     from opt_np.hub import find, has_tokenizer
     from opt_np.init import ALL_HEADS
+    from opt_np.quantize import num_parameters
     from opt_np.tokenizer import OPTTokenizer
     from opt_np.tree import flatten
 
     source = find(find_model(model), revision)
     params, cfg = checkpoint.load_from(source, None, strict)
     flat = flatten(params)
-    count, stored = sum(a.size for a in flat.values()), sum(a.nbytes for a in flat.values())
+    count, stored = num_parameters(params), sum(a.nbytes for a in flat.values())
     norm = "pre-norm" if cfg.do_layer_norm_before else "post-norm"
     dtypes = ", ".join(sorted({a.dtype.name for a in flat.values()}))
     print(f"model        {source.name}")
@@ -209,7 +218,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str, dt
     tokens = f"{OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens" if has_tokenizer(source.tokenizer) else "no tokenizer"
     print(f"vocabulary   {cfg.vocab_size} rows, {tokens}")
     print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
-    backend = choose_backend(backend_for(source.name, backend, dtype), dtype)
+    backend = choose_backend(backend_for(source.name, backend, dtype, quantize), dtype)
     print(f"backend      {backend}, {load_ops(backend).description()}")
 
 
@@ -244,13 +253,53 @@ def add_convert(commands: Any) -> None:
 def convert(model: str, out: str, dtype: str | None, revision: str | None, strict: bool) -> None:
     from opt_np import checkpoint, hub
 
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise ValueError(f"{out} is there already and not an empty folder; choose another name, so that nothing is overwritten")
+    new_folder(out)
     source = hub.find(model, revision)
     params, cfg = checkpoint.load_from(source, None, strict)
     checkpoint.save(out, params, cfg, dtype)
     checkpoint.copy_small_files(source, out)
-    print(f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(Path(out).iterdir())))
+    print(written(out))
+
+
+def add_quantize(commands: Any) -> None:
+    p = add_command(commands, "quantize", quantize, "Write a model with int8 or int4 matrices, and tell how far each is from what it was.")
+    p.add_argument("model", help="a folder or a hub id")
+    p.add_argument("out", metavar="OUT", help="a new or empty folder")
+    p.add_argument("--kind", default="int8", choices=("int8", "int4"), help="int8: a scale for each row; int4: for each group of a row")
+    p.add_argument("--group-size", type=int, default=32, choices=(32, 64), help="columns that share a scale, of int4")
+    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+
+
+def quantize(model: str, out: str, kind: str, group_size: int, revision: str | None) -> None:
+    from tqdm import tqdm
+
+    from opt_np import checkpoint, hub
+    from opt_np.quantize import quantizer, with_kind
+
+    new_folder(out)
+    source, errors = hub.find(model, revision), {}
+    with tqdm(desc="matrices", unit="", disable=None) as bar:
+
+        def seen(name: str, error: float) -> None:
+            errors[name] = error
+            bar.update()
+
+        params, cfg = checkpoint.load_from(source, None, strict=True, quantizer=quantizer(kind, group_size, seen))
+    checkpoint.save(out, params, with_kind(cfg, kind, group_size))
+    checkpoint.copy_small_files(source, out)
+    width = max(map(len, errors))
+    print(f"{'matrix':<{width}}  relative error")
+    print("\n".join(f"{name:<{width}}  {100 * error:.2f} %" for name, error in errors.items()))
+    print(written(out))
+
+
+def new_folder(out: str) -> None:
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"{out} is there already and not an empty folder; choose another name, so that nothing is overwritten")
+
+
+def written(out: str) -> str:
+    return f"{out}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(Path(out).iterdir()))
 
 
 def add_verify(commands: Any) -> None:
@@ -343,16 +392,19 @@ def find_model(model: str | None) -> str | Path:
     return model if model is not None else SHIPPED
 
 
-def backend_for(name: Any, backend: str, dtype: str) -> str:
+def backend_for(name: Any, backend: str, dtype: str, quantize: str | None) -> str:
     """The shipped model is so small that starting Numba would cost more than it saves."""
-    return "numpy" if backend == "auto" and dtype == "float32" and Path(name) == SHIPPED else backend
+    return "numpy" if backend == "auto" and dtype == "float32" and not quantize and Path(name) == SHIPPED else backend
 
 
-def load(model: str | None, revision: str | None, strict: bool, backend: str, dtype: str) -> tuple[Any, Any]:
+def load(
+    model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, quantize: str | None, stream_layers: bool
+) -> tuple[Any, Any]:
     """The language model and its tokenizer."""
     from opt_np.classes import OPTForCausalLM
     from opt_np.tokenizer import OPTTokenizer
 
     name = find_model(model)
     tokenizer = OPTTokenizer.from_pretrained(name, revision)
-    return OPTForCausalLM.from_pretrained(name, revision, dtype, backend_for(name, backend, dtype), strict=strict), tokenizer
+    backend = backend_for(name, backend, dtype, quantize)
+    return OPTForCausalLM.from_pretrained(name, revision, dtype, backend, quantize, strict=strict, stream_layers=stream_layers), tokenizer

@@ -19,7 +19,8 @@ SIZES = {
 }  # fmt: skip
 
 # Keys that would change the model's numbers, and the only value of each that this code computes.
-ONLY_VALUES: dict[str, Any] = {"model_type": "opt", "scale_embeddings": False, "learned_embeddings": True, "quantization_config": None}
+ONLY_VALUES: dict[str, Any] = {"model_type": "opt", "scale_embeddings": False, "learned_embeddings": True}
+QUANTIZED: dict[str, tuple] = {"int8": (None,), "int4": (32, 64)}  # kinds of whole numbers that weights can be (quantize.py), and their group sizes
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,16 @@ class OPTConfig:
         for key, supported in ONLY_VALUES.items():
             if self.extra.get(key, supported) != supported:
                 raise ValueError(f"config.json's {key} is {self.extra[key]!r}; opt_np computes only {supported!r}. Is it an OPT checkpoint?")
+        found = self.extra.get("quantization_config")
+        if found is not None and not (isinstance(found, dict) and found.get("quant_method") == "opt-np" and found.get("kind") in QUANTIZED
+                                      and found.get("group_size") in QUANTIZED[found["kind"]]):  # fmt: skip
+            raise ValueError(f"config.json's quantization_config is {found!r}; opt_np computes only None and what opt-np quantize writes")
+
+    @property
+    def quantized(self) -> tuple[str, int] | None:
+        """Whether the weights are whole numbers: "int8" or "int4", and the columns that share a scale."""
+        found = self.extra.get("quantization_config")
+        return found and (found["kind"], found.get("group_size"))
 
     @property
     def head_dim(self) -> int:

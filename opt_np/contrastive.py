@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opt_np.ops import softmax
 from opt_np.processors import highest, process
+from opt_np.reader import Reading, Said
 
 if TYPE_CHECKING:
     from opt_np.generate import Request
@@ -24,17 +26,18 @@ def picker(request: Request) -> Any:
     context: Any = None  # (B, S, W): the directions of what was read
     logits: Any = None  # (B, V): of what comes next
 
-    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
         nonlocal context, logits
         if step == 0:
-            h, logits = reader(ids, mask)
+            h, logits = yield Reading(ids, mask, hidden=True)
             context = directions(h)
         P = softmax(process(processors, logits, ids).copy())
         tokens = highest(P, min(k, P.shape[1]))  # (B, K)
         K = tokens.shape[1]
         rows = np.repeat(np.arange(B), K)
         reader.reorder(rows)
-        read, after = reader(np.concatenate([ids[rows], tokens.reshape(-1, 1)], 1), np.concatenate([mask[rows], np.ones((B * K, 1), mask.dtype)], 1))
+        longer = np.concatenate([ids[rows], tokens.reshape(-1, 1)], 1), np.concatenate([mask[rows], np.ones((B * K, 1), mask.dtype)], 1)
+        read, after = yield Reading(*longer, hidden=True)
         h = directions(read)  # (B·K, 1, W)
         if h.shape[1] > 1:  # past the model's positions all was read again: these are the tokens that it sees
             context = h[::K, :-1]

@@ -11,6 +11,7 @@ import numpy as np
 from opt_np.generate import Request, Step, picker, steps
 from opt_np.ops import softmax
 from opt_np.processors import highest
+from opt_np.reader import read
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def explain(request: Request, top: int) -> list[Choice]:
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top={top!r} must be a whole number of at least 1: how many candidates to show")
     stages: dict[str, np.ndarray] = {}  # this step's scores (N, V) after each processor; every step writes the same names
-    found = enumerate(steps(request, picker(request, stages.__setitem__)))
+    found = enumerate(read(steps(request, picker(request, stages.__setitem__)), request.reader))
     return [choice for number, step in found for choice in choices(number, step, stages, top, request.tokenizer)]
 
 

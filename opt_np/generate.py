@@ -7,7 +7,7 @@ The options are in settings.py, what changes the scores in processors.py, beam s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,57 +17,25 @@ import numpy as np
 from opt_np import beam, contrastive
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
-from opt_np.kv_cache import KVCache
-from opt_np.model import id_array, last_hidden_state, lm_logits, mask_array
+from opt_np.model import id_array, mask_array
 from opt_np.ops import softmax
 from opt_np.processors import Processor, chain, log_softmax, process
+from opt_np.reader import Decoding, Reader, Reading, Said, read
 from opt_np.settings import Settings, resolve
 from opt_np.stopping import stop_check
 
 DEFAULT_NEW_TOKENS = 20  # HF's default length
-Pick = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # ids (N, T), mask (N, T), step -> chosen (N), logits (N, V)
 
-
-@dataclass
-class Reader:
-    """The model, and what it has read of rows that grow: a cache while they fit its positions; with "slide", the last of them read again each step.
-
-    `first` is the first column that it reads: padding that all rows share, and what "truncate_left" drops, stand before it.
-    """
-
-    params: dict
-    cfg: OPTConfig
-    ops: ModuleType
-    first: int
-    cache: KVCache = field(default_factory=KVCache)
-
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, copies: int = 1) -> tuple[Any, np.ndarray]:
-        """Last hidden states of what was read now, and the logits that follow.  ids: (N, T);  mask: (N, T)  ->  (N, T, W), (N, V)
-
-        copies: rows come in runs of so many equal ones, and one of each is read, (N / copies, T, W). Logits are float32, as in HF.
-        """
-        longest = self.cfg.max_position_embeddings
-        start, cache = self.first, self.cache
-        if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
-            start, cache = ids.shape[1] - longest, KVCache()
-        h = last_hidden_state(self.params, ids[::copies, start + cache.length :], self.cfg, cache, mask[::copies, start:], self.ops)
-        logits = np.asarray(lm_logits(self.params, h, self.ops, logits_to_keep=1))[:, -1].astype(np.float32, copy=False)
-        if copies > 1:
-            rows = np.repeat(np.arange(len(logits)), copies)
-            self.cache.reorder(rows)
-            logits = logits[rows]
-        return h, logits
-
-    def reorder(self, rows: np.ndarray) -> None:
-        """Makes row b go on from what was row rows[b].  rows: (N)"""
-        self.cache.reorder(rows)
+Pick = Callable[[np.ndarray, np.ndarray, int], Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]]
+# ids (N, T), mask (N, T), step -> chosen (N), logits (N, V)
 
 
 @dataclass
 class Request:
-    """A checked request: the prompt, padded on the left, and all that decoding it needs."""
+    """A checked request: the prompt as it came, and padded on the left, and all that decoding it needs."""
 
     settings: Settings
+    prompt: np.ndarray  # (B, T)
     ids: np.ndarray  # (B, T)
     mask: np.ndarray  # (B, T)
     new: int
@@ -99,12 +67,12 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
         raise ValueError(f"pad_token_id is {s.pad_token_id}; vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
     mask = prompt_mask(input_ids, attention_mask, s.pad_token_id, s.eos_token_id)
     new = new_tokens(input_ids, mask, cfg, s)
-    ids, mask = left_padded(input_ids, mask)
+    prompt, (ids, mask) = input_ids, left_padded(input_ids, mask)
     kept = room(cfg, s) - new if s.overflow == "truncate_left" else ids.shape[1]  # of each row's prompt
-    reader = Reader(params, cfg, ops, max(int(mask.any(0).argmax()), ids.shape[1] - kept))
+    reader = getattr(ops, "reader", Reader)(params, cfg, ops, max(int(mask.any(0).argmax()), ids.shape[1] - kept))
     pad = s.pad_token_id if s.pad_token_id is not None else next(iter(s.eos_token_id), 0)
     seed = int(np.random.SeedSequence().entropy) if s.seed is None else s.seed  # type: ignore[arg-type]
-    return Request(s, ids, mask, new, seed, reader, stop_check(s.eos_token_id, s.stop_strings, tokenizer), pad, tokenizer)
+    return Request(s, prompt, ids, mask, new, seed, reader, stop_check(s.eos_token_id, s.stop_strings, tokenizer), pad, tokenizer)
 
 
 def choose(scores: np.ndarray, draws: list[float]) -> np.ndarray:
@@ -118,8 +86,8 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
     n = request.settings.num_return_sequences
     processors = request.chain(n)
 
-    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        _, logits = request.reader(ids, mask, copies=1 if step else n)
+    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
+        _, logits = yield Reading(ids, mask, copies=1 if step else n)
         scores = process(processors, logits, ids, tap)
         if not request.settings.do_sample:
             return scores.argmax(-1), logits
@@ -145,14 +113,20 @@ class Step:
     def _log_probabilities(self) -> np.ndarray:
         return log_softmax(self.logits)
 
-    @property
+    @functools.cached_property
     def logprobs(self) -> np.ndarray:
         return np.where(self.active, self._log_probabilities[np.arange(len(self.ids)), self.ids], 0)
 
-    @property
+    @functools.cached_property
     def entropies(self) -> np.ndarray:
         log_p = self._log_probabilities
         return np.where(self.active, -(np.exp(log_p) * log_p).sum(-1), 0)
+
+    def shrink(self) -> None:
+        """Forgets the logits, once what they tell of each row has been worked out."""
+        assert self.logprobs is not None
+        assert self.entropies is not None
+        self.logits = self.__dict__["_log_probabilities"] = np.empty((len(self.ids), 0))
 
 
 def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iterator[Step]:
@@ -166,19 +140,30 @@ def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iter
     Raises ValueError for a prompt and length that outgrow the model's positions, and for beams, which have nothing to say before they end.
     """
     request = prepare(params, input_ids, cfg, **options)
+    no_beams(request.settings)
+    return read(decode(request), request.reader)
+
+
+def no_beams(s: Settings) -> None:
+    if s.beams:
+        raise ValueError(f"num_beams={s.num_beams}: beam search knows no token before its end; use generate, or num_beams=1")
+
+
+def decode(request: Request) -> Decoding:
+    """The way of decoding that the settings choose: it finds Steps, or, with beams, all new tokens at the end."""
     if request.settings.beams:
-        raise ValueError(f"num_beams={request.settings.num_beams}: beam search knows no token before its end; use generate, or num_beams=1")
+        return beam.search(request)
     return steps(request, contrastive.picker(request) if request.settings.contrastive else picker(request))
 
 
-def steps(request: Request, pick: Pick) -> Iterator[Step]:
+def steps(request: Request, pick: Pick) -> Decoding:
     """Asks `pick` for a token per row until all have ended."""
     n, pad, tokenizer = request.settings.num_return_sequences, request.pad, request.tokenizer
     ids, mask = np.repeat(request.ids, n, 0), np.repeat(request.mask, n, 0)
     active = np.ones(len(ids), bool)
     detokenizers = [tokenizer.detokenizer() for _ in ids] if tokenizer else []
     for step in range(request.new):
-        chosen, logits = pick(ids, mask, step)
+        chosen, logits = yield from pick(ids, mask, step)
         fresh = np.where(active, chosen, pad)[:, None]  # (N, 1)
         ids, mask = np.concatenate([ids, fresh], 1), np.concatenate([mask, np.ones_like(fresh)], 1)
         still = active & ~request.ended(ids)
@@ -201,12 +186,17 @@ def generate(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> np
     input_ids: (B, T)  ->  (B·n, T + new)
     """
     request = prepare(params, input_ids, cfg, **options)
-    if request.settings.beams:
-        new = beam.search(request)
-    else:
-        pick = contrastive.picker(request) if request.settings.contrastive else picker(request)
-        new = np.stack([step.ids for step in steps(request, pick)], axis=1)
-    return np.concatenate([np.repeat(np.asarray(input_ids), request.settings.num_return_sequences, axis=0), new], axis=1)
+    return continued(request, [ids_of(found) for found in read(decode(request), request.reader)])
+
+
+def ids_of(found: Any) -> np.ndarray:
+    """New tokens, those of a step or of all.  ->  (N, new)"""
+    return found.ids[:, None] if isinstance(found, Step) else found
+
+
+def continued(request: Request, new: list[np.ndarray]) -> np.ndarray:
+    """The prompts as they were given, with what was found.  new: (N, new), several  ->  (N, T + new)"""
+    return np.concatenate([np.repeat(request.prompt, request.settings.num_return_sequences, axis=0), *new], axis=1)
 
 
 def prompt_mask(input_ids: np.ndarray, attention_mask: Any, pad: int | None, eos: Any) -> np.ndarray:

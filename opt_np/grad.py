@@ -228,6 +228,11 @@ def decoder_fwd(
     params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None, ops: ModuleType = numpy_ops
 ) -> tuple[np.ndarray, tuple]:
     """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
+    tokens = params["embed_tokens"]
+    if "scale" in tokens or getattr(tokens["weight"], "kind", None):
+        raise ValueError("whole numbers have no gradients, and this model's weights are int8 or int4; train the checkpoint that they were made from")
+    if not isinstance(params["layers"], list):
+        raise ValueError("gradients need every layer in memory, and this model's are read from disk one by one; load it without stream_layers")
     where = layout(cfg, input_ids, attention_mask)
     x = embeddings(params, input_ids, where, ops, no_tap)
     project_in = (ops.embed(input_ids, **params["embed_tokens"]), params["project_in"], ops) if "project_in" in params else None

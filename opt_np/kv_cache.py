@@ -41,7 +41,8 @@ class KVCache:
                 raise ValueError(
                     f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
                 )
-            self._layers.append((np.empty(shape, dtype), np.empty(shape, dtype)))
+            capacity = self._layers[0][0].shape[1] if i else S
+            self._layers.append(tuple(np.empty((shape[0], capacity, *shape[2:]), dtype) for _ in range(2)))  # type: ignore[arg-type]
         keys, values = self._layers[i]
         B, _, *heads = keys.shape
         if shape[0] != B or [*shape[2:]] != heads:
@@ -50,8 +51,9 @@ class KVCache:
             )
         if keys.dtype != dtype:
             raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {dtype}: another backend or dtype needs a cache of its own")
-        if keys.shape[1] < S:
-            keys, values = self._layers[i] = (self._grown(keys, S), self._grown(values, S))
+        if keys.shape[1] < S:  # all layers at once: rows lie as far apart in one as in the other
+            self._layers = [(self._grown(k, S), self._grown(v, S)) for k, v in self._layers]
+            keys, values = self._layers[i]
         return keys[:, :S], values[:, :S]
 
     def advance(self, T: int) -> None:

@@ -168,13 +168,18 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops, tap)
     stack = decoder if tap is not no_tap or padding else getattr(ops, "decoder", decoder)  # a backend's own has the same bits, and 0 at padding
-    x = stack(params, x, cfg, where, ops, cache, tap, hidden_states)
+    x = final(params, stack(params, x, cfg, where, ops, cache, tap, hidden_states), cfg, ops, tap)
+    if hidden_states is not None:
+        hidden_states.append(x)
+    return x
+
+
+def final(params: dict, x: Any, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
+    """After the last block: the norm, where there is one, and opt-350m's projection.  x: (B, T, D)  ->  (B, T, W)"""
     if cfg.has_final_layer_norm:
         x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))
     if "project_out" in params:
         x = tap("model.decoder.project_out", ops.linear(x, **params["project_out"]))  # (B, T, D) -> (B, T, W)
-    if hidden_states is not None:
-        hidden_states.append(x)
     return x
 
 

@@ -29,27 +29,50 @@ def pack(params: dict, release: bool = False) -> dict:
     return params
 
 
-def embed(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The row of the table for each id.
+def embed(ids: np.ndarray, weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> np.ndarray:
+    """The row of the table for each id; with `scale`, of an int8 or int4 table, in float32.
 
     ids: (*N);  weight: (V, D)  ->  (*N, D)
 
     Equals torch.nn.Embedding. Backward: grad.embed_bwd.
     """
-    return weight[ids]
+    return weight[ids] if scale is None else dequantized(weight[ids], scale[ids], columns)
 
 
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """x times the transposed weight, plus the bias.
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, scale: np.ndarray | None = None,
+           columns: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+    """x times the transposed weight, plus the bias; with `scale`, of an int8 or int4 weight.
 
     x: (*N, I);  weight: (O, I);  bias: (O)  ->  (*N, O)
 
     Equals torch.nn.Linear. Backward: grad.linear_bwd.
     """
+    if scale is not None:
+        weight = dequantized(weight, scale, columns).astype(x.dtype, copy=False)
     y = x.reshape(-1, x.shape[-1]) @ weight.T  # two axes: one matrix product, whatever N is
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def dequantized(weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | None = None) -> np.ndarray:
+    """The float32 matrix that a quantised one stands for: this is what int8 and int4 weights mean. quantize.py makes them.
+
+    int8: weight (*N, I), times its row's scale (*N).  int4: weight (*N, I/2) of uint8 holds columns 2j and 2j + 1 in the lower and upper half of byte
+    j, each 0 to 15 for -8 to 7, times the scale (*N, G) of its group of 32 or 64 columns. Then times `columns` (I), which most have not.  ->  (*N, I)
+    """
+    if weight.dtype == np.int8:
+        w = weight * scale[..., None]
+    else:
+        I = 2 * weight.shape[-1]
+        w = np.stack([weight & 15, weight >> 4], axis=-1).reshape(*weight.shape[:-1], I).astype(np.float32) - 8
+        w *= np.repeat(scale.astype(np.float32), group_size(I, scale.shape[-1]), axis=-1)[..., :I]
+    return w if columns is None else w * columns
+
+
+def group_size(I: int, groups: int) -> int:
+    """Columns of an int4 matrix that share a scale: a power of two; the last group may be short."""
+    return 1 << (-(-I // groups) - 1).bit_length()
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init",
-        "generate", "processors", "settings", "stopping", "beam", "contrastive", "explain")  # fmt: skip
+        "generate", "reader", "processors", "settings", "stopping", "beam", "contrastive", "explain")  # fmt: skip
 PROGRAM = """
 import sys, importlib
 for name in {modules!r}:

@@ -155,11 +155,17 @@ def test_every_float16_is_widened_without_the_instruction():
 
 PROGRAM = """
 import numpy as np
-from opt_fast import attention_cpu, gemm
+from opt_fast import attention_cpu, gemm, gemm_int
+from opt_np import ops, quantize
 x, w = np.random.default_rng(0).normal(size=(9, 50)).astype(np.float32), np.random.default_rng(1).normal(size=(21, 50)).astype(np.float32)
 y = gemm.matmul(x, gemm.pack(w))
 assert np.abs(y - x.astype(float) @ w.T).max() < 1e-5
 assert (gemm.matmul(x[3:4], gemm.pack(w)) == y[3:4]).all()
+for kind in ("int8", "int4"):
+    leaf = quantize.quantize_matrix(w, kind)
+    y = gemm.matmul(x, gemm_int.PackedIntegers(**leaf))
+    assert np.abs(y - x.astype(float) @ ops.dequantized(**leaf).astype(float).T).max() < 2e-3
+    assert (gemm.matmul(x[3:4], gemm_int.PackedIntegers(**leaf)) == y[3:4]).all()
 half = w.astype(np.float16)
 assert (gemm.matmul(x, gemm.pack(half)) == gemm.matmul(x, gemm.pack(half.astype(np.float32)))).all()
 q, k, v = np.random.default_rng(2).normal(size=(3, 1, 40, 2, 10)).astype(np.float32)
@@ -189,7 +195,7 @@ sys.modules["opt_fast.gemm"] = opt_fast.gemm = importlib.util.module_from_spec(s
 spec.loader.exec_module(opt_fast.gemm)
 import small
 from opt_fast import ops_cpu
-from opt_np import grad, model
+from opt_np import grad, model, quantize
 from opt_np.kv_cache import KVCache
 assert ops_cpu.TILE.name == name
 cfg = small.config(hidden_size=60, num_attention_heads=3, ffn_dim=70, num_hidden_layers=1, max_position_embeddings=260)
@@ -209,6 +215,11 @@ parts = [model.forward(packed, part, cfg, cache=cache, attention_mask=mask[:, :e
 assert cache.program is not None
 assert (np.concatenate(parts, axis=1)[mask == 1] == ours[mask == 1]).all()
 assert (model.forward(packed, ids[1:, :50], cfg, ops=ops_cpu) == ours[1:, :50]).all()
+for kind in ("int8", "int4"):
+    tree, _ = quantize.quantized(params, cfg, kind)
+    plain, ours = model.forward(tree, ids[:, :20], cfg), model.forward(ops_cpu.pack(tree), ids[:, :20], cfg, ops=ops_cpu)
+    assert np.abs(ours - plain).max() < 1e-3 * np.abs(plain).max(), (kind, np.abs(ours - plain).max())
+    assert (model.forward(ops_cpu.pack(tree), ids[1:, :19], cfg, ops=ops_cpu) == ours[1:, :19]).all()
 """
 
 

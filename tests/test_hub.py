@@ -86,6 +86,15 @@ def test_every_repository_reads_to_its_weights(layouts, here, repo):
     assert read.num_hidden_layers == cfg.num_hidden_layers
 
 
+@pytest.mark.parametrize("repo", ["facebook/opt-125m", "facebook/opt-350m", "facebook/opt-6.7b"])
+def test_layers_are_read_from_the_cache_as_they_are_needed(layouts, here, repo):
+    here(layouts)
+    whole, streamed = (OPTForCausalLM.from_pretrained(repo, stream_layers=stream) for stream in (False, True))
+    ids = small.ids(layouts.configs[repo])
+    np.testing.assert_array_equal(streamed(ids).logits, whole(ids).logits)
+    assert not isinstance(streamed.params["layers"], list)
+
+
 def test_safetensors_come_from_the_bots_revision_and_the_rest_from_main(layouts, here):
     here(layouts)
     source = hub.find("facebook/opt-125m")

@@ -124,24 +124,24 @@ def test_pads_are_not_compared_and_cases_reach_both_sides_a_hole_a_cache_and_the
 NORM = (
     '    if cfg.has_final_layer_norm:\n        x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))\n'
 )
-END = "    if hidden_states is not None:\n        hidden_states.append(x)\n    return x"
+END = "    return x"
 SWAPPED = [(NORM, ""), (END, NORM + END)]
 ADDED = 'tap("model.decoder.embed_positions", ops.embed(layout.positions + POSITION_OFFSET, **params["embed_positions"]))'
 IN = '    if "project_in" in params:\n'
 SCALE = "ops.attention_probs(q, k, cfg.head_dim**-0.5"
 MISTAKES = {
-    "final LayerNorm skipped": ("pre_norm", model, "last_hidden_state", [("if cfg.has_final_layer_norm", "if False")],
+    "final LayerNorm skipped": ("pre_norm", model, "final", [("if cfg.has_final_layer_norm", "if False")],
                                 f"{DECODER}.final_layer_norm", "PyTorch has model.decoder.final_layer_norm, this port did not run it"),
-    "final LayerNorm added": ("like_350m", model, "last_hidden_state", [("if cfg.has_final_layer_norm", "if True")],
+    "final LayerNorm added": ("like_350m", model, "final", [("if cfg.has_final_layer_norm", "if True")],
                               f"{DECODER}.final_layer_norm", "this port ran model.decoder.final_layer_norm, PyTorch has none"),
-    "final LayerNorm added where it was removed": ("no_final_norm", model, "last_hidden_state", [("if cfg.has_final_layer_norm", "if True")],
+    "final LayerNorm added where it was removed": ("no_final_norm", model, "final", [("if cfg.has_final_layer_norm", "if True")],
                                                    f"{DECODER}.final_layer_norm", "PyTorch has none"),
     "LayerNorm after instead of before": ("pre_norm", model, "decoder_layer", [("pre = cfg", "pre = not cfg")],
                                           f"{FIRST}.self_attn_layer_norm", "this port ran"),
     "LayerNorm before instead of after": ("post_norm", model, "decoder_layer", [("pre = cfg", "pre = not cfg")],
                                           f"{FIRST}.self_attn.q_proj", "this port ran model.decoder.layers.0.self_attn_layer_norm before it"),
-    "project_out before LayerNorm": ("projected_no_affine", model, "last_hidden_state", SWAPPED, f"{DECODER}.final_layer_norm", "the shape is"),
-    "project_out before LayerNorm, which then stops": ("pre_norm_projected", model, "last_hidden_state", SWAPPED,
+    "project_out before LayerNorm": ("projected_no_affine", model, "final", SWAPPED, f"{DECODER}.final_layer_norm", "the shape is"),
+    "project_out before LayerNorm, which then stops": ("pre_norm_projected", model, "final", SWAPPED,
                                                        f"{DECODER}.final_layer_norm", "it stopped with ValueError"),
     "positions before project_in": (
         "like_350m", model, "embeddings",

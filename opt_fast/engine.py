@@ -1,0 +1,379 @@
+"""Many requests at once: each round reads the newest token of every text that is being continued, and a piece of the prompts that wait to be read.
+
+    engine = Engine(model)
+    handles = [engine.submit([ids], max_new_tokens=50) for ids in prompts]
+    for step in handles[0]: ...
+
+A request says what model.stream or model.generate says when it is alone, to the last bit: opt_np.generate decodes and asks for readings, the engine
+answers the readings of all requests together, and nothing in a row's numbers depends on its neighbours. Keys and values stand in pages
+(paged_cache.py). The engine has no thread of its own: whoever waits for a step does rounds until it is there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from opt_fast import attention_cpu, ops_cpu, program_cpu
+from opt_fast.paged_cache import PAGE, Key, Pages, Row
+from opt_np import generate, model
+from opt_np.config import OPTConfig
+from opt_np.generate import Request, Step
+from opt_np.reader import Reading, Said
+
+UNREAD = 16  # steps that a request keeps with all their logits until someone takes them
+
+
+class Machine:
+    """The model over pages: one pass reads new tokens of any rows."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
+        self.params, self.cfg, self.pool = params, cfg, pool
+        self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
+
+    @functools.cached_property
+    def has_programs(self) -> bool:
+        return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_end(self.params, self.cfg)
+
+    def read(self, pieces: list[tuple[Row, int]]) -> None:
+        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
+        ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
+        batch = Batch(self.pool, pieces)
+        logits: Any = None
+        x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
+        if len(ids) == len(rows) and self.has_programs:
+            x, logits = self.program(len(rows)).run(x, self.pool.bases, batch.slots, batch.rows)
+        else:
+            x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
+        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
+        if done and (logits is None or len(done) < len(rows)):
+            logits = self.logits(x[ends[done] - 1])
+        hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
+        for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
+            row.wrote(count)
+            if row.hidden is not None:
+                row.hidden.append(h)
+        for i, place in enumerate(done):
+            rows[place].logits = logits[i : i + 1]
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """x: (N, D)  ->  (N, V)"""
+        return np.asarray(model.lm_logits(self.params, self.final(x)[None], ops_cpu))[0].astype(np.float32, copy=False)
+
+    def final(self, x: np.ndarray) -> np.ndarray:
+        return model.final(self.params, x, self.cfg, ops_cpu, model.no_tap)
+
+    def program(self, B: int) -> program_cpu.Program:
+        if B not in self.programs:
+            self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.params)
+        return self.programs[B]
+
+
+class Batch:
+    """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
+
+    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
+        self.pool, step = pool, pool.size // PAGE
+        where = [(row.pages[n // PAGE] * pool.size + n % PAGE * step, n) for row, count in pieces for n in range(row.length, row.length + count)]
+        self.slots, self.positions = np.array(where).T  # (N), (N)
+        table, first = [], 0
+        for row, count in pieces:
+            table.append((first, count, row.length + count, row.address, 0))
+            first += count
+        self.rows = attention_cpu.Rows(np.array(table), step, tuple(pieces))
+
+    def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        keys, values = self.pool.keys[i], self.pool.values[i]
+        attention_cpu.write(k, v, keys, values, self.slots)
+        return keys, values
+
+    def advance(self, _: int) -> None: ...
+
+
+class Reader:
+    """opt_np.reader.Reader over pages: rows without their padding. What rows have in common from their beginning on is read once, and shared."""
+
+    def __init__(self, machine: Machine, first: int) -> None:
+        self.machine, self.first = machine, first
+        self.rows: list[Row] = []
+        self.answered = first  # so many columns of the ids
+
+    def __call__(self, reading: Reading) -> Said:
+        self.ask(reading)
+        while any(row.left for row in self.rows):
+            coming: set[Key] = set()
+            pieces = [(row, count) for row in self.rows if (count := ready(row, coming))]
+            self.machine.pool.make_room(sum(row.lacks(count) for row, count in pieces))
+            for row, count in pieces:
+                row.reserve(count)
+            self.machine.read(pieces)
+        return self.answer()
+
+    def ask(self, reading: Reading) -> None:
+        """Opens a reading; it is to be answered once no row has anything left. Raises ValueError for ids that the model does not have."""
+        self.reading, cfg = reading, self.machine.cfg
+        ids, mask = np.asarray(reading.ids, np.int64)[:: reading.copies], reading.mask[:: reading.copies]
+        start = max(self.first, ids.shape[1] - cfg.max_position_embeddings)
+        if not self.rows:
+            model.layout(cfg, ids[:, start:], mask[:, start:])  # checks
+            self.rows = [Row(self.machine.pool) for _ in ids]
+        if start > self.first:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
+            self.release()
+            self.answered = start
+        for row, text, pads in zip(self.rows, ids[:, start:], mask[:, start:].argmax(1).tolist(), strict=True):
+            row.text, row.hidden = text[pads:], [] if reading.hidden else None
+
+    def answer(self) -> Said:
+        """What the reading brought."""
+        (ids, _, copies, hidden), rows = self.reading, self.rows
+        h, logits = None, rows[0].logits if len(rows) == 1 else np.concatenate([row.logits for row in rows])
+        if hidden:  # (N, T, W), what is new at its end
+            new = ids.shape[1] - self.answered
+            parts = [np.concatenate(row.hidden or [])[-min(new, len(row.text)) :] for row in rows]
+            h = np.stack([np.pad(part, ((new - len(part), 0), (0, 0))) for part in parts])
+        self.answered = ids.shape[1]
+        if copies > 1:
+            logits = np.repeat(logits, copies, axis=0)
+            self.reorder(np.repeat(np.arange(len(rows)), copies))
+        return h, logits
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Makes row b go on from what was row rows[b].  rows: (N)"""
+        before, gone = self.rows, dict(enumerate(self.rows))
+        self.rows = [gone.pop(r) if r in gone else before[r].fork() for r in rows.tolist()]
+        for row in gone.values():
+            row.release()
+
+    def release(self) -> None:
+        """Gives back all pages; what was read is to be read again."""
+        for row in self.rows:
+            row.release()
+
+
+def ready(row: Row, coming: set[Key]) -> int:
+    """How many tokens of a row are to be read now, after those that are known: none if its next page is coming, read by another row in this pass."""
+    if row.hidden is not None:
+        return row.left
+    row.adopt()
+    key = row.next_key()
+    if key in coming:
+        return 0
+    coming |= {key} if key else set()
+    return row.left
+
+
+class Handle:
+    """A request that was submitted; iterating over it is engine.stream(handle)."""
+
+    def __init__(self, engine: Engine, number: int, request: Request) -> None:
+        self.engine, self.number, self.request = engine, number, request
+        self.reader: Reader = request.reader  # type: ignore[assignment]
+        self.decoding = generate.decode(request)
+        self.steps: deque[Step] = deque()  # that nobody has taken yet
+        self.new: list[np.ndarray] = []  # ids, (N, 1) of each step
+        self.done = self.cancelled = False
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        return self.engine.stream(self)
+
+    def go_on(self) -> None:
+        """Decodes, with what the reading brought, until the next reading, which is then open, or to the end."""
+        try:
+            found = self.decoding.send(self.reader.answer() if self.reader.rows else None)  # type: ignore[arg-type]
+            while not isinstance(found, Reading):
+                self.take(found)
+                found = next(self.decoding)
+            self.reader.ask(found)
+        except StopIteration:
+            self.done = True
+        except BaseException as error:  # it is told to whoever waits for this request; the others go on
+            self.done, self.error = True, error
+            if not isinstance(error, Exception):
+                raise
+
+    def take(self, found: Any) -> None:
+        self.new.append(generate.ids_of(found))
+        if isinstance(found, Step):
+            with self.engine.turn:  # lest it is made small in the hands of who takes it
+                self.steps.append(found)
+                if len(self.steps) > UNREAD:
+                    self.steps[-1 - UNREAD].shrink()
+
+
+class Engine:
+    """Continuous batching over a fixed number of pages, 64 tokens each.
+
+    pages        for keys and values; by default as many as max_batch rows of the full context need. Memory is taken when it is first used
+    max_batch    rows that are continued in a round; where there are more, they take turns
+    dtype        of keys and values: float32; float16 and bfloat16 take half the memory, and then results differ from model.generate's
+    chunk        tokens of prompts that are read in a round, at most: so long does a prompt hold up the others
+
+    The model's parameters must stay as they are. Raises ValueError.
+    """
+
+    def __init__(self, model: Any, pages: int | None = None, max_batch: int = 16, dtype: str = "float32", chunk: int = 256) -> None:
+        if model.ops is not ops_cpu:
+            raise ValueError(f"the engine runs on backend 'cpu', and this model's is {model.ops.__name__}; load it with backend='cpu'")
+        for name, value, least in (("pages", pages, 1), ("max_batch", max_batch, 1), ("chunk", chunk, PAGE)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
+        self.model, self.max_batch, self.chunk = model, max_batch, chunk
+        whole = math.ceil(model.config.max_position_embeddings / PAGE)
+        self.pool = Pages(model.config, max_batch * whole if pages is None else pages, dtype)
+        self.machine = Machine(model.params, model.config, self.pool)
+        self.running: dict[Handle, None] = {}  # those with pages, in the order in which they asked for their readings
+        self.waiting: list[Handle] = []  # in the order in which they came
+        self.number, self.turn, self.busy = 0, threading.Condition(), False
+
+    def submit(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Handle:
+        """A request, with everything that model.generate takes, checked now.  input_ids: (B, T)        Raises ValueError, TypeError."""
+        m = self.model
+        request = generate.prepare(m.params, input_ids, m.config, attention_mask, m.generation_config, ops=ops_cpu, **options)
+        request.reader = Reader(self.machine, request.reader.first)  # type: ignore[assignment]
+        if (most := most_pages(request, m.config)) > len(self.pool.counts):
+            raise ValueError(
+                f"this request may need {most} pages of {PAGE} tokens, and the engine has {len(self.pool.counts)}: "
+                f"make it with pages={most}, or ask for fewer tokens, sequences or beams"
+            )
+        with self.turn:
+            self.number += 1
+            handle = Handle(self, self.number, request)
+            handle.go_on()
+            if handle.error:
+                raise handle.error
+            self.waiting.append(handle)
+        return handle
+
+    def stream(self, handle: Handle) -> Iterator[Step]:
+        """The request's steps, as model.stream yields them; a cancelled one's end. Raises what went wrong in this request, ValueError for beams."""
+        generate.no_beams(handle.request.settings)
+        return self._stream(handle)
+
+    def _stream(self, handle: Handle) -> Iterator[Step]:
+        while True:
+            self._until(lambda: bool(handle.steps or handle.done))
+            with self.turn:
+                step = handle.steps.popleft() if handle.steps else None
+            if step is None:
+                break
+            yield step
+        if handle.error:
+            raise handle.error
+
+    def result(self, handle: Handle) -> np.ndarray:
+        """All of it, as model.generate returns it.  ->  (B·num_return_sequences, T + new)        Raises what went wrong in this request."""
+        self._until(lambda: handle.done)
+        if handle.error:
+            raise handle.error
+        if handle.cancelled:
+            raise ValueError(f"request {handle.number} was cancelled, after {len(handle.new)} tokens; its steps so far are in engine.stream")
+        return generate.continued(handle.request, handle.new)
+
+    def cancel(self, handle: Handle) -> None:
+        """Stops a request and gives back its pages, at the end of the present round; no matter if it has finished already."""
+        with self.turn:
+            if not handle.done:
+                handle.done = handle.cancelled = True
+            if not self.busy:
+                self._sweep()
+            self.turn.notify_all()
+
+    def step(self) -> bool:
+        """One round. Whether there is more to do."""
+        rounds = iter((False, True))
+        self._until(lambda: next(rounds))
+        return bool(self.running or self.waiting)
+
+    # ---- rounds --------------------------------------------------------------------------------------------------------------------------
+
+    def _until(self, there: Callable[[], bool]) -> None:
+        """Rounds, by this thread unless another is at it, until something is there."""
+        while True:
+            with self.turn:
+                while not (ready := there()) and self.busy:
+                    self.turn.wait()
+                if ready:
+                    return
+                self.busy = True
+            try:
+                self._round()
+            finally:
+                with self.turn:
+                    self.busy = False
+                    self._sweep()
+                    self.turn.notify_all()
+
+    def _round(self) -> None:
+        self._admit()
+        if pieces := self._pieces():
+            self.machine.read(pieces)
+        for handle in [handle for handle in self.running if not any(row.left for row in handle.reader.rows)]:
+            del self.running[handle]  # its next reading is the last in the queue
+            self.running[handle] = None
+            handle.go_on()
+
+    def _admit(self) -> None:
+        """Takes in those that wait, first come first served, while their texts fit and leave a page for each row that is running."""
+        while self.waiting:
+            running = [row for handle in self.running for row in handle.reader.rows]
+            if running and sum(row.lacks(row.left) for row in (*running, *self.waiting[0].reader.rows)) + len(running) > self.pool.available:
+                return
+            self.running[self.waiting.pop(0)] = None
+
+    def _pieces(self) -> list[tuple[Row, int]]:
+        """What this round reads: in the order in which it was asked for, max_batch single tokens and `chunk` tokens of prompts."""
+        pieces, singles, prompts, coming = [], self.max_batch, self.chunk, set[Key]()
+        for handle in list(self.running):
+            for row in handle.reader.rows:
+                if handle not in self.running or not (left := ready(row, coming)):
+                    continue
+                count = min(left, singles) if left == 1 else left if left <= prompts else prompts // PAGE * PAGE  # cut where pages end
+                if count and self._reserved(row, count, handle):
+                    pieces.append((row, count))
+                    singles, prompts = (singles - 1, prompts) if left == 1 else (singles, prompts - count)
+        return [(row, count) for row, count in pieces if row.pages]  # but for those that were put back
+
+    def _reserved(self, row: Row, count: int, handle: Handle) -> bool:
+        """Whether the row has room now. Where pages run out, the request that came last has to wait, and reads its text again later."""
+        while self.pool.available < row.lacks(count):
+            last = max(self.running, key=lambda other: other.number)
+            del self.running[last]
+            last.reader.release()
+            bisect.insort(self.waiting, last, key=lambda other: other.number)
+            if last is handle:
+                return False
+        row.reserve(count)
+        return True
+
+    def _sweep(self) -> None:
+        """Forgets the requests that are done."""
+        for handle in [handle for handle in (*self.running, *self.waiting) if handle.done]:
+            handle.reader.release()
+            self.running.pop(handle, None)
+            if handle in self.waiting:
+                self.waiting.remove(handle)
+
+
+def most_pages(request: Request, cfg: OPTConfig) -> int:
+    """Pages that a request may hold at once: a prompt's full pages together, and the rest of each row."""
+    s = request.settings
+    copies = s.num_beams if s.beams else min(s.top_k, cfg.vocab_size) if s.contrastive else s.num_return_sequences
+    total = 0
+    for prompt in request.mask[:, request.reader.first :].sum(1).tolist():
+        read = prompt + request.new - (0 if s.contrastive else 1)
+        slides = read > cfg.max_position_embeddings
+        common = 0 if slides or s.contrastive else prompt // PAGE
+        total += common + copies * (math.ceil(min(read, cfg.max_position_embeddings) / PAGE) - common)
+    return total

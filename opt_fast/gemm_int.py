@@ -1,0 +1,477 @@
+"""Matrix products on the CPU with int8 and int4 weights: whole numbers, added exactly, at the speed at which memory delivers the weights.
+
+What such weights mean is said by opt_np.ops.dequantized. Each row of x is rounded to 16 bits, BLOCK_K numbers at a time, each block on a scale of its
+own: so fine that the error is the weights' alone, even where a few numbers are far larger than the rest, which 8 bits do not survive. Products of
+16-bit numbers are added up exactly in 32 bits, two in one instruction; then they are scaled, in float32, and added to the result, block by block. A
+result depends on its own row and column alone, as in gemm.py, so the bits are the same however many rows go in together.
+
+The weights lie in the order in which they are read: block of k after block of k, and in each panel after panel, rows of COLUMNS 16-bit words. A word
+holds two int8 or four int4 numbers, in such an order that a shift (and for int4 a mask) makes a vector of pairs of neighbours in k out of a vector of
+words. An int4 number is 0 to 15 there for -8 to 7, an int8 word's lower number 0 to 255 for -128 to 127: sums start at what that adds, negated. An
+int4 panel has before each group of k a row of scales (float16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+
+from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, FEW, NEEDED, ROWS, TILE, Packed, cut, widened
+from opt_fast.kernel import (
+    ARGUMENTS,
+    BYTES,
+    DONE,
+    MEMORY,
+    TASKS,
+    THREADS,
+    Kernel,
+    across,
+    at,
+    broadcast,
+    claim,
+    every,
+    floats,
+    int16s,
+    int32s,
+    intrinsic,
+    load,
+    loop,
+    store,
+    uint16s,
+)  # fmt: skip
+from opt_fast.rowwise import FUNCTIONS, activate
+from opt_np import ops
+
+AHEAD = 1536  # words: so far ahead the kernels for few rows ask for weights
+LARGEST = 32767.0  # of the whole numbers that a block of x becomes
+TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
+GROUPS = BLOCK_K // 32  # of a block, at most
+WIDTH = TILE.width
+VECTOR, INTS, PAIRS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH), ir.VectorType(ir.IntType(16), 2 * WIDTH)
+
+
+def word_order(bits: int) -> np.ndarray:
+    """Which number of the columns' neighbours in k, k · COLUMNS + column, each part of each word holds: (16 / bits, COLUMNS).
+
+    A vector of words (2 · WIDTH) holds a vector of pairs in each of its parts; with four parts, pair 0 of all columns comes before pair 1.
+    """
+    per = 16 // bits
+    part, word = np.mgrid[:per, :COLUMNS]
+    lane, vector = word % (2 * WIDTH), per * (word // (2 * WIDTH)) + part
+    return (2 * (vector // TILE.vectors) + lane % 2) * COLUMNS + vector % TILE.vectors * WIDTH + lane // 2
+
+
+ORDER = {bits: word_order(bits) for bits in (8, 4)}
+
+assert TILE.vectors % 2 == ROWS % 2 == 0  # whole vectors of words; pairs of k, ROWS apart
+assert BLOCK_K * 127 * LARGEST < 2**31  # sums of int8's products fit into 32 bits
+assert BLOCK_K % 64 == 0  # whole groups
+assert BLOCK_ROWS * (BLOCK_K // 2 + 1 + GROUPS) + BLOCK_K + ROWS * COLUMNS <= NEEDED  # a task's memory
+
+
+class PackedIntegers(Packed):
+    """An int8 or int4 weight (O, I) in panels; np.asarray() gives the float32 matrix that it stands for."""
+
+    def __init__(self, weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | None = None) -> None:
+        self.bits = 8 if weight.dtype == np.int8 else 4
+        self.zero, self.flipped = (0, np.uint16(128)) if self.bits == 8 else (8, np.uint16(0))
+        O, I = self.shape = (len(weight), weight.shape[1] * 8 // self.bits)
+        self.group = BLOCK_K if self.bits == 8 else max(ops.group_size(I, scale.shape[1]), 32)
+        self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
+        self.scale = np.zeros(self.count * COLUMNS if self.bits == 8 else 0, np.float32)  # int4's are in the panels
+        if self.bits == 8:
+            self.scale[:O] = scale
+        self.panels = np.empty(sum(self.height(n) for _, n in k_blocks(I)) * self.count * COLUMNS, np.uint16)
+        for (first, n), block in zip(k_blocks(I), self.blocks(), strict=True):
+            self.fill(
+                block, weight[:, first * self.bits // 8 : (first + n) * self.bits // 8], scale[:, first // self.group :] if self.bits == 4 else None
+            )
+
+    def fill(self, block: np.ndarray, weight: np.ndarray, scale: np.ndarray | None) -> None:
+        """One block of k in words, some panels at a time.  block: (P, height, COLUMNS);  weight: (O, n) or (O, n/2);  scale: (O, G)"""
+        per, size, (groups, rest) = 16 // self.bits, self.group * self.bits // 16, self.groups(block)
+        for p in range(0, self.count, 64):
+            rows = weight[p * COLUMNS : (p + 64) * COLUMNS]
+            rows = rows.view(np.uint8) if self.bits == 8 else np.stack([rows & 15, rows >> 4], axis=-1).reshape(len(rows), -1)
+            numbers = np.full((64 * COLUMNS, per * (block.shape[1] - rest)), self.zero, np.uint8)
+            numbers[: len(rows), : rows.shape[1]] = rows
+            numbers = numbers.reshape(64, COLUMNS, -1, per).transpose(0, 2, 3, 1).reshape(64, -1, per * COLUMNS)
+            words = np.zeros((64, numbers.shape[1], COLUMNS), np.uint16)
+            for part, order in enumerate(ORDER[self.bits]):
+                words |= np.take(numbers, order, axis=-1).astype(np.uint16) << np.uint16(self.bits * part)
+            words ^= self.flipped
+            target = block[p : p + 64]
+            for g in range(groups):
+                start = g * (size + rest // groups)
+                if scale is not None:
+                    scales = np.zeros((64 * COLUMNS), np.float16)
+                    scales[: len(rows)] = scale[p * COLUMNS : (p + 64) * COLUMNS, g]
+                    target[:, start] = scales.view(np.uint16).reshape(64, COLUMNS)[: len(target)]
+                    start += 1
+                target[:, start : start + size] = words[: len(target), g * size : (g + 1) * size]
+
+    @property
+    def kind(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)  # of what it stands for
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + self.scale.nbytes + self.columns.nbytes
+
+    def height(self, n: int) -> int:
+        """Rows of words that a panel has for n numbers of k, int4's scales among them."""
+        return -(-n * self.bits // 16) + (-(-n // self.group) if self.bits == 4 else 0)
+
+    def groups(self, block: np.ndarray) -> tuple[int, int]:
+        """How many groups a block of k has, and how many rows of scales among its words."""
+        groups = -(-block.shape[1] // (self.group * self.bits // 16 + (self.bits == 4)))
+        return groups, groups if self.bits == 4 else 0
+
+    def blocks(self) -> list[np.ndarray]:
+        """The panels' blocks of k: (P, height, COLUMNS) each."""
+        found, start = [], 0
+        for _, n in k_blocks(self.shape[1]):
+            size = self.count * self.height(n) * COLUMNS
+            found.append(self.panels[start : start + size].reshape(self.count, self.height(n), COLUMNS))
+            start += size
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a packed weight cannot be seen as an array without a copy")
+        parts = [self.rows(np.arange(i, min(i + 1024, self.shape[0]))) for i in range(0, self.shape[0], 1024)]
+        return np.concatenate(parts).astype(dtype or np.float32, copy=False)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the matrix that the weight stands for, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        ids = self.checked_rows(ids)
+        p, c = np.divmod(ids, COLUMNS)
+        panel, offset, shift, scales = self.lookup
+        first = panel[0] + p[..., None] * panel[1]  # (*N, I): where the panel begins
+        numbers = (self.panels[first + offset[c]] ^ self.flipped) >> shift[c] & np.uint16((1 << self.bits) - 1)
+        w = numbers.astype(np.uint8).view(np.int8).astype(np.float32) - self.zero
+        w *= self.scale[ids][..., None] if self.bits == 8 else self.panels[first + scales + c[..., None]].view(np.float16)
+        return w * self.columns if self.columns.size else w
+
+    @cached_property
+    def lookup(self) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """For each k: where its block begins, and how far apart its panels lie (I, I); the word's offset and the number's shift in it, for each
+        column of a panel (COLUMNS, I); the offset of the group's scales (I)."""
+        I, per, scaled = self.shape[1], 16 // self.bits, int(self.bits == 4)
+        sizes = np.array([self.height(n) * COLUMNS for _, n in k_blocks(I)])
+        block, k = np.divmod(np.arange(I), BLOCK_K)
+        group, row = k // self.group, k // per
+        place = np.argsort(ORDER[self.bits], axis=None).reshape(per, COLUMNS).T[:, k % per]  # (COLUMNS, I): part · COLUMNS + word
+        offset = (row + scaled * (group + 1)) * COLUMNS + place % COLUMNS
+        starts = self.count * (np.cumsum(sizes) - sizes)
+        shift = (self.bits * (place // COLUMNS)).astype(np.uint16)
+        return (starts[block], sizes[block]), offset, shift, (group * (self.group // per + 1)) * COLUMNS
+
+    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
+        """As Packed.call; x's rows lie whole."""
+        if step != 1:
+            raise ValueError("x is transposed; an integer weight takes whole rows: give np.ascontiguousarray(x)")
+        (O, I), (blocks, parts) = self.shape, cut(self.count, M)
+        arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts, self.scale, self.columns,
+                     self.columns.size, self.group, 16 // self.bits, self.height(BLOCK_K) * COLUMNS, self.bits == 8]  # fmt: skip
+        return MATMUL[self.kind], arguments, blocks * parts
+
+    def __repr__(self) -> str:
+        return f"PackedIntegers({self.shape}, {self.kind})"
+
+
+def k_blocks(I: int) -> list[tuple[int, int]]:
+    """Where each block of k begins, and how long it is."""
+    return [(first, min(BLOCK_K, I - first)) for first in range(0, I, BLOCK_K)]
+
+
+# ---- the product -------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _matmul(table: Any, panels: Any) -> None:
+    """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
+    a = at(table, ARGUMENTS)
+    x, x_row, P, bias, function, y, y_row = floats(a[0]), a[1], a[3], floats(a[4]), a[5], floats(a[6]), a[7]
+    M, O, K, blocks, parts, scale, columns, uneven, group, word = a[8], a[9], a[10], a[11], a[12], floats(a[13]), floats(a[14]), a[15], a[16], a[17]
+    full, scaled, place = a[18], a[19], table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    xs, sizes = int16s(place), floats(place + 2 * BLOCK_ROWS * BLOCK_K)
+    starts, even = int32s(place + 2 * BLOCK_ROWS * (BLOCK_K + 2)), floats(place + 2 * BLOCK_ROWS * (BLOCK_K + 2 + 2 * GROUPS))
+    scratch = at(even, BLOCK_K)
+    task = claim(table, TASKS)
+    while task < blocks * parts:
+        first, part = task % blocks * BLOCK_ROWS, task // blocks
+        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), P * part // parts, P * (part + 1) // parts
+        columns_to = min(panels_to * COLUMNS, O)
+        for i in range(first, last):  # every sum starts from its bias
+            for j in range(panels_from * COLUMNS, columns_to):
+                y[i * y_row + j] = bias[j]
+        for k in range(0, K, BLOCK_K):
+            n = min(BLOCK_K, K - k)
+            for i in range(last - first):
+                tile, r = i // ROWS * ROWS, i % ROWS
+                _round_row(at(x, (first + i) * x_row + k), at(columns, k), uneven, n, group, word, even,
+                           at(xs, tile * BLOCK_K + 2 * r), at(sizes, i), at(starts, tile * GROUPS + r))  # fmt: skip
+            block, height = at(panels, k // BLOCK_K * P * full), (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
+            for q in range(panels_from, panels_to):
+                for i in range(0, last - first, ROWS):
+                    _tile(at(xs, i * BLOCK_K), at(sizes, i), at(starts, i * GROUPS), at(block, q * height * COLUMNS), at(scale, scaled * q * COLUMNS),
+                          n, group, at(y, (first + i) * y_row + q * COLUMNS), y_row,
+                          min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+        if function:
+            for i in range(first, last):
+                for j in range(panels_from * COLUMNS, columns_to):
+                    y[i * y_row + j] = activate(y[i * y_row + j], function)
+        claim(table, DONE)
+        task = claim(table, TASKS)
+
+
+def _matmul_int8(table: Any) -> None:
+    _matmul(table, uint16s(table[ARGUMENTS + 2]))
+
+
+def _matmul_int4(table: Any) -> None:
+    _matmul(table, int16s(table[ARGUMENTS + 2]))
+
+
+@njit
+def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int, even: Any, xs: Any, size: Any, starts: Any) -> None:
+    """A row's n numbers in whole ones, pairs ROWS apart; what one of them is worth; and for each group what its sum starts at."""
+    if uneven:
+        for j in range(n):
+            even[j] = x[j] * columns[j]
+        x = even
+    most = largest(x, n)  # NaN where a number is NaN or infinite
+    inverse = np.float32(LARGEST) / most if most > TINY else np.float32(0)
+    size[0] = most / np.float32(LARGEST)
+    for g in range(0, n, group):
+        m = min(group, n - g)
+        whole = m // WIDTH * WIDTH
+        start = rounded(at(x, g), inverse, whole, at(xs, g * ROWS)) if whole else 0
+        for j in range(whole, (m + word - 1) // word * word):
+            number = np.int32(0)
+            if j < m:
+                number = np.int32(np.rint(min(max(x[g + j] * inverse, np.float32(-LARGEST)), np.float32(LARGEST))))
+            start += number
+            xs[((g + j) // 2 * ROWS) * 2 + j % 2] = number
+        starts[g // group * ROWS] = -start * (128 if word == 2 else 8)
+
+
+@njit
+def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
+          scratch: Any) -> None:  # fmt: skip
+    """Adds n products to rows × columns results; by way of a scratch tile unless a kernel writes just these."""
+    whole = columns == COLUMNS and rows in (ROWS, FEW, 1)
+    target, stride = (y, y_row) if whole else (scratch, COLUMNS)
+    if not whole:
+        for r in range(rows):
+            for c in range(columns):
+                scratch[r * stride + c] = y[r * y_row + c]
+    if rows > FEW:
+        many(target, stride, xs, sizes, starts, panel, scale, n, group)
+    elif rows > 1:
+        few(target, stride, xs, sizes, starts, panel, scale, n, group)
+    else:
+        one(target, stride, xs, sizes, starts, panel, scale, n, group)
+    if not whole:
+        for r in range(rows):
+            for c in range(columns):
+                y[r * y_row + c] = scratch[r * stride + c]
+
+
+def micro_kernel(rows: int) -> Any:
+    """kernel(y, y_row, xs, sizes, starts, panel, scale, n, group): y[r, c] += size[r] · scale[c] · Σ x[r, k] · panel[k, c], over k = 0 … n - 1.
+
+    As gemm.micro_kernel, with sums of whole numbers in the registers, for each group of k. An int8 panel comes as uint16, an int4 one as int16.
+    """
+    vectors, index = TILE.vectors, ir.IntType(64)
+
+    @intrinsic
+    def kernel(typing_context, y, y_row, xs, sizes, starts, panel, scale, n, group):
+        eight = panel.dtype == types.uint16
+        per = 2 if eight else 4  # numbers in a word
+
+        def generate(context, builder, signature, arguments):
+            y, y_row, xs, sizes, starts, panel, scale, n, group = arguments
+            xs = builder.bitcast(xs, ir.IntType(32).as_pointer())
+            row = builder.add(builder.sdiv(group, index(per)), index(0 if eight else 1))  # of words, in a group
+
+            def place(pointer: Any, *offsets: Any) -> Any:
+                for offset in offsets:
+                    pointer = builder.gep(pointer, [index(offset) if isinstance(offset, int) else offset])
+                return pointer
+
+            def one_group(g: Any, results: list) -> list:
+                words, numbers = (
+                    place(panel, builder.mul(g, builder.mul(row, index(COLUMNS)))),
+                    place(xs, builder.mul(g, builder.mul(group, index(ROWS // 2)))),
+                )
+                left = builder.sub(n, builder.mul(g, group))
+                count = builder.sdiv(builder.add(builder.select(builder.icmp_signed("<", left, group), left, group), index(per - 1)), index(per))
+                scales = [load(builder, place(scale, c), VECTOR) if eight else widened(builder, place(words, c), VECTOR, types.int16, TILE)
+                          for c in range(0, COLUMNS, WIDTH)]  # fmt: skip
+                words = words if eight else place(words, COLUMNS)
+
+                def body(k: Any, sums: list) -> list:
+                    if rows <= FEW:
+                        prefetch(builder, place(words, builder.mul(k, index(COLUMNS)), AHEAD))
+                    here, sums = place(numbers, builder.mul(k, index(per // 2 * ROWS))), list(sums)
+                    pairs = word_pairs(builder, place(words, builder.mul(k, index(COLUMNS))), per)
+                    for pair in range(per // 2):
+                        columns = [next(pairs) for _ in range(vectors)]
+                        for r in range(rows):
+                            number = builder.bitcast(broadcast(builder, builder.load(place(here, pair * ROWS + r)), INTS), PAIRS)
+                            for i, column in enumerate(columns, r * vectors):
+                                sums[i] = builder.add(sums[i], products(builder, number, column))
+                    return sums
+
+                shifts = [broadcast(builder, builder.load(place(starts, builder.mul(g, index(ROWS)), r)), INTS) for r in range(rows)]
+                first = [every(INTS, 0) if eight and i % 2 else shifts[i // vectors] for i in range(rows * vectors)]
+                sums = loop(builder, count, 1, first, body)
+                if eight:  # the first of two vectors met whole words, in which the second's numbers stand 256 times as large
+                    pairs = [
+                        (low, builder.sub(low, builder.shl(high, every(INTS, 8))), high) for low, high in zip(sums[::2], sums[1::2], strict=True)
+                    ]
+                    sums = [total for _, low, high in pairs for total in (low, high)]
+                size = [broadcast(builder, builder.load(place(sizes, r)), VECTOR) for r in range(rows)]
+                worth = [builder.fmul(scales[i % vectors], size[i // vectors]) for i in range(rows * vectors)]
+                return [
+                    builder.fadd(result, builder.fmul(builder.sitofp(total, VECTOR), w))
+                    for result, total, w in zip(results, sums, worth, strict=True)
+                ]
+
+            targets = [place(y, builder.mul(y_row, index(i // vectors)), i % vectors * WIDTH) for i in range(rows * vectors)]
+            groups = builder.sdiv(builder.add(n, builder.sub(group, index(1))), group)
+            results = loop(builder, groups, 1, [load(builder, target, VECTOR) for target in targets], one_group)
+            for target, result in zip(targets, results, strict=True):
+                store(builder, result, target)
+            return context.get_dummy_value()
+
+        return types.void(y, types.intp, xs, sizes, starts, panel, scale, types.intp, types.intp), generate
+
+    return kernel
+
+
+many, few, one = micro_kernel(ROWS), micro_kernel(FEW), micro_kernel(1)
+
+
+def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
+    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next. Of two, the first is the words."""
+    bits = 16 // per
+    for i in range(TILE.vectors * per // 2):
+        if i % per == 0:
+            words = load(builder, builder.gep(here, [ir.IntType(64)(2 * WIDTH * (i // per))]), PAIRS)
+        if per == 2:
+            yield builder.ashr(words, every(PAIRS, 8)) if i % 2 else words
+        else:
+            shifted = builder.lshr(words, every(PAIRS, bits * (i % per))) if i % per else words
+            yield shifted if i % per == per - 1 else builder.and_(shifted, every(PAIRS, 15))
+
+
+def prefetch(builder: Any, pointer: Any) -> None:
+    """Asks for the memory there: one stream of weights alone is fetched too late."""
+    byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, single, single, single])
+    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, byte), single(0), single(3), single(1)])
+
+
+def pair_instruction() -> str:
+    """What multiplies 16-bit numbers and adds neighbours, where the processor that Numba compiles for has it for vectors of our width."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return {16: "llvm.x86.avx512.pmaddw.d.512" * ("+avx512bw" in features), 8: "llvm.x86.avx2.pmadd.wd" * ("+avx2" in features)}.get(WIDTH, "")
+
+
+PAIR_INSTRUCTION = pair_instruction()
+
+
+def products(builder: Any, a: Any, b: Any) -> Any:
+    """a[2i] · b[2i] + a[2i + 1] · b[2i + 1], in 32 bits."""
+    if PAIR_INSTRUCTION:
+        function = builder.module.globals.get(PAIR_INSTRUCTION) or ir.Function(
+            builder.module, ir.FunctionType(INTS, [PAIRS, PAIRS]), PAIR_INSTRUCTION
+        )
+        return builder.call(function, [a, b])
+    a, b = builder.bitcast(a, INTS), builder.bitcast(b, INTS)
+    low = builder.mul(*(builder.ashr(builder.shl(x, every(INTS, 16)), every(INTS, 16)) for x in (a, b)))
+    return builder.add(low, builder.mul(*(builder.ashr(x, every(INTS, 16)) for x in (a, b))))
+
+
+@intrinsic
+def largest(typing_context, x, n):
+    """The largest size of n numbers; NaN where one is NaN or infinite."""
+
+    def generate(context, builder, signature, arguments):
+        x, n = arguments
+        index = ir.IntType(64)
+        whole = builder.and_(n, index(-WIDTH))
+        most, broken = builder.alloca(ir.FloatType()), builder.alloca(ir.FloatType())
+        builder.store(ir.FloatType()(0.0), most)
+        builder.store(ir.FloatType()(0.0), broken)
+
+        def size(value: Any) -> Any:
+            bits = ir.VectorType(ir.IntType(32), WIDTH) if isinstance(value.type, ir.VectorType) else ir.IntType(32)
+            mask = every(bits, 0x7FFFFFFF) if isinstance(bits, ir.VectorType) else bits(0x7FFFFFFF)
+            return builder.bitcast(builder.and_(builder.bitcast(value, bits), mask), value.type)
+
+        def larger(builder: Any, a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def meet(value: Any, carried: list) -> list:
+            return [larger(builder, size(value), carried[0]), builder.fadd(carried[1], builder.fsub(value, value))]  # inf - inf is NaN
+
+        with builder.if_then(builder.icmp_signed(">", whole, index(0))):
+            lanes = loop(builder, whole, WIDTH, [every(VECTOR, 0.0)] * 2,
+                         lambda k, carried: meet(load(builder, builder.gep(x, [k]), VECTOR), carried))  # fmt: skip
+            builder.store(across(builder, lanes[0], larger), most)
+            builder.store(across(builder, lanes[1], lambda builder, a, b: builder.fadd(a, b)), broken)
+        with builder.if_then(builder.icmp_signed(">", builder.sub(n, whole), index(0))):
+            ends = loop(builder, builder.sub(n, whole), 1, [builder.load(most), builder.load(broken)],
+                        lambda k, carried: meet(builder.load(builder.gep(x, [builder.add(whole, k)])), carried))  # fmt: skip
+            builder.store(ends[0], most)
+            builder.store(ends[1], broken)
+        return builder.fadd(builder.load(most), builder.load(broken))
+
+    return types.float32(x, types.int64), generate
+
+
+@intrinsic
+def rounded(typing_context, x, inverse, n, xs):
+    """n numbers, whole vectors and at least one, times `inverse`, rounded to 16 bits, in pairs that are ROWS apart; and their sum."""
+
+    def generate(context, builder, signature, arguments):
+        x, inverse, n, xs = arguments
+        single, index = ir.IntType(32), ir.IntType(64)
+        xs, inverse = builder.bitcast(xs, single.as_pointer()), broadcast(builder, inverse, VECTOR)
+        magic = 1.5 * 2**23  # so large that its last bit counts ones: what is added to it is rounded
+
+        def body(k: Any, carried: list) -> list:
+            value = builder.fmul(load(builder, builder.gep(x, [k]), VECTOR), inverse)
+            value = builder.select(builder.fcmp_ordered(">", value, every(VECTOR, -LARGEST)), value, every(VECTOR, -LARGEST))  # NaN too
+            value = builder.select(builder.fcmp_ordered("<", value, every(VECTOR, LARGEST)), value, every(VECTOR, LARGEST))
+            shifted = builder.bitcast(builder.fadd(value, every(VECTOR, magic)), INTS)
+            whole = builder.sub(shifted, every(INTS, int(np.float32(magic).view(np.int32))))
+            pairs = builder.bitcast(builder.trunc(whole, ir.VectorType(ir.IntType(16), WIDTH)), ir.VectorType(single, WIDTH // 2))
+            first = builder.mul(k, index(ROWS // 2))
+            for e in range(WIDTH // 2):
+                target = builder.gep(xs, [builder.add(first, index(e * ROWS))])
+                builder.store(builder.extract_element(pairs, single(e)), target)
+            return [builder.add(carried[0], whole)]
+
+        (lanes,) = loop(builder, n, WIDTH, [every(INTS, 0)], body)
+        return across(builder, lanes, lambda builder, a, b: builder.add(a, b))
+
+    return types.int32(x, types.float32, types.int64, xs), generate
+
+
+MATMUL = {"int8": Kernel(_matmul_int8), "int4": Kernel(_matmul_int4)}

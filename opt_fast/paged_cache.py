@@ -1,0 +1,198 @@
+"""Keys and values in pages of PAGE tokens: allocated once, handed out one by one, and shared by rows that begin alike.
+
+A row holds a list of pages. Rows that go on from the same text hold the same ones, and a page that others hold too is copied before it is written
+to. A full page is known by its ids and by the page before it, hence by all the text up to its end: whoever begins with the same text takes it
+instead of computing it. That is exact, for a token's keys and values have the same bits whoever reads it. A known page that nobody holds any more
+stays until its place is needed, the longest unused first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from opt_fast.attention_cpu import PAGE
+from opt_fast.gemm import BITS
+from opt_fast.kernel import address
+from opt_np.config import OPTConfig
+
+Key = tuple[int, bytes]  # the name of the page before, 0 for none, and the page's own ids
+
+
+class Full(Exception):
+    """All pages are held."""
+
+
+class Pages:
+    """The arrays, who holds what, and which text is known."""
+
+    def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
+        stored = np.dtype(dtype)
+        self.shape = (PAGE, cfg.num_attention_heads, cfg.head_dim)
+        self.size = math.prod(self.shape)
+        self.most = math.ceil(cfg.max_position_embeddings / PAGE)  # of a row
+        self.layers, self.dtype = cfg.num_hidden_layers, BITS.get(stored, stored)
+        self.counts: list[int] = []  # of each page's holders
+        self.free: list[int] = []
+        self.idle: dict[int, None] = {}  # known and held by nobody, the longest unused first
+        self.known: dict[Key, int] = {}
+        self.labels: dict[int, tuple[int, Key]] = {}  # of known pages: a name that no page had before, and the key
+        self.names = itertools.count(1)
+        self.keys = self.values = np.empty((self.layers, 0, *self.shape), self.dtype)
+        self.add(count)
+
+    def add(self, count: int) -> None:
+        """Makes so many pages more."""
+        have = len(self.counts)
+        try:
+            self.keys, self.values = (enlarged(a, have + count) for a in (self.keys, self.values))
+        except MemoryError:
+            size = 2 * self.layers * self.size * self.keys.itemsize * (have + count) / 1e9
+            raise MemoryError(f"{have + count} pages of {PAGE} tokens are {size:.1f} GB of keys and values; ask for fewer, or for float16") from None
+        self.bases = np.array([[address(k), address(v)] for k, v in zip(self.keys, self.values, strict=True)])  # (L, 2)
+        self.counts += [0] * count
+        self.free += range(have + count - 1, have - 1, -1)
+
+    def make_room(self, count: int) -> None:
+        """Adds pages if so many cannot be taken: more than that, for memory that nobody writes to costs nothing."""
+        if count > self.available:
+            self.add(max(2 * count, len(self.counts)))
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + len(self.idle)
+
+    def take(self) -> int:
+        """A page for one holder, with anything in it. Raises Full."""
+        if not self.free and self.idle:
+            self.forget(next(iter(self.idle)))
+        if not self.free:
+            raise Full
+        page = self.free.pop()
+        self.counts[page] = 1
+        return page
+
+    def hold(self, page: int) -> None:
+        self.idle.pop(page, None)
+        self.counts[page] += 1
+
+    def release(self, page: int) -> None:
+        self.counts[page] -= 1
+        if not self.counts[page]:
+            if page in self.labels:
+                self.idle[page] = None
+            else:
+                self.free.append(page)
+
+    def learn(self, key: Key, page: int) -> int:
+        """The name of the page with this text: this one from now on, if there was none."""
+        if key not in self.known:
+            self.known[key], self.labels[page] = page, (next(self.names), key)
+        return self.labels[self.known[key]][0]
+
+    def forget(self, page: int) -> None:
+        _, key = self.labels.pop(page)
+        del self.known[key], self.idle[page]
+        self.free.append(page)
+
+    def check(self, rows: Iterable[Row] = ()) -> None:
+        """Raises AssertionError unless every page is free, idle or held, once, and held by just these rows."""
+        held = np.bincount([page for row in rows for page in row.pages], minlength=len(self.counts)).tolist()
+        assert held == self.counts, (held, self.counts)
+        assert sorted([*self.free, *self.idle, *(page for page, n in enumerate(held) if n)]) == list(range(len(held)))
+        assert {key: page for page, (_, key) in self.labels.items()} == self.known
+        assert self.idle.keys() <= self.labels.keys()
+
+
+def enlarged(a: np.ndarray, count: int) -> np.ndarray:
+    bigger = np.empty((a.shape[0], count, *a.shape[2:]), a.dtype)
+    bigger[:, : a.shape[1]] = a
+    return bigger
+
+
+class Row:
+    """A text that grows, and the pages with the first `length` of its tokens."""
+
+    def __init__(self, pool: Pages) -> None:
+        self.pool, self.length = pool, 0
+        self.pages: list[int] = []
+        self.places = np.zeros(pool.most, np.int64)  # where each page begins in a layer's array, as attention wants it
+        self.address = address(self.places)
+        self.name = 0  # of the last full page
+        self.text = np.empty(0, np.int64)  # what is to be read, with what was
+        self.hidden: list[np.ndarray] | None = None  # last hidden states of what is read, where they are wanted
+        self.logits: Any = None  # (1, V): what follows the text, once it was read
+
+    @property
+    def left(self) -> int:
+        """Tokens of the text still to be read."""
+        return len(self.text) - self.length
+
+    def next_key(self) -> Key | None:
+        """Of the page that comes next, if the text fills it and goes on."""
+        start, stop = self.length, self.length + PAGE
+        return (self.name, self.text[start:stop].tobytes()) if start % PAGE == 0 and stop < len(self.text) else None
+
+    def adopt(self) -> None:
+        """Takes the pages that are known, but never the last token's: what follows from it is wanted."""
+        while (key := self.next_key()) and (page := self.pool.known.get(key)) is not None:
+            self._drop(self.length // PAGE)  # what was reserved for it
+            self.pool.hold(page)
+            self._append(page)
+            self.length += PAGE
+            self.name = self.pool.labels[page][0]
+
+    def lacks(self, count: int) -> int:
+        """Pages that have to be taken, at most, before so many tokens more are written."""
+        return math.ceil((self.length + count) / PAGE) - len(self.pages) + self._shared()
+
+    def reserve(self, count: int) -> None:
+        """Makes room for so many tokens more, in pages that nobody else holds. Raises Full."""
+        if self._shared():
+            pool, old, new, n = self.pool, self.pages[-1], self.pool.take(), self.length % PAGE
+            for a in (pool.keys, pool.values):
+                a[:, new, :n] = a[:, old, :n]
+            self._drop(len(self.pages) - 1)
+            self._append(new)
+        while len(self.pages) * PAGE < self.length + count:
+            self._append(self.pool.take())
+
+    def slots(self, count: int) -> np.ndarray:
+        """Where the next tokens go, in a layer's array.  ->  (count)"""
+        at = np.arange(self.length, self.length + count)
+        return self.places[at // PAGE] + at % PAGE * (self.pool.size // PAGE)
+
+    def wrote(self, count: int) -> None:
+        """The next tokens are in their slots; the pages that they filled are known from now on."""
+        first, self.length = self.length // PAGE, self.length + count
+        for i in range(first, self.length // PAGE):
+            self.name = self.pool.learn((self.name, self.text[i * PAGE : (i + 1) * PAGE].tobytes()), self.pages[i])
+
+    def fork(self) -> Row:
+        """Another row that goes on from the same text."""
+        other = Row(self.pool)
+        other.length, other.name, other.text, other.pages = self.length, self.name, self.text, [*self.pages]
+        other.places[:] = self.places
+        for page in self.pages:
+            self.pool.hold(page)
+        return other
+
+    def release(self) -> None:
+        """Gives all pages back, the last first, for without those before it is of no use; the text is to be read again."""
+        self._drop(0)
+        self.length = self.name = 0
+
+    def _append(self, page: int) -> None:
+        self.places[len(self.pages)] = page * self.pool.size
+        self.pages.append(page)
+
+    def _drop(self, kept: int) -> None:
+        while len(self.pages) > kept:
+            self.pool.release(self.pages.pop())
+
+    def _shared(self) -> bool:
+        return self.length % PAGE > 0 and self.pool.counts[self.pages[-1]] > 1
