@@ -62,7 +62,7 @@ class Machine:
             if row.hidden is not None:
                 row.hidden.append(h)
         for i, place in enumerate(done):
-            rows[place].logits = logits[i : i + 1]
+            rows[place].logits = logits, i
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x: (N, D)  ->  (N, V)"""
@@ -135,7 +135,7 @@ class Reader:
     def answer(self) -> Said:
         """What the reading brought."""
         (ids, _, copies, hidden), rows = self.reading, self.rows
-        h, logits = None, rows[0].logits if len(rows) == 1 else np.concatenate([row.logits for row in rows])
+        h, logits = None, logits_of(rows)
         if hidden:  # (N, T, W), what is new at its end
             new = ids.shape[1] - self.answered
             parts = [np.concatenate(row.hidden or [])[-min(new, len(row.text)) :] for row in rows]
@@ -157,6 +157,15 @@ class Reader:
         """Gives back all pages; what was read is to be read again."""
         for row in self.rows:
             row.release()
+
+
+def logits_of(rows: list[Row]) -> np.ndarray:
+    """Without copying them, where all rows were read in the same pass.  ->  (N, V)"""
+    found: Any = [row.logits for row in rows]
+    logits, first = found[0]
+    if all(some is logits and i == first + b for b, (some, i) in enumerate(found)):
+        return logits[first : first + len(rows)]
+    return np.stack([some[i] for some, i in found])
 
 
 def ready(row: Row, coming: set[Key]) -> int:

@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, FEW, NEEDED, ROWS, TILE, Packed, cut, widened
+from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, NEEDED, TILE, Packed, cut, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -49,6 +49,7 @@ from opt_fast.rowwise import FUNCTIONS, activate
 from opt_np import ops
 
 AHEAD = 1536  # words: so far ahead the kernels for few rows ask for weights
+ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
 LARGEST = 32767.0  # of the whole numbers that a block of x becomes
 TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
 GROUPS = BLOCK_K // 32  # of a block, at most
@@ -71,7 +72,7 @@ ORDER = {bits: word_order(bits) for bits in (8, 4)}
 
 assert TILE.vectors % 2 == ROWS % 2 == 0  # whole vectors of words; pairs of k, ROWS apart
 assert BLOCK_K * 127 * LARGEST < 2**31  # sums of int8's products fit into 32 bits
-assert BLOCK_K % 64 == 0  # whole groups
+assert BLOCK_K % 64 == BLOCK_ROWS % ROWS == 0  # whole groups, whole tiles
 assert BLOCK_ROWS * (BLOCK_K // 2 + 1 + GROUPS) + BLOCK_K + ROWS * COLUMNS <= NEEDED  # a task's memory
 
 

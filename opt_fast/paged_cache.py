@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
@@ -125,7 +124,7 @@ class Row:
         self.name = 0  # of the last full page
         self.text = np.empty(0, np.int64)  # what is to be read, with what was
         self.hidden: list[np.ndarray] | None = None  # last hidden states of what is read, where they are wanted
-        self.logits: Any = None  # (1, V): what follows the text, once it was read
+        self.logits: tuple[np.ndarray, int] | None = None  # (N, V) and the row in it: what follows the text, once it was read
 
     @property
     def left(self) -> int:

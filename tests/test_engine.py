@@ -16,6 +16,7 @@ from opt_fast import attention_cpu, engine, ops_cpu
 from opt_fast.engine import Engine, Machine, Reader
 from opt_fast.paged_cache import PAGE, Full, Pages, Row
 from opt_np import OPTForCausalLM
+from opt_np.reader import Reader as PlainReader
 from opt_np.reader import Reading
 
 CFG = small.config(max_position_embeddings=5 * PAGE - 10)
@@ -213,13 +214,33 @@ def test_a_later_request_takes_the_pages_of_an_earlier_one_while_they_are_there(
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"penalty_alpha": 0.6, "top_k": 4}, {"do_sample": True, "seed": 1},
-                                     {"overflow": "slide"}, {"overflow": "truncate_left"}], ids=str)  # fmt: skip
+                                     {"overflow": "slide"}, {"overflow": "truncate_left"},
+                                     {"overflow": "slide", "penalty_alpha": 0.6, "top_k": 4}], ids=str)  # fmt: skip
 def test_generate_over_pages_is_that_of_numpy(options):
     length = CFG.max_position_embeddings - 4 if "overflow" in options else PAGE - 3
     ids = np.concatenate([prompt(length), prompt(length, seed=1)])
     mask = (np.arange(length) >= [[0], [7]]).astype(np.int64)
     ours, numpys = (lm.generate(ids, attention_mask=mask, max_new_tokens=8, **NO_EOS, **options) for lm in (LM, NUMPY))
     np.testing.assert_array_equal(ours, numpys)
+
+
+def test_hidden_states_are_those_of_the_plain_reader_also_past_the_context():
+    """There all is read again, and all of it is given back."""
+    most, rows = CFG.max_position_embeddings, (paged(), PlainReader(LM.params, CFG, ops_cpu, 0))
+    ids, mask = np.concatenate([prompt(most + 2), prompt(most + 2, seed=1)]), np.arange(most + 2) >= [[0], [7]]
+    for end in (most - 3, most - 1, most, most + 1, most + 2):
+        reading = Reading(ids[:, :end], mask[:, :end].astype(np.int64), hidden=True)
+        (h, logits), (h_, logits_) = (reader(reading) for reader in rows)
+        assert h.shape == h_.shape
+        np.testing.assert_array_equal(logits, logits_)
+        real = mask[:, end - h.shape[1] : end]
+        np.testing.assert_array_equal(h[real], h_[real])
+
+
+def test_contrastive_search_sees_the_hidden_states_of_what_rows_have_in_common():
+    ids = np.concatenate([np.repeat(prompt(PAGE + 9), 2, 0), [[5, 6], [7, 8]]], axis=1)
+    options = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 6, **NO_EOS}
+    np.testing.assert_array_equal(LM.generate(ids, **options), NUMPY.generate(ids, **options))
 
 
 def test_layers_that_come_and_go_are_read_without_a_program():
@@ -420,6 +441,9 @@ def test_what_cannot_be_done_is_refused_at_once(ids, options, message):
         e.submit(ids, **options)
     assert not e.waiting
     assert e.submit(prompt(PAGE), max_new_tokens=2, num_beams=3)  # 1 page together, and 3 for the beams
+    assert Engine(LM, pages=1).submit(prompt(PAGE), max_new_tokens=1)  # the last token is never read,
+    with pytest.raises(ValueError, match="may need 4 pages of 64 tokens, and the engine has 3"):  # but by contrastive search
+        Engine(LM, pages=3).submit(prompt(PAGE), max_new_tokens=1, penalty_alpha=0.5, top_k=2)
 
 
 def test_beams_have_no_steps_and_an_engine_has_limits():
