@@ -36,6 +36,7 @@ from opt_fast.kernel import (
     int16s,
     int64s,
     intrinsic,
+    larger,
     load,
     loop,
     memory,
@@ -609,10 +610,6 @@ def exponentials(typing_context, row, columns, highest):
         return across(builder, lanes, lambda builder, a, b: builder.fadd(a, b))
 
     return types.float32(row, columns, types.float32), generate
-
-
-def larger(builder: Any, a: Any, b: Any) -> Any:
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def exponential(builder: Any, x: Any) -> Any:

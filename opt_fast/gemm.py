@@ -149,12 +149,6 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     return y
 
 
-def matmul_call(
-    x: np.ndarray, row: int, step: int, weight: Packed, bias: np.ndarray, function: str | None, y: Any, M: int
-) -> tuple[Kernel, list, int]:
-    return weight.call(x, row, step, bias, function, y, M)
-
-
 def cut(panels: int, M: int) -> tuple[int, int]:
     """Blocks of rows, and parts of the panels, whose product is the number of tasks.
 
@@ -218,10 +212,9 @@ def _matmul(table: Any, panels: Any) -> None:
     while task < blocks * parts:
         first, part, groups = task % blocks * BLOCK_ROWS, task // blocks, (P + ABREAST - 1) // ABREAST
         last, panels_from, panels_to = min(first + BLOCK_ROWS, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
-        scratch, columns_to = at(xs, BLOCK_ROWS * BLOCK_K), min(panels_to * COLUMNS, O)
-        for i in range(first, last):  # every sum starts from its bias
-            for j in range(panels_from * COLUMNS, columns_to):
-                y[i * y_row + j] = bias[j]
+        scratch, column = at(xs, BLOCK_ROWS * BLOCK_K), panels_from * COLUMNS
+        columns = min(panels_to * COLUMNS, O) - column
+        begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))
         whole = first + (last - first) // ROWS * ROWS
         abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
         for k in range(0, K, BLOCK_K):
@@ -238,10 +231,7 @@ def _matmul(table: Any, panels: Any) -> None:
                 for q in range(p, p + some if whole < last else p, wide):
                     _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n,
                           at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-        if function:
-            for i in range(first, last):
-                for j in range(panels_from * COLUMNS, columns_to):
-                    y[i * y_row + j] = activate(y[i * y_row + j], function)
+        finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
         task = claim(table, TASKS)
 
@@ -256,6 +246,23 @@ def _matmul_float16(table: Any) -> None:
 
 def _matmul_bfloat16(table: Any) -> None:
     _matmul(table, uint16s(table[ARGUMENTS + 3]))
+
+
+@njit
+def begin(y: Any, y_row: int, rows: int, columns: int, bias: Any) -> None:
+    """Every sum starts from its bias."""
+    for r in range(rows):
+        for c in range(columns):
+            y[r * y_row + c] = bias[c]
+
+
+@njit
+def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
+    """Relu or gelu, where one is asked for, while the numbers are at hand."""
+    if function:
+        for r in range(rows):
+            for c in range(columns):
+                y[r * y_row + c] = activate(y[r * y_row + c], function)
 
 
 @njit

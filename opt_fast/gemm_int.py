@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, NEEDED, TILE, Packed, cut, widened
+from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -40,12 +40,13 @@ from opt_fast.kernel import (
     int16s,
     int32s,
     intrinsic,
+    larger,
     load,
     loop,
     store,
     uint16s,
 )  # fmt: skip
-from opt_fast.rowwise import FUNCTIONS, activate
+from opt_fast.rowwise import FUNCTIONS
 from opt_np import ops
 
 AHEAD = 1536  # words: so far ahead the kernels for few rows ask for weights
@@ -204,7 +205,7 @@ def _matmul(table: Any, panels: Any) -> None:
     """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
     a = at(table, ARGUMENTS)
     x, x_row, P, bias, function, y, y_row = floats(a[0]), a[1], a[3], floats(a[4]), a[5], floats(a[6]), a[7]
-    M, O, K, blocks, parts, scale, columns, uneven, group, word = a[8], a[9], a[10], a[11], a[12], floats(a[13]), floats(a[14]), a[15], a[16], a[17]
+    M, O, K, blocks, parts, scale, factors, uneven, group, word = a[8], a[9], a[10], a[11], a[12], floats(a[13]), floats(a[14]), a[15], a[16], a[17]
     full, scaled, place = a[18], a[19], table[MEMORY] + claim(table, THREADS) * table[BYTES]
     xs, sizes = int16s(place), floats(place + 2 * BLOCK_ROWS * BLOCK_K)
     starts, even = int32s(place + 2 * BLOCK_ROWS * (BLOCK_K + 2)), floats(place + 2 * BLOCK_ROWS * (BLOCK_K + 2 + 2 * GROUPS))
@@ -213,15 +214,14 @@ def _matmul(table: Any, panels: Any) -> None:
     while task < blocks * parts:
         first, part = task % blocks * BLOCK_ROWS, task // blocks
         last, panels_from, panels_to = min(first + BLOCK_ROWS, M), P * part // parts, P * (part + 1) // parts
-        columns_to = min(panels_to * COLUMNS, O)
-        for i in range(first, last):  # every sum starts from its bias
-            for j in range(panels_from * COLUMNS, columns_to):
-                y[i * y_row + j] = bias[j]
+        column = panels_from * COLUMNS
+        columns = min(panels_to * COLUMNS, O) - column
+        begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))
         for k in range(0, K, BLOCK_K):
             n = min(BLOCK_K, K - k)
             for i in range(last - first):
                 tile, r = i // ROWS * ROWS, i % ROWS
-                _round_row(at(x, (first + i) * x_row + k), at(columns, k), uneven, n, group, word, even,
+                _round_row(at(x, (first + i) * x_row + k), at(factors, k), uneven, n, group, word, even,
                            at(xs, tile * BLOCK_K + 2 * r), at(sizes, i), at(starts, tile * GROUPS + r))  # fmt: skip
             block, height = at(panels, k // BLOCK_K * P * full), (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
             for q in range(panels_from, panels_to):
@@ -229,10 +229,7 @@ def _matmul(table: Any, panels: Any) -> None:
                     _tile(at(xs, i * BLOCK_K), at(sizes, i), at(starts, i * GROUPS), at(block, q * height * COLUMNS), at(scale, scaled * q * COLUMNS),
                           n, group, at(y, (first + i) * y_row + q * COLUMNS), y_row,
                           min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-        if function:
-            for i in range(first, last):
-                for j in range(panels_from * COLUMNS, columns_to):
-                    y[i * y_row + j] = activate(y[i * y_row + j], function)
+        finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
         task = claim(table, TASKS)
 
@@ -424,9 +421,6 @@ def largest(typing_context, x, n):
             bits = ir.VectorType(ir.IntType(32), WIDTH) if isinstance(value.type, ir.VectorType) else ir.IntType(32)
             mask = every(bits, 0x7FFFFFFF) if isinstance(bits, ir.VectorType) else bits(0x7FFFFFFF)
             return builder.bitcast(builder.and_(builder.bitcast(value, bits), mask), value.type)
-
-        def larger(builder: Any, a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
         def meet(value: Any, carried: list) -> list:
             return [larger(builder, size(value), carried[0]), builder.fadd(carried[1], builder.fsub(value, value))]  # inf - inf is NaN

@@ -246,6 +246,10 @@ def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any
     return after[1:]
 
 
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 def across(builder: Any, lanes: Any, combine: Any) -> Any:
     """The lanes of a vector combined into one number, always in the same order."""
     values = [builder.extract_element(lanes, ir.IntType(32)(i)) for i in range(lanes.type.count)]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import get_num_threads
 
 from opt_fast.attention_cpu import Rows, attending, attention_call, rows_of, steps, write_call
-from opt_fast.gemm import NEEDED, ROWS, Packed, matmul_call
+from opt_fast.gemm import NEEDED, ROWS, Packed
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, int64s, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
@@ -163,7 +163,7 @@ class Program:
         return *norm_call(self.x, p.get("weight", self.ones), p.get("bias", self.zeros), y, *self.x.shape), True
 
     def linear(self, x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
-        return *matmul_call(x, x.shape[1], 1, p["weight"], p.get("bias", self.zeros), function, y, len(x)), after
+        return *p["weight"].call(x, x.shape[1], 1, p.get("bias", self.zeros), function, y, len(x)), after
 
     def serves(self, layers: list[dict], cfg: OPTConfig, B: int) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""
