@@ -109,6 +109,16 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
     return attention_cpu.attention_lse(float32(q), float32(k), float32(v), scale, getattr(layout, "visible", None))
 
 
+def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
+    """As opt_np.ops.attention_scores, by NumPy: for looking.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
+    return numpy_ops.attention_scores(float32(q), float32(k), scale, layout)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """As opt_np.ops.softmax, by NumPy: for looking.  scores: (*N, S)  ->  (*N, S)"""
+    return numpy_ops.softmax(float32(scores))
+
+
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None, rows: Any = None) -> np.ndarray:
     """As opt_np.ops.attention_probs.  q: (B, T, H, Dh);  k: (B, S, H, Dh);  rows: (R)  ->  (B, H, T, S), or (B, H, R, S)"""
     return attention_cpu.attention_probs(float32(q), float32(k), scale, getattr(layout, "visible", None), rows)

@@ -67,7 +67,7 @@ def explain(request: Request, top: int) -> list[Choice]:
 
 def choices(number: int, step: Step, stages: dict[str, np.ndarray], top: int, tokenizer: Any) -> Iterator[Choice]:
     """What one step chose in each row that was not finished."""
-    P = softmax([step.logits, *stages.values()][-1].copy())
+    P = softmax([step.logits, *stages.values()][-1])
     leading = highest(step.logits, min(top, P.shape[1]))  # (N, top)
     for row in np.flatnonzero(step.active).tolist():
         chosen = int(step.ids[row])

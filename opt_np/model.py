@@ -100,9 +100,10 @@ def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleT
         k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
     if tap is no_tap:
         O = ops.attention(q, k, v, cfg.head_dim**-0.5, layout)
-    else:  # the same up to rounding, by the unfused ops, so that the weights can be seen and edited
-        probs = tap("self_attn.attn_weights", ops.attention_probs(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S)
-        O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))
+    else:  # the same up to rounding, by the unfused ops, so that scores and weights can be seen and edited
+        scores = tap("self_attn.attn_scores", ops.attention_scores(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S), -inf where a key is hidden
+        probs = tap("self_attn.attn_weights", ops.softmax(scores))
+        O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))  # (B, H, T, Dh) -> (B, T, H, Dh)
     return ops.linear(O.reshape(h.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
 
 
@@ -124,12 +125,13 @@ def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleTy
     def norm(name: str, x: Any) -> Any:
         return tap(name, ops.layer_norm(x, **p.get(name, {})))  # no tensors where layer_norm_elementwise_affine is false
 
+    x = tap("resid_pre", x)
     h = norm("self_attn_layer_norm", x) if pre else x
-    x = x + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap))
+    x = tap("resid_mid", x + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap)))
     x = x if pre else norm("self_attn_layer_norm", x)
 
     h = norm("final_layer_norm", x) if pre else x
-    x = x + tap("fc2", mlp(h, p, cfg, ops, tap))
+    x = tap("resid_post", x + tap("fc2", mlp(h, p, cfg, ops, tap)))
     return x if pre else norm("final_layer_norm", x)
 
 

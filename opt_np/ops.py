@@ -153,6 +153,18 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
     return O, L
 
 
+def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
+    """What `attention` takes the softmax of, whole: -inf where a key is hidden or in the future.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)
+    """
+    B, T, H, _ = q.shape
+    whole = np.full((B, H, T, k.shape[1]), -np.inf, q.dtype)
+    for rows, scores in _score_blocks(q, k, scale, layout):
+        whole[:, :, rows, : scores.shape[-1]] = scores
+    return whole
+
+
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None, rows: Any = None) -> np.ndarray:
     """The weights that `attention` gives each key, for all queries, or for those whose places `rows` lists: (B, H, R, S).
 
@@ -211,11 +223,11 @@ def _score_blocks(q: np.ndarray, k: np.ndarray, scale: float, layout: Any) -> It
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in place; a row of -inf becomes zeros, not NaN.
+    """Softmax over the last axis; a row of -inf becomes zeros, not NaN.
 
     scores: (*N, S)  ->  (*N, S)
     """
-    weights, total, _ = softmax_terms(scores)
+    weights, total, _ = softmax_terms(scores.copy())
     weights /= total
     return weights
 

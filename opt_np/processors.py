@@ -115,7 +115,7 @@ def top_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 
 def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
     """Removes tokens less likely than p times the likeliest (arXiv:2407.01082); `least` stay.  scores: (B, V)  ->  (B, V)"""
-    probabilities = softmax(scores.copy())
+    probabilities = softmax(scores)
     cut = probabilities < scores.dtype.type(p) * probabilities.max(-1, keepdims=True)
     np.put_along_axis(cut, np.argsort(-probabilities, axis=-1, kind="stable")[:, :least], False, -1)
     return removed(scores, cut)
@@ -126,7 +126,7 @@ def typical_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 
     scores: (B, V)  ->  (B, V)        `least` stay, and so do ties with the last one kept.
     """
-    P = softmax(scores.copy())
+    P = softmax(scores)
     surprise = -log_softmax(scores)
     entropy = np.where(P > 0, P * np.where(P > 0, surprise, 0), 0).sum(-1, keepdims=True)
     distance = np.abs(surprise - entropy)

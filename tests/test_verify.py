@@ -128,7 +128,7 @@ END = "    return x"
 SWAPPED = [(NORM, ""), (END, NORM + END)]
 ADDED = 'tap("model.decoder.embed_positions", ops.embed(layout.positions + POSITION_OFFSET, **params["embed_positions"]))'
 IN = '    if "project_in" in params:\n'
-SCALE = "ops.attention_probs(q, k, cfg.head_dim**-0.5"
+SCALE = "ops.attention_scores(q, k, cfg.head_dim**-0.5"
 MISTAKES = {
     "final LayerNorm skipped": ("pre_norm", model, "final", [("if cfg.has_final_layer_norm", "if False")],
                                 f"{DECODER}.final_layer_norm", "PyTorch has model.decoder.final_layer_norm, this port did not run it"),
@@ -161,7 +161,7 @@ MISTAKES = {
     "q scaled twice": ("pre_norm", ops, "_score_blocks", [("(q[:, rows] * scale)", "(q[:, rows] * scale * scale)")],
                        f"{FIRST}.self_attn.attn_output", "off by"),
     "q scaled twice in the second layer": ("pre_norm", model, "self_attention",
-                                           [(SCALE, "ops.attention_probs(q, k, cfg.head_dim**(-0.5 - i / 2)")],
+                                           [(SCALE, "ops.attention_scores(q, k, cfg.head_dim**(-0.5 - i / 2)")],
                                            f"{DECODER}.layers.1.self_attn.attn_output", "off by"),
     "q's bias not scaled": ("pre_norm", model, "self_attention",
                             [("    if cache", "    q = q + p['q_proj']['bias'].reshape(heads[-2:]) * (cfg.head_dim**0.5 - 1)\n    if cache")],
@@ -169,7 +169,7 @@ MISTAKES = {
     "a mask off by one": ("pre_norm", ops, "_score_blocks", [("np.full((n, n), -np.inf, q.dtype), 1)", "np.full((n, n), -np.inf, q.dtype), 2)")],
                           f"{FIRST}.self_attn.attn_output", "off by"),
     "pads seen": ("pre_norm", ops, "_score_blocks", [("if visible is not None", "if False")], f"{FIRST}.self_attn.attn_output", "padding"),
-    "no residual": ("pre_norm", model, "decoder_layer", [('x = x + tap("fc2"', 'x = tap("fc2"')], FIRST, "off by"),
+    "no residual": ("pre_norm", model, "decoder_layer", [('x + tap("fc2"', 'tap("fc2"')], FIRST, "off by"),
 }  # fmt: skip
 
 

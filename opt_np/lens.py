@@ -1,0 +1,95 @@
+"""What the stream would say at each layer, and which part of the model said what.
+
+The logit lens (nostalgebraist, 2020) reads every layer's output with the model's own head. Attribution goes the other way: every logit is a sum of
+what each part added to the stream (Elhage et al., A Mathematical Framework for Transformer Circuits, 2021), exactly, in both norm orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from opt_np import taps
+from opt_np.model import final, lm_logits, no_tap
+from opt_np.ops import LAYER_NORM_EPS
+
+PIECES = ("embed_tokens", "project_in", "embed_positions", "resid_pre", "resid_mid", "resid_post", "attn_output", ".self_attn", "fc2")
+Pieces = dict[str, np.ndarray]  # by name, what adds up to the stream: (B, D) each
+
+
+def unembed(model: Any, x: Any) -> Any:
+    """What the model would say if the stream ended as x: the final norm and projection, where there are any, and the head.
+
+    x: (B, T, D)  ->  (B, T, V)
+    """
+    return lm_logits(model.params, final(model.params, x, model.config, model.ops, no_tap), model.ops)
+
+
+def logit_lens(model: Any, input_ids: Any, **inputs: Any) -> Iterator[tuple[str, Any]]:
+    """The logits after the embeddings and after each block, one at a time, L + 1 in all; the last are the model's own.
+
+    input_ids: (B, T)  ->  names and (B, T, V)
+    """
+    states = model(input_ids, output_hidden_states=True, logits_to_keep=1, **inputs).hidden_states
+    for i, x in enumerate(states[:-1]):
+        yield (f"layer {i - 1}" if i else "embeddings"), unembed(model, x)
+    yield f"layer {len(states) - 2}", lm_logits(model.params, states[-1], model.ops)  # these have been through the final norm and projection
+
+
+def attribution(model: Any, input_ids: Any, tokens: Any, position: int = -1, heads: bool = False, **inputs: Any) -> Pieces:
+    """What each part of the model adds to the logits of some tokens at a position; over all parts it adds up to the logits.
+
+    input_ids: (B, T);  tokens: (K)  ->  by name, (B, K)
+
+    Parts are the embeddings, each block's attention (each of its heads, and the bias, with heads=True) and mlp, and the biases of the LayerNorms that
+    the stream passes: their division by the stream's own size is taken as given, and what remains is linear. Raises ValueError for an unknown token.
+    """
+    tokens, vocab = np.atleast_1d(tokens), model.config.vocab_size
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab:
+        raise ValueError(f"tokens is {tokens.tolist()}; it lists ids from 0 to {vocab - 1}")
+    directions = np.asarray(model.ops.embed(tokens, **model.params.get("lm_head", model.params["embed_tokens"])))  # (K, W)
+    return {name: piece @ directions.T for name, piece in residual_pieces(model, input_ids, position, heads, **inputs).items()}
+
+
+def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool = False, **inputs: Any) -> Pieces:
+    """The last hidden state at a position, as a sum of what each part of the model put into it; see `attribution`.
+
+    input_ids: (B, T)  ->  by name, (B, W)
+    """
+    cfg, params = model.config, model.params
+    _, cache = taps.run_with_cache(model, input_ids, lambda path: path.endswith(PIECES), logits_to_keep=1, **inputs)
+
+    def at(name: str) -> np.ndarray:
+        return np.asarray(cache[name])[:, position]
+
+    B = at("blocks.0.hook_resid_pre").shape[0]
+    pieces = {name: np.broadcast_to(at(point), (B, cfg.hidden_size)) for name, point in (("tokens", "hook_embed"), ("positions", "hook_pos_embed"))}
+    for i, layer in enumerate(params["layers"]):
+        here = taps.LAYER.format(i=i)
+        if heads:
+            z = np.asarray(cache[f"{here}.self_attn.attn_output"])[:, [position]]
+            out_proj = layer["self_attn"]["out_proj"]
+            pieces |= {f"layer {i} head {h}": result[:, 0] for h, result in taps.head_results(z, out_proj, model.ops)}
+            if "bias" in out_proj:
+                pieces[f"layer {i} attention bias"] = np.broadcast_to(np.asarray(out_proj["bias"]), (B, cfg.hidden_size))
+        else:
+            pieces[f"layer {i} attention"] = at(f"{here}.self_attn")
+        if not cfg.do_layer_norm_before:
+            pieces = normed(pieces, at(f"{here}.resid_mid"), layer.get("self_attn_layer_norm", {}), f"layer {i} attention norm bias")
+        pieces[f"layer {i} mlp"] = at(f"{here}.fc2")
+        if not cfg.do_layer_norm_before:
+            pieces = normed(pieces, at(f"{here}.resid_post"), layer.get("final_layer_norm", {}), f"layer {i} mlp norm bias")
+    if cfg.has_final_layer_norm:
+        pieces = normed(pieces, at(f"{here}.resid_post"), params.get("final_layer_norm", {}), "final norm bias")
+    if "project_out" in params:
+        pieces = {name: np.asarray(model.ops.linear(np.ascontiguousarray(piece), **params["project_out"])) for name, piece in pieces.items()}
+    return pieces
+
+
+def normed(pieces: Pieces, x: np.ndarray, p: dict, bias: str) -> Pieces:
+    """The pieces of LayerNorm(x), where the pieces of x add up to x: each centred, divided as x is, and weighted; and the bias.  x: (B, D)"""
+    weight = np.asarray(p.get("weight", np.ones((), x.dtype))) / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+    found = {name: (piece - piece.mean(-1, keepdims=True)) * weight for name, piece in pieces.items()}
+    return found | ({bias: np.broadcast_to(np.asarray(p["bias"]), x.shape)} if "bias" in p else {})

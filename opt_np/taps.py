@@ -1,0 +1,210 @@
+"""Names for every value on its way through the model, and two ways to use them: keep values, or replace them.
+
+A point's name is the path of HF's module whose output it is; what has no module has its own name there: resid_pre (what enters a block), resid_mid
+(after attention was added), resid_post (after fc2 was added), attn_scores, attn_weights, attn_output. TransformerLens's names mean the same points:
+"blocks.3.attn.hook_z" is "model.decoder.layers.3.self_attn.attn_output".
+
+    logits, cache = run_with_cache(model, ids)                                            # every point, by either name
+    run_with_hooks(model, ids, [("blocks.3.hook_attn_out", lambda x, name: 0 * x)])       # without layer 3's attention
+
+In both norm orders resid_mid = resid_pre + self_attn, and resid_post = what entered fc1's branch + fc2. Post-norm models (opt-350m) normalise after
+each sum: what enters fc1's branch is self_attn_layer_norm(resid_mid), and the block's output final_layer_norm(resid_post).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from opt_np.config import OPTConfig
+from opt_np.model import Tap
+from opt_np.ops import LAYER_NORM_EPS
+
+DECODER, LAYER = "model.decoder", "model.decoder.layers.{i}"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "attn_scores", "attn_weights", "attn_output")
+# TransformerLens's names inside a block. q, k and v are seen there as (B, T, H, Dh).
+BLOCK_ALIASES = {
+    "hook_resid_pre": "resid_pre", "attn.hook_q": "self_attn.q_proj", "attn.hook_k": "self_attn.k_proj", "attn.hook_v": "self_attn.v_proj",
+    "attn.hook_attn_scores": "self_attn.attn_scores", "attn.hook_pattern": "self_attn.attn_weights", "attn.hook_z": "self_attn.attn_output",
+    "hook_attn_out": "self_attn", "hook_resid_mid": "resid_mid", "mlp.hook_pre": "fc1", "mlp.hook_post": "activation_fn", "hook_mlp_out": "fc2",
+    "hook_resid_post": "resid_post", "ln1.hook_normalized": "self_attn_layer_norm", "ln2.hook_normalized": "final_layer_norm",
+}  # fmt: skip
+BY_HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
+# What is made from other points when it is asked for: the LayerNorms' denominators, and each head's part of the attention's output.
+DERIVED = ("ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale", "attn.hook_result")
+
+Hook = Callable[[Any, str], Any]  # (value, name) -> the value to go on with, or None for the given one, which the hook may have changed in place
+
+
+def names(cfg: OPTConfig) -> list[str]:
+    """Every point of the language model, in the order in which they are reached."""
+    projected = [f"{DECODER}.project_in"] if cfg.has_projections else []
+    found = [f"{DECODER}.embed_tokens", *projected, f"{DECODER}.embed_positions"]
+    attention = [*(f"self_attn.{name}" for name in ATTENTION), "self_attn", "resid_mid"]
+    branch = ["fc1", "activation_fn", "fc2", "resid_post"]
+    if cfg.do_layer_norm_before:
+        block = ["resid_pre", "self_attn_layer_norm", *attention, "final_layer_norm", *branch]
+    else:
+        block = ["resid_pre", *attention, "self_attn_layer_norm", *branch, "final_layer_norm"]
+    for i in range(cfg.num_hidden_layers):
+        here = LAYER.format(i=i)
+        found += [*(f"{here}.{name}" for name in block), here]
+    found += [f"{DECODER}.final_layer_norm"] if cfg.has_final_layer_norm else []
+    return [*found, *([f"{DECODER}.project_out"] if cfg.has_projections else []), "lm_head"]
+
+
+def aliases(cfg: OPTConfig) -> dict[str, str]:
+    """TransformerLens's names of the points, and the points."""
+    embedded = f"{DECODER}.project_in" if cfg.has_projections else f"{DECODER}.embed_tokens"
+    found = {"hook_embed": embedded, "hook_pos_embed": f"{DECODER}.embed_positions"}
+    for i in range(cfg.num_hidden_layers):
+        found |= {f"blocks.{i}.{alias}": f"{LAYER.format(i=i)}.{name}" for alias, name in BLOCK_ALIASES.items()}
+        if not cfg.do_layer_norm_before:
+            found[f"blocks.{i}.hook_normalized_resid_post"] = LAYER.format(i=i)
+    return found | ({"ln_final.hook_normalized": f"{DECODER}.final_layer_norm"} if cfg.has_final_layer_norm else {})
+
+
+def point(name: str, cfg: OPTConfig) -> str:
+    """The point that a name of either kind means. Raises ValueError, with the names that come near."""
+    here, other = names(cfg), aliases(cfg)
+    if name in here or name in other:
+        return other.get(name, name)
+    near = difflib.get_close_matches(name, [*here, *other], n=3, cutoff=0)
+    raise ValueError(f"{name!r} is no point of this model; near it are {', '.join(near)} (taps.names lists all)")
+
+
+def run_with_cache(model: Any, input_ids: Any, names: str | Iterable[str] | Callable[[str], bool] | None = None,
+                   **inputs: Any) -> tuple[Any, Cache]:  # fmt: skip
+    """The logits, and the values of all points, of those named, or of those for whose path names(path) is true; further arguments go to the model.
+
+    input_ids: (B, T)  ->  (B, T, V), values by name
+
+    Values are copies. Raises ValueError for an unknown name. Source: TransformerLens's run_with_cache.
+    """
+    found = Cache(model)
+    if not callable(names):
+        wanted = {needed for name in ([names] if isinstance(names, str) else names or ()) for needed in found.sources(name)}
+        keep = wanted.__contains__ if names is not None else lambda _: True
+    else:
+        keep = names
+
+    def tap(name: str, value: Any) -> Any:
+        if keep(name):
+            found[name] = copied(value)
+        return value
+
+    return model(input_ids, tap=tap, **inputs).logits, found
+
+
+def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[str | Callable[[str], bool], Hook]], **inputs: Any) -> Any:
+    """The logits when hooks see, and may replace, values on their way: pairs of a name, or what says whether a path is meant, and the hook.
+
+    input_ids: (B, T)  ->  (B, T, V)
+
+    hook(value, name) returns the value to go on with, or None for the one it was given, which it may change in place. Several at one point run in
+    their order. Raises ValueError for an unknown name, and for a value of another shape. Source: TransformerLens's run_with_hooks.
+    """
+    return model(input_ids, tap=hooked(fwd_hooks, model.config), **inputs).logits
+
+
+def hooked(hooks: Iterable[tuple[str | Callable[[str], bool], Hook]], cfg: OPTConfig) -> Tap:
+    """The tap that runs these hooks, for a call of a model or trace.record."""
+    placed = [(which if callable(which) else point(which, cfg).__eq__, which, hook) for which, hook in hooks]
+
+    def tap(path: str, value: Any) -> Any:
+        for here, name, hook in placed:
+            if here(path):
+                alias = path if callable(name) else name
+                given = seen_as(alias, copied(value), cfg)
+                result = hook(given, alias)
+                result = given if result is None else result
+                if tuple(result.shape) != tuple(given.shape):
+                    raise ValueError(f"the hook at {alias} returned {tuple(result.shape)}; the value there is {tuple(given.shape)}")
+                value = result.reshape(value.shape)
+        return value
+
+    return tap
+
+
+def seen_as(name: str, value: Any, cfg: OPTConfig) -> Any:
+    """A value as the name promises it: TransformerLens's q, k and v by heads.  value: (B, T, D)  ->  (B, T, H, Dh) for these"""
+    return value.reshape(*value.shape[:-1], cfg.num_attention_heads, cfg.head_dim) if name.endswith(BY_HEADS) else value
+
+
+def copied(value: Any) -> Any:
+    """A copy of NumPy's arrays and torch's."""
+    return value.clone() if hasattr(value, "clone") else value.copy()
+
+
+class Cache(dict):
+    """Values by the paths of their points; looked up by TransformerLens's names as well, and by its short form cache["pattern", 3]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.cfg = model, model.config
+
+    def __missing__(self, name: Any) -> Any:
+        name = full_name(name)
+        if derived(name):
+            return self.derive(name)
+        path = point(name, self.cfg)
+        if path not in self.keys():
+            raise KeyError(f"{name} was not kept; ask for it: run_with_cache(model, ids, names=[…, {name!r}])")
+        return seen_as(name, self[path], self.cfg)
+
+    def sources(self, name: str) -> list[str]:
+        """The points that must be kept so that `name` can be looked up."""
+        if name.endswith("attn.hook_result"):
+            return [point(name.replace("result", "z"), self.cfg)]
+        return [self.norm_input(name)] if derived(name) else [point(name, self.cfg)]
+
+    def derive(self, name: str) -> Any:
+        """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds, the bias aside."""
+        (source,) = self.sources(name)
+        if source not in self.keys():
+            raise KeyError(f"{name} is made from {source}, which was not kept; ask for it: run_with_cache(model, ids, names=[…, {name!r}])")
+        if name.endswith("hook_result"):
+            out_proj = self.model.params["layers"][int(re.findall(r"\d+", name)[0])]["self_attn"]["out_proj"]
+            return np.stack([part for _, part in head_results(np.asarray(self[source]), out_proj, self.model.ops)], axis=2)
+        x = np.asarray(self[source])
+        return np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+
+    def norm_input(self, name: str) -> str:
+        """The point that a LayerNorm reads, of the name of its scale."""
+        last = LAYER.format(i=self.cfg.num_hidden_layers - 1)
+        if name == "ln_final.hook_scale":
+            return f"{last}.resid_post"
+        first = "resid_pre" if self.cfg.do_layer_norm_before else "resid_mid"
+        second = "resid_mid" if self.cfg.do_layer_norm_before else "resid_post"
+        i = re.findall(r"\d+", name)[0]
+        return f"{LAYER.format(i=i)}.{first if '.ln1.' in name else second}"
+
+
+def derived(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(DERIVED)
+
+
+def full_name(name: Any) -> str:
+    """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", 3, "ln1") -> "blocks.3.ln1.hook_scale"; strings stay as they are."""
+    if isinstance(name, str):
+        return name
+    short, i, *inner = name
+    inside = inner or [part for part, shorts in (("attn", ("q", "k", "v", "z", "pattern", "attn_scores", "result")), ("mlp", ("pre", "post")))
+                       if short in shorts]  # fmt: skip
+    return ".".join(["blocks", str(i), *inside, f"hook_{short}"])
+
+
+def head_results(z: np.ndarray, out_proj: dict, ops: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """What each head adds to the stream, the bias of out_proj aside: out_proj of its own output, and of zeros in the others' places.
+
+    z: (B, T, H, Dh)  ->  H times (B, T, D)
+    """
+    matrix = {name: a for name, a in out_proj.items() if name != "bias"}
+    for head in range(z.shape[2]):
+        alone = np.zeros_like(z)
+        alone[:, :, head] = z[:, :, head]
+        yield head, np.asarray(ops.linear(alone.reshape(*z.shape[:2], -1), **matrix))
