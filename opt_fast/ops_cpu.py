@@ -208,9 +208,10 @@ class Ragged:
         self.cache.advance(self.real.shape[1])
 
 
-def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int) -> Any:
+def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
     """As opt_np.reader.Reader, over pages."""
     from opt_fast.engine import Machine, Reader  # which imports this module
-    from opt_fast.paged_cache import Pages
+    from opt_fast.paged_cache import PAGE, Pages
 
-    return Reader(Machine(params, cfg, Pages(cfg, 0)), first)
+    rows, tokens = most
+    return Reader(Machine(params, cfg, Pages(cfg, rows * -(-tokens // PAGE))), first)

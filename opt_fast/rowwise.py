@@ -12,11 +12,11 @@ from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bit
 from opt_np.ops import LAYER_NORM_EPS
 
 CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
-FUNCTIONS = {None: 0, "relu": 1, "gelu": 2}
+FUNCTIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
 
 
 def activation(x: np.ndarray, function: str) -> np.ndarray:
-    """relu or gelu.  x: (*N, F)  ->  (*N, F)"""
+    """relu, gelu or gelu_new.  x: (*N, F)  ->  (*N, F)"""
     x = np.ascontiguousarray(x)
     y = np.empty_like(x)
     ACTIVATION(x, y, x.size, FUNCTIONS[function], tasks=math.ceil(x.size / CHUNK))
@@ -78,9 +78,11 @@ def _add(table: Any) -> None:
 
 @njit
 def activate(x: Any, function: int) -> Any:
-    """relu (1), or gelu (2) in its exact form x·Φ(x); NaN stays NaN."""
+    """relu (1), gelu (2) in its exact form x·Φ(x), or gelu_new (3), GPT-2's; NaN stays NaN."""
     if function == 1:
         return np.float32(0) if x < 0 else x
+    if function == 3:
+        return x * np.float32(0.5) * (math.tanh((x * x * x * np.float32(0.044715) + x) * np.float32(math.sqrt(2 / math.pi))) + np.float32(1))
     return x * np.float32(0.5) * math.erfc(x * np.float32(-math.sqrt(0.5)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_np import checkpoint, grad, hub, model
+from opt_np import checkpoint, embeddings, grad, hub, model, taps
 from opt_np import explain as explaining
 from opt_np import generate as decoding
 from opt_np.checkpoint import CheckpointError
@@ -105,6 +105,14 @@ class OPTPreTrained:
         layers = self.params["layers"]
         return num_parameters({**self.params, "layers": layers if isinstance(layers, list) else layers.tensors})
 
+    def embed(self, input_ids: Any, attention_mask: Any = None, layer: Any = -1, pooling: str = "mean", normalize: bool = True,
+              skip_bos: bool = False) -> Any:  # fmt: skip
+        """A vector for each row, of a layer's hidden states, pooled ("mean", "last", "weighted", "max"); several layers, or "all", give a list.
+
+        input_ids: (B, T);  attention_mask: (B, T)  ->  (B, D)        The options are told in embeddings.py. Raises ValueError.
+        """
+        return embeddings.embed(self, input_ids, attention_mask, layer, pooling, normalize, skip_bos)
+
     def _hidden(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool, output_hidden_states: bool,
                 output_attentions: bool, tap: Any, padding: bool = False) -> tuple[Any, Output]:  # fmt: skip
         """The decoder's output, and what goes beside the logits."""
@@ -146,6 +154,14 @@ class OPTForCausalLM(OPTPreTrained):
         logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)
         loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
         return replace(out, logits=logits, loss=loss)
+
+    def run_with_cache(self, input_ids: Any, names: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
+        """The logits and the values on the way there, by HF's paths and TransformerLens's names; see taps.run_with_cache.  input_ids: (B, T)"""
+        return taps.run_with_cache(self, input_ids, names, **inputs)
+
+    def run_with_hooks(self, input_ids: Any, fwd_hooks: Any, **inputs: Any) -> Any:
+        """The logits with values replaced on the way there; see taps.run_with_hooks.  input_ids: (B, T)  ->  (B, T, V)"""
+        return taps.run_with_hooks(self, input_ids, fwd_hooks, **inputs)
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
         """The prompt with its continuation: greedy by default; the options, HF's, are listed in settings.py, and `tokenizer` for stop_strings.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ACTIVATIONS = ("relu", "gelu")
+ACTIVATIONS = ("relu", "gelu", "gelu_new")  # OPT's, Galactica's, GPT-2's
 POSITION_OFFSET = 2  # embed_positions has max_position_embeddings + 2 rows; position p reads row p + 2
 
 # name: layers, heads, hidden_size (ffn_dim is four times that). Source: metaseq/launcher/opt_job_constants.py.

@@ -15,8 +15,17 @@ from typing import NamedTuple
 from opt_np.config import OPTConfig, parameter_shapes
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-GELU = 126  # FLOPs of ops.normal_cdf's series and of the product with it
+ACTIVATION = {"relu": 1, "gelu": 125, "gelu_new": 9}  # FLOPs for each number; gelu's Φ is a series, ops.normal_cdf
 DECODER = "model.decoder"
+# By the last part of a step's name: {h} is what a block's branch reads, {b} a bias where there is one, {f} the activation.
+EQUATIONS = {
+    "embed_tokens": "x = E[ids]", "project_in": "x = x Wᵀ", "embed_positions": "p = P[positions + 2]", "resid_pre": "x = x + p",
+    "self_attn_layer_norm": "{h} = LayerNorm(x)", "q_proj": "q = {h} Wᵀ{b}", "k_proj": "k = {h} Wᵀ{b}", "v_proj": "v = {h} Wᵀ{b}",
+    "attn_scores": "s = q kᵀ/√Dh", "attn_weights": "P = softmax(s)", "attn_output": "O = P v", "self_attn": "a = O Wᵀ{b}", "resid_mid": "x = x + a",
+    "final_layer_norm": "{h} = LayerNorm(x)", "fc1": "u = {h} Wᵀ{b}", "activation_fn": "u = {f}(u)", "fc2": "m = u Wᵀ{b}", "resid_post": "x = x + m",
+    "project_out": "x = x Wᵀ", "lm_head": "logits = x Eᵀ",
+}  # fmt: skip
+FUSED_EQUATIONS = {"attn_output": "O = softmax(q kᵀ/√Dh) v", "fc2": "m = {f}({h} W₁ᵀ{b}) W₂ᵀ{b}"}
 
 
 class Cost(NamedTuple):
@@ -35,6 +44,13 @@ class Cost(NamedTuple):
         return self.weights + self.read + self.written
 
 
+def equation(name: str, cfg: OPTConfig, fused: bool = False) -> str:
+    """What a step computes, in letters."""
+    stage, in_block = name.rpartition(".")[2], ".layers." in name
+    form = (EQUATIONS | FUSED_EQUATIONS if fused else EQUATIONS)[stage]
+    return form.format(h="h" if cfg.do_layer_norm_before and in_block else "x", b=" + b" * cfg.enable_bias, f=cfg.activation_function)
+
+
 def pairs(batch: int, tokens: int, past: int = 0) -> int:
     """How many pairs of a query and a key there are, each query seeing the keys up to its own."""
     return batch * (tokens * past + tokens * (tokens + 1) // 2)
@@ -47,96 +63,91 @@ def steps(cfg: OPTConfig, batch: int, tokens: int, past: int = 0, dtype: str = "
     dtype: of the numbers computed and of the weights; float16 and bfloat16 are of the weights, computed in float32. kind: "int8" or "int4" matrices.
     fused: attention and mlp as one step each, whose insides never reach memory. Sums over the steps are the model's.
     """
-    form = Forms(cfg, batch, tokens, past, dtype, kind)
+    form = Forms(cfg, batch, tokens, past, dtype, kind, fused)
     found = list(form.embeddings())
     for i in range(cfg.num_hidden_layers):
-        found += form.block(f"{DECODER}.layers.{i}", fused)
+        found += form.block(f"{DECODER}.layers.{i}")
     return found + list(form.ending(logits_to_keep))
 
 
 class Forms:
     """The closed forms of each kind of step, for one call's sizes."""
 
-    def __init__(self, cfg: OPTConfig, batch: int, tokens: int, past: int, dtype: str, kind: str | None) -> None:
-        self.cfg, self.B, self.T, self.S, self.kind = cfg, batch, tokens, past + tokens, kind
-        self.number, self.stored = max(BYTES[dtype], 4), BYTES[dtype]  # bytes of a computed number, and of a stored one
+    def __init__(self, cfg: OPTConfig, batch: int, tokens: int, past: int, dtype: str, kind: str | None, fused: bool) -> None:
+        self.cfg, self.B, self.T, self.S, self.kind, self.fused = cfg, batch, tokens, past + tokens, kind, fused
+        self.number, self.stored = max(BYTES[dtype], 4), BYTES[dtype]  # bytes of a number computed or in a vector, and of one in a matrix
         self.pairs = pairs(batch, tokens, past) * cfg.num_attention_heads
 
     def embeddings(self) -> Iterator[Cost]:
         cfg, B, T = self.cfg, self.B, self.T
         D, W = cfg.hidden_size, cfg.word_embed_proj_dim
-        row = matrix_bytes((B * T, W), self.stored, self.kind)  # only the rows that are looked up
-        yield Cost(f"{DECODER}.embed_tokens", "x = E[ids]", (B, T, W), 0, row, 8 * B * T, B * T * W * self.number)
+        rows = matrix_bytes((B * T, W), self.stored, self.kind)  # only those that are looked up
+        yield self.cost(f"{DECODER}.embed_tokens", (B, T, W), 0, rows, 8 * B * T)
         if cfg.has_projections:
-            yield self.linear(f"{DECODER}.project_in", "x = x Wᵀ", W, D, bias=False)
-        yield Cost(f"{DECODER}.embed_positions", "p = P[positions + 2]", (1, T, D), 0, T * D * self.stored, 8 * T, T * D * self.stored)
-        read = B * T * D * self.number + T * D * self.stored
-        yield Cost(f"{DECODER}.layers.0.resid_pre", "x = x + p", (B, T, D), B * T * D, 0, read, B * T * D * self.number)
+            yield self.linear(f"{DECODER}.project_in", W, D, bias=False)
+        yield self.cost(f"{DECODER}.embed_positions", (1, T, D), 0, T * D * self.stored, 8 * T)
+        yield self.cost(f"{DECODER}.layers.0.resid_pre", (B, T, D), B * T * D, 0, (B * T * D + T * D) * self.number)
 
-    def block(self, here: str, fused: bool) -> Iterator[Cost]:
+    def block(self, here: str) -> Iterator[Cost]:
         pre, D = self.cfg.do_layer_norm_before, self.cfg.hidden_size
         if pre:
-            yield self.layer_norm(f"{here}.self_attn_layer_norm", "h")
-        h = "h" if pre else "x"
-        for name in "qkv":
-            yield self.linear(f"{here}.self_attn.{name}_proj", f"{name} = {h} Wᵀ", D, D)
-        yield from self.attention(f"{here}.self_attn", fused)
-        yield self.linear(f"{here}.self_attn", "a = O Wᵀ", D, D)
-        yield self.add(f"{here}.resid_mid", "x = x + a")
-        yield self.layer_norm(f"{here}.final_layer_norm", "h") if pre else self.layer_norm(f"{here}.self_attn_layer_norm", "x")
-        yield from self.mlp(here, h, fused)
-        yield self.add(f"{here}.resid_post", "x = x + m")
+            yield self.layer_norm(f"{here}.self_attn_layer_norm")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            yield self.linear(f"{here}.self_attn.{name}", D, D)
+        yield from self.attention(f"{here}.self_attn")
+        yield self.linear(f"{here}.self_attn", D, D)
+        yield self.add(f"{here}.resid_mid")
+        yield self.layer_norm(f"{here}.{'final' if pre else 'self_attn'}_layer_norm")
+        yield from self.mlp(here)
+        yield self.add(f"{here}.resid_post")
         if not pre:
-            yield self.layer_norm(f"{here}.final_layer_norm", "x")
+            yield self.layer_norm(f"{here}.final_layer_norm")
 
-    def attention(self, here: str, fused: bool) -> Iterator[Cost]:
+    def attention(self, here: str) -> Iterator[Cost]:
         B, T, S, H, Dh = self.B, self.T, self.S, self.cfg.num_attention_heads, self.cfg.head_dim
         q, keys, scores = (n * self.number for n in (B * T * H * Dh, B * S * H * Dh, B * H * T * S))
         products = B * T * H * Dh + 2 * self.pairs * Dh, 5 * self.pairs + 2 * B * H * T, 2 * self.pairs * Dh
-        if fused:
-            yield Cost(f"{here}.attn_output", "O = softmax(q kᵀ/√Dh) v", (B, T, H, Dh), sum(products), 0, q + 2 * keys, q)
+        if self.fused:
+            yield self.cost(f"{here}.attn_output", (B, T, H, Dh), sum(products), 0, q + 2 * keys)
             return
-        yield Cost(f"{here}.attn_scores", "s = q kᵀ/√Dh", (B, H, T, S), products[0], 0, q + keys, scores)
-        yield Cost(f"{here}.attn_weights", "P = softmax(s)", (B, H, T, S), products[1], 0, scores, scores)
-        yield Cost(f"{here}.attn_output", "O = P v", (B, T, H, Dh), products[2], 0, scores + keys, q)
+        yield self.cost(f"{here}.attn_scores", (B, H, T, S), products[0], 0, q + keys)
+        yield self.cost(f"{here}.attn_weights", (B, H, T, S), products[1], 0, scores)
+        yield self.cost(f"{here}.attn_output", (B, T, H, Dh), products[2], 0, scores + keys)
 
-    def mlp(self, here: str, h: str, fused: bool) -> Iterator[Cost]:
-        D, F, f = self.cfg.hidden_size, self.cfg.ffn_dim, self.cfg.activation_function
-        first, second = self.linear(f"{here}.fc1", f"u = {h} Wᵀ", D, F), self.linear(f"{here}.fc2", "m = u Wᵀ", F, D)
-        function = self.activation(f"{here}.activation_fn")
-        if fused:
-            flops, weights = first.flops + function.flops + second.flops, first.weights + second.weights
-            yield Cost(second.name, f"m = {f}({h} W₁ᵀ) W₂ᵀ", second.shape, flops, weights, first.read, second.written)
+    def mlp(self, here: str) -> Iterator[Cost]:
+        D, F, each = self.cfg.hidden_size, self.cfg.ffn_dim, ACTIVATION[self.cfg.activation_function]
+        first, second = self.linear(f"{here}.fc1", D, F), self.linear(f"{here}.fc2", F, D)
+        function = self.cost(f"{here}.activation_fn", first.shape, math.prod(first.shape) * each, 0, first.written)
+        if self.fused:
+            parts = (first, function, second)
+            yield self.cost(second.name, second.shape, sum(part.flops for part in parts), first.weights + second.weights, first.read)
             return
         yield from (first, function, second)
 
     def ending(self, logits_to_keep: int) -> Iterator[Cost]:
         cfg, D, W = self.cfg, self.cfg.hidden_size, self.cfg.word_embed_proj_dim
         if cfg.has_final_layer_norm:
-            yield self.layer_norm(f"{DECODER}.final_layer_norm", "x")
+            yield self.layer_norm(f"{DECODER}.final_layer_norm")
         if cfg.has_projections:
-            yield self.linear(f"{DECODER}.project_out", "x = x Wᵀ", D, W, bias=False)
+            yield self.linear(f"{DECODER}.project_out", D, W, bias=False)
         self.T = logits_to_keep or self.T
-        yield self.linear("lm_head", "logits = x Eᵀ", W, cfg.vocab_size, bias=False)
+        yield self.linear("lm_head", W, cfg.vocab_size, bias=False)
 
-    def linear(self, name: str, equation: str, I: int, O: int, bias: bool = True) -> Cost:
+    def linear(self, name: str, I: int, O: int, bias: bool = True) -> Cost:
         N, bias = self.B * self.T, bias and self.cfg.enable_bias
-        weights = matrix_bytes((O, I), self.stored, self.kind) + O * self.stored * bias
-        shape = (self.B, self.T, O)
-        return Cost(name, equation + (" + b" if bias else ""), shape, N * O * (2 * I + bias), weights, N * I * self.number, N * O * self.number)
+        weights = matrix_bytes((O, I), self.stored, self.kind) + O * bias * self.number
+        return self.cost(name, (self.B, self.T, O), N * O * (2 * I + bias), weights, N * I * self.number)
 
-    def layer_norm(self, name: str, result: str) -> Cost:
+    def layer_norm(self, name: str) -> Cost:
         N, D, affine = self.B * self.T, self.cfg.hidden_size, self.cfg.layer_norm_elementwise_affine
-        size, flops = N * D * self.number, N * ((7 if affine else 5) * D + 5)
-        return Cost(name, f"{result} = LayerNorm(x)", (self.B, self.T, D), flops, 2 * D * self.stored * affine, size, size)
+        return self.cost(name, (self.B, self.T, D), N * ((7 if affine else 5) * D + 5), 2 * D * affine * self.number, N * D * self.number)
 
-    def activation(self, name: str) -> Cost:
-        N, F, f = self.B * self.T, self.cfg.ffn_dim, self.cfg.activation_function
-        return Cost(name, f"u = {f}(u)", (self.B, self.T, F), N * F * (1 if f == "relu" else GELU), 0, N * F * self.number, N * F * self.number)
+    def add(self, name: str) -> Cost:
+        size = self.B * self.T * self.cfg.hidden_size
+        return self.cost(name, (self.B, self.T, self.cfg.hidden_size), size, 0, 2 * size * self.number)
 
-    def add(self, name: str, equation: str) -> Cost:
-        N, D = self.B * self.T, self.cfg.hidden_size
-        return Cost(name, equation, (self.B, self.T, D), N * D, 0, 2 * N * D * self.number, N * D * self.number)
+    def cost(self, name: str, shape: tuple[int, ...], flops: int, weights: int, read: int) -> Cost:
+        return Cost(name, equation(name, self.cfg, self.fused), shape, flops, weights, read, math.prod(shape) * self.number)
 
 
 def matrix_bytes(shape: tuple[int, int], stored: int, kind: str | None = None, group_size: int = 32) -> int:
@@ -153,13 +164,13 @@ def parameters(cfg: OPTConfig) -> int:
 
 
 def weight_bytes(cfg: OPTConfig, dtype: str = "float32", kind: str | None = None) -> int:
-    """Bytes of all weights as opt_np holds them: with `kind`, every matrix but positions is whole numbers, and the rest float32."""
+    """Bytes of all weights: with `kind`, every matrix but positions is whole numbers; beside 16-bit matrices, biases and LayerNorms are float32."""
     from opt_np.quantize import is_quantized_matrix
 
     shapes = parameter_shapes(cfg).items()
     size = BYTES[dtype]
     return sum(matrix_bytes((shape[0], shape[1]), size, kind) if len(shape) == 2 and is_quantized_matrix(name, 2)
-               else math.prod(shape) * size for name, shape in shapes)  # fmt: skip
+               else math.prod(shape) * (size if len(shape) == 2 else max(size, 4)) for name, shape in shapes)  # fmt: skip
 
 
 def cache_bytes(cfg: OPTConfig, batch: int, tokens: int, number: int = 4) -> int:

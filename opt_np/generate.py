@@ -69,7 +69,9 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     new = new_tokens(input_ids, mask, cfg, s)
     prompt, (ids, mask) = input_ids, left_padded(input_ids, mask)
     kept = room(cfg, s) - new if s.overflow == "truncate_left" else ids.shape[1]  # of each row's prompt
-    reader = getattr(ops, "reader", Reader)(params, cfg, ops, max(int(mask.any(0).argmax()), ids.shape[1] - kept))
+    first = max(int(mask.any(0).argmax()), ids.shape[1] - kept)
+    most = len(ids) * max(s.num_beams, s.num_return_sequences), min(ids.shape[1] - first + new, cfg.max_position_embeddings)
+    reader = getattr(ops, "reader", Reader)(params, cfg, ops, first, most)
     pad = s.pad_token_id if s.pad_token_id is not None else next(iter(s.eos_token_id), 0)
     seed = int(np.random.SeedSequence().entropy) if s.seed is None else s.seed  # type: ignore[arg-type]
     return Request(s, prompt, ids, mask, new, seed, reader, stop_check(s.eos_token_id, s.stop_strings, tokenizer), pad, tokenizer)

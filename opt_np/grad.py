@@ -80,12 +80,16 @@ def layer_norm_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 
 def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
-    """relu passes the gradient where x > 0; gelu' = Φ(x) + x φ(x).
+    """relu passes the gradient where x > 0; gelu' = Φ(x) + x φ(x); gelu_new = x (1 + t) / 2 with t = tanh(u): ' = (1 + t) / 2 + x (1 - t²) u' / 2.
 
     dy: (*N, F);  x: (*N, F)  ->  (*N, F)
     """
     if function == "relu":
         return dy * (x > 0)
+    if function == "gelu_new":
+        t = np.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi))
+        du = (3 * 0.044715 * x * x + 1) * math.sqrt(2 / math.pi)
+        return dy * (1 + t + x * (1 - t * t) * du) / 2
     return dy * (numpy_ops.normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
 
 

@@ -10,11 +10,11 @@ import numpy as np
 class KVCache:
     """Keys and values per layer, (B, S, H, Dh), unscaled; grows by doubling, so that adding a token copies nothing most of the time.
 
-    `length` is the number of positions held. Equals HF's DynamicCache in content.
+    `length` is the number of positions held; room for `capacity` is made at once. Equals HF's DynamicCache in content.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, capacity: int = 0) -> None:
+        self.length, self.capacity = 0, capacity
         self._layers: list[tuple[np.ndarray, np.ndarray]] = []  # capacity in axis 1
         self.program: Any = None  # what a backend keeps from token to token
 
@@ -41,7 +41,7 @@ class KVCache:
                 raise ValueError(
                     f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
                 )
-            capacity = self._layers[0][0].shape[1] if i else S
+            capacity = self._layers[0][0].shape[1] if i else max(S, self.capacity)
             self._layers.append(tuple(np.empty((shape[0], capacity, *shape[2:]), dtype) for _ in range(2)))  # type: ignore[arg-type]
         keys, values = self._layers[i]
         B, _, *heads = keys.shape
@@ -51,8 +51,9 @@ class KVCache:
             )
         if keys.dtype != dtype:
             raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {dtype}: another backend or dtype needs a cache of its own")
-        if keys.shape[1] < S:  # all layers at once: rows lie as far apart in one as in the other
-            self._layers = [(self._grown(k, S), self._grown(v, S)) for k, v in self._layers]
+        if keys.shape[1] < S:  # in all layers, whose rows lie equally far apart; one by one, so that only one is held twice
+            for layer, (k, v) in enumerate(self._layers):
+                self._layers[layer] = self._grown(k, S), self._grown(v, S)
             keys, values = self._layers[i]
         return keys[:, :S], values[:, :S]
 

@@ -110,12 +110,14 @@ def normalize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def activation(x: np.ndarray, function: str) -> np.ndarray:
-    """relu, or gelu in its exact form x·Φ(x).
+    """relu, gelu in its exact form x·Φ(x), or gelu_new, GPT-2's, with a tanh near Φ.
 
     x: (*N, F)  ->  (*N, F)
 
-    Equals torch.nn.functional.relu and gelu(approximate="none"). Backward: grad.activation_bwd.
+    Equals torch.nn.functional.relu, gelu(approximate="none") and gelu(approximate="tanh"). Backward: grad.activation_bwd.
     """
+    if function == "gelu_new":
+        return x * (np.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi)) + 1) * 0.5
     return np.maximum(x, 0) if function == "relu" else x * normal_cdf(x)
 
 

@@ -35,14 +35,19 @@ Decoding = Generator[Any, Said, None]  # yields Readings, and what it finds
 class Reader:
     """The model, and what it has read of rows that grow: a cache while they fit its positions; with "slide", the last of them read again each step.
 
-    `first` is the first column that it reads: padding that all rows share, and what "truncate_left" drops, stand before it.
+    `first` is the first column that it reads: padding that all rows share, and what "truncate_left" drops, stand before it. `most` is for how many
+    rows and tokens it should make room at once.
     """
 
     params: dict
     cfg: OPTConfig
     ops: ModuleType
     first: int
-    cache: KVCache = field(default_factory=KVCache)
+    most: tuple[int, int] = (0, 0)
+    cache: KVCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = KVCache(self.most[1])
 
     def __call__(self, reading: Reading) -> Said:
         ids, mask, copies, _ = reading

@@ -54,7 +54,7 @@ class OPTTokenizer:
             raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy them from the model's repository")
         try:
             if split:
-                tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)), config.get("add_prefix_space", False))
+                tokenizer = byte_level(models.BPE.from_file(str(vocab), str(merges)), config.get("add_prefix_space", False))
                 _add_tokens(tokenizer, _added_tokens(folder, config), folder)
             else:
                 tokenizer = Tokenizer.from_file(str(whole))
@@ -74,13 +74,13 @@ class OPTTokenizer:
             raise ValueError(
                 f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}"
             )
-        tokenizer = _byte_level(models.BPE(), add_prefix_space=False)
+        tokenizer = byte_level(models.BPE(), add_prefix_space=False)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
         learnt = json.loads(tokenizer.to_str())["model"]  # rebuilt, so that <s> and <unk> are ordinary text, as in OPT
-        return cls(_byte_level(models.BPE(learnt["vocab"], [tuple(m) for m in learnt["merges"]]), add_prefix_space=False))
+        return cls(byte_level(models.BPE(learnt["vocab"], [tuple(m) for m in learnt["merges"]]), add_prefix_space=False))
 
     @property
     def vocab_size(self) -> int:
@@ -228,7 +228,7 @@ def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: 
             )
 
 
-def _byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
+def byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init",
-        "generate", "reader", "processors", "settings", "stopping", "beam", "contrastive", "explain")  # fmt: skip
+        "generate", "reader", "processors", "settings", "stopping", "beam", "contrastive", "explain",
+        "taps", "lens", "trace", "costs")  # fmt: skip
 PROGRAM = """
 import sys, importlib
 for name in {modules!r}:

@@ -89,7 +89,7 @@ def test_products_of_matrices_and_their_transposes(M, K, N, turned):
     assert within_rounding(product(a, b), a, b.T, np.zeros(N))
 
 
-@pytest.mark.parametrize("function", ["relu", "gelu"])
+@pytest.mark.parametrize("function", ["relu", "gelu", "gelu_new"])
 def test_an_activation_is_applied_to_the_finished_sums(function):
     x, weight, bias = case(7, gemm.BLOCK_K + 5, 19)
     plain = matmul(x, pack(weight), bias).astype(np.float64)

@@ -140,6 +140,16 @@ def test_activations_equal_torch(x):
     t = torch.tensor(x)
     assert np.array_equal(ops.activation(x, "relu"), torch.relu(t).numpy())
     assert np.allclose(ops.activation(x, "gelu"), torch.nn.functional.gelu(t).numpy(), rtol=1e-13, atol=1e-14)
+    assert np.allclose(ops.activation(x, "gelu_new"), torch.nn.functional.gelu(t, approximate="tanh").numpy(), rtol=1e-13, atol=1e-14)
+
+
+@given(x=floats, function=st.sampled_from(["relu", "gelu", "gelu_new"]))
+def test_gradients_of_activations_equal_torch(x, function):
+    t = torch.tensor(x, requires_grad=True)
+    {"relu": torch.relu, "gelu": torch.nn.functional.gelu, "gelu_new": lambda a: torch.nn.functional.gelu(a, approximate="tanh")}[function](
+        t
+    ).sum().backward()
+    assert np.allclose(grad.activation_bwd(np.ones_like(x), x, function), t.grad.numpy(), rtol=1e-12, atol=1e-13)
 
 
 @given(x=floats)

@@ -68,7 +68,7 @@ def test_layer_norm(N, D, affine, offset):
     assert close(ops_cpu.layer_norm(x, *p), exact, 16 + 4 * numpys / EPS)
 
 
-@given(N=shapes, function=st.sampled_from(["relu", "gelu"]), size=st.sampled_from([1e-3, 1.0, 30.0]))
+@given(N=shapes, function=st.sampled_from(["relu", "gelu", "gelu_new"]), size=st.sampled_from([1e-3, 1.0, 30.0]))
 def test_activation_and_mlp(N, function, size):
     x, fc1, fc2 = numbers(*N, 9) * np.float32(size), {"weight": numbers(21, 9), "bias": numbers(21)}, {"weight": numbers(9, 21), "bias": numbers(9)}
     assert close(ops_cpu.activation(x, function), ops.activation(x.astype(float), function), 4 * size)
@@ -78,7 +78,7 @@ def test_activation_and_mlp(N, function, size):
 
 def test_nan_is_not_lost():
     x = np.array([[np.nan, 1.0, -1.0]], np.float32)
-    for function in ("relu", "gelu"):
+    for function in ("relu", "gelu", "gelu_new"):
         assert np.isnan(ops_cpu.activation(x, function)[0, 0])
     assert np.isnan(ops_cpu.layer_norm(x)).all()
     q = numbers(1, 3, 1, 8)

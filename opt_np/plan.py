@@ -1,0 +1,140 @@
+"""Will it fit, and how long will it take: memory, FLOPs, bytes and time of a generation, from the config alone.
+
+Memory is that of this package's backends; tests/measure_plan.py holds it against what processes take. Time is a bound from below: that of the slower
+of arithmetic and memory, each at the machine's best.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from opt_np import costs
+from opt_np.config import OPTConfig, parameter_shapes
+from opt_np.ops import QUERY_BLOCK
+from opt_np.quantize import is_quantized_matrix
+
+GB = 1e9
+SLACK = 25_000_000  # what malloc keeps of 16-bit arrays that became others and were freed, as measured
+# Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits.
+DEVICES = {"h200": (141e9, 4.8e12, 989e12), "h100": (80e9, 3.35e12, 989e12)}
+
+
+class Memory(NamedTuple):
+    """Bytes: the weights as the backend holds them, the keys and values of all tokens, the most that is alive besides while generating, the most that
+    is alive beside the weights while they are loaded, and what is lost to malloc. Python and its libraries, some 100 MB, are not counted."""
+
+    weights: int
+    cache: int
+    working: int
+    loading: int
+    slack: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + max(self.loading, self.cache + self.working) + self.slack
+
+
+class Work(NamedTuple):
+    """A pass, or several: FLOPs, and the bytes that have to come from memory."""
+
+    flops: int
+    bytes: int
+
+    def seconds(self, bandwidth: float, flops: float) -> float:
+        """The time that memory at `bandwidth` bytes/s or arithmetic at `flops` FLOP/s takes, whichever is longer."""
+        return max(self.bytes / bandwidth, self.flops / flops)
+
+
+def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None, backend: str = "numpy",
+           cache_number: int = 4) -> Memory:  # fmt: skip
+    """What a process that generates needs; the weights come from files in 16 bits, as Meta's are.
+
+    NumPy makes a float32 matrix of one of whole numbers at each use. The CPU backend packs each matrix after all were read, and a prompt passes
+    through mlp without a second array of the activation.
+    """
+    number = max(costs.BYTES[dtype], 4)
+    D, F, N = cfg.hidden_size, cfg.ffn_dim, batch * prompt * number
+    largest = max(shape[0] * shape[1] for name, shape in parameter_shapes(cfg).items() if len(shape) == 2 and is_quantized_matrix(name, 2))
+    scores = batch * cfg.num_attention_heads * min(QUERY_BLOCK, prompt) * prompt * number
+    if backend == "numpy":
+        made = {None: 0, "int8": 4, "int4": 12}[kind]  # bytes for each number of a matrix in use
+        working = max(N * (2 * D + 2 * F) + made * D * F, N * 6 * D + scores, made * largest)
+    else:
+        working = N * max(3 * D + F, 6 * D)
+    working += 3 * batch * cfg.vocab_size * number
+    one = costs.matrix_bytes((1, largest), costs.BYTES[dtype], kind)
+    loading = 2 * one if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; or packed
+    cache = costs.cache_bytes(cfg, batch, prompt + gen, max(number, cache_number) if dtype == "float64" else cache_number)
+    return Memory(costs.weight_bytes(cfg, dtype, kind), cache, working, loading, 0 if kind or dtype in ("float16", "bfloat16") else SLACK)
+
+
+def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None) -> Work:
+    """Reading the prompt, up to the logits of the first new token."""
+    return work(costs.steps(cfg, batch, prompt, 0, dtype, kind, fused=True, logits_to_keep=1))
+
+
+def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None) -> Work:
+    """The gen - 1 steps after it, one token a row: costs grow evenly with what came before, so the mean of the first and the last is that of all."""
+    if gen < 2:
+        return Work(0, 0)
+    ends = [work(costs.steps(cfg, batch, 1, past, dtype, kind, fused=True)) for past in (prompt, prompt + gen - 2)]
+    return Work(*((gen - 1) * (first + last) // 2 for first, last in zip(*ends, strict=True)))
+
+
+def work(steps: list[costs.Cost]) -> Work:
+    return Work(sum(step.flops for step in steps), sum(step.bytes for step in steps))
+
+
+def checked(cfg: OPTConfig, batch: int, prompt: int, gen: int) -> None:
+    """Raises ValueError for sizes that cannot be."""
+    for name, value in (("batch", batch), ("prompt", prompt), ("gen", gen)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it is at least 1")
+    if prompt + gen - 1 > cfg.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {gen} new ones outgrow this model's {cfg.max_position_embeddings} positions; "
+            f"the last new token needs none: ask for at most {max(cfg.max_position_embeddings + 1 - prompt, 0)}"
+        )
+
+
+def available() -> float | None:
+    """Bytes that this machine could give to a new process now; None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return float(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def report(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str, kind: str | None, backend: str, room: float | None, bandwidth: float,
+           flops: float, where: str, cache_number: int = 4) -> str:  # fmt: skip
+    """The plan as people read it. room: bytes to fit into; bandwidth: bytes/s; flops: FLOP/s; where: whose these are."""
+    m = memory(cfg, batch, prompt, gen, dtype, kind, backend, cache_number)
+    first, rest = prefill(cfg, batch, prompt, dtype, kind), decode(cfg, batch, prompt, gen, dtype, kind)
+    t_first, t_rest = first.seconds(bandwidth, flops), rest.seconds(bandwidth, flops)
+    lines = [
+        f"parameters   {costs.parameters(cfg):,}",
+        f"weights      {m.weights / GB:.3f} GB in {kind or dtype}",
+        f"cache        {m.cache / GB:.3f} GB: {batch} × {prompt + gen} tokens, {costs.cache_bytes(cfg, 1, 1, cache_number) / 1024:.0f} KiB each",
+        f"working      {m.working / GB:.3f} GB at most while generating, {m.loading / GB:.3f} GB while loading",
+        f"peak         {m.peak / GB:.3f} GB" + ("" if room is None else f", of {room / GB:.1f} GB: {fits(m, room)}"),
+        f"prefill      {first.flops / 1e9:.1f} GFLOP, {first.bytes / GB:.3f} GB moved: at least {duration(t_first)} to the first token",
+    ]
+    if gen > 1:
+        each = t_rest / (gen - 1)
+        per_step = f"{rest.flops / (gen - 1) / 1e9:.3f} GFLOP, {rest.bytes / (gen - 1) / GB:.3f} GB moved a step"
+        lines.append(f"decode       {per_step}: at least {duration(each)} a step, at most {batch / each:.1f} tokens/s")
+    return "\n".join([*lines, f"in all       at least {duration(t_first + t_rest)}, at {where}"])
+
+
+def fits(m: Memory, room: float) -> str:
+    if m.peak <= room:
+        return "fits"
+    if m.cache + m.working < room:
+        return "does not fit; read its layers anew at every pass (--stream-layers), or choose int8, int4, or a smaller model"
+    return "does not fit, even without its weights; choose a smaller batch or fewer tokens"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
