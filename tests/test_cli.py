@@ -12,7 +12,7 @@ import small
 
 from opt_np import OPTForCausalLM, OPTTokenizer, checkpoint, cli
 
-COMMANDS = ("generate", "logits", "info", "verify", "download", "convert", "train")
+COMMANDS = ("generate", "logits", "info", "verify", "download", "convert", "quantize", "train", "bench", "trace", "score", "embed", "explore", "plan")
 
 
 @pytest.fixture(scope="module")

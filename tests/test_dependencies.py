@@ -7,7 +7,7 @@ import pytest
 
 CORE = ("config", "ops", "model", "kv_cache", "flash", "grad", "optim", "tree", "init",
         "generate", "reader", "processors", "settings", "stopping", "beam", "contrastive", "explain",
-        "taps", "lens", "trace", "costs")  # fmt: skip
+        "taps", "lens", "trace", "costs", "score", "embeddings", "plan")  # fmt: skip
 PROGRAM = """
 import sys, importlib
 for name in {modules!r}:
