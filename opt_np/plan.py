@@ -14,24 +14,30 @@ from opt_np.ops import QUERY_BLOCK
 from opt_np.quantize import is_quantized_matrix
 
 GB = 1e9
-SLACK = 25_000_000  # what malloc keeps of 16-bit arrays that became others and were freed, as measured
+# What malloc keeps of arrays that were made into others and freed, as measured.
+SLACK = {"float64": 25_000_000, "float32": 25_000_000, "float16": 0, "bfloat16": 0, "whole numbers": 8_000_000}
+HUGE_PAGE = 2**21  # bytes that Linux hands out at once for large arrays
 # Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits.
 DEVICES = {"h200": (141e9, 4.8e12, 989e12), "h100": (80e9, 3.35e12, 989e12)}
 
 
 class Memory(NamedTuple):
-    """Bytes: the weights as the backend holds them, the keys and values of all tokens, the most that is alive besides while generating, the most that
-    is alive beside the weights while they are loaded, and what is lost to malloc. Python and its libraries, some 100 MB, are not counted."""
+    """Bytes: the weights as the backend holds them; the keys and values of all tokens, and how much of their room is touched once the prompt is read;
+    the most that is alive besides while it is read; the most that is alive beside the weights while they are loaded; and what is lost to malloc.
+
+    Python and its libraries, some 100 MB, are not counted.
+    """
 
     weights: int
     cache: int
+    prompt_cache: int
     working: int
     loading: int
     slack: int
 
     @property
     def peak(self) -> int:
-        return self.weights + max(self.loading, self.cache + self.working) + self.slack
+        return self.weights + max(self.loading, self.prompt_cache + self.working, self.cache) + self.slack
 
 
 class Work(NamedTuple):
@@ -49,8 +55,8 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
            cache_number: int = 4) -> Memory:  # fmt: skip
     """What a process that generates needs; the weights come from files in 16 bits, as Meta's are.
 
-    NumPy makes a float32 matrix of one of whole numbers at each use. The CPU backend packs each matrix after all were read, and a prompt passes
-    through mlp without a second array of the activation.
+    NumPy makes a float32 matrix of one of whole numbers at each use, and the activation a second array. The CPU backend packs each matrix after all
+    were read; its pages lie layer after layer, each of which the system hands out in large pieces.
     """
     number = max(costs.BYTES[dtype], 4)
     D, F, N = cfg.hidden_size, cfg.ffn_dim, batch * prompt * number
@@ -58,14 +64,16 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
     scores = batch * cfg.num_attention_heads * min(QUERY_BLOCK, prompt) * prompt * number
     if backend == "numpy":
         made = {None: 0, "int8": 4, "int4": 12}[kind]  # bytes for each number of a matrix in use
-        working = max(N * (2 * D + 2 * F) + made * D * F, N * 6 * D + scores, made * largest)
+        working = max(N * (4 * D + 2 * F) + made * D * F, N * 6 * D + scores, made * largest)
     else:
-        working = N * max(3 * D + F, 6 * D)
+        working = N * (5 * D + F)
     working += 3 * batch * cfg.vocab_size * number
     one = costs.matrix_bytes((1, largest), costs.BYTES[dtype], kind)
     loading = 2 * one if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; or packed
-    cache = costs.cache_bytes(cfg, batch, prompt + gen, max(number, cache_number) if dtype == "float64" else cache_number)
-    return Memory(costs.weight_bytes(cfg, dtype, kind), cache, working, loading, 0 if kind or dtype in ("float16", "bfloat16") else SLACK)
+    cache, of_prompt = (costs.cache_bytes(cfg, batch, tokens, 8 if dtype == "float64" else cache_number) for tokens in (prompt + gen, prompt))
+    touched = cache if backend == "numpy" else min(cache, of_prompt + 2 * cfg.num_hidden_layers * HUGE_PAGE)
+    slack = SLACK["whole numbers" if kind else dtype] if backend == "cpu" or not kind else 0
+    return Memory(costs.weight_bytes(cfg, dtype, kind), cache, touched, working, loading, slack)
 
 
 def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None) -> Work:

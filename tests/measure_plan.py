@@ -71,7 +71,8 @@ def main(sizes: list[str]) -> None:
                 loaded, peak = map(int, out.split())
                 m = plan.memory(cfg, B, prompt, gen, dtype, kind, backend)
                 case = f"{size} {backend} {kind or dtype}, {B} x ({prompt} + {gen})"
-                print(f"{case:<58}  {loaded / 1e6:10.1f} {m.weights / 1e6:8.1f}  {peak / 1e6:9.1f} {m.peak / 1e6:8.1f}  {m.peak / peak:.3f}", flush=True)
+                found = f"{loaded / 1e6:10.1f} {m.weights / 1e6:8.1f}  {peak / 1e6:9.1f} {m.peak / 1e6:8.1f}  {m.peak / peak:.3f}"
+                print(f"{case:<58}  {found}", flush=True)
 
 
 if __name__ == "__main__":

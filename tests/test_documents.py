@@ -28,6 +28,16 @@ def test_python_in_the_readme_runs(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 10
 
 
+def test_python_in_the_documents_runs(monkeypatch, capsys):
+    """All blocks of a document, one after the other, with the shipped model in the place of Meta's."""
+    monkeypatch.chdir(ROOT)
+    for document in (ROOT / "docs").glob("*.md"):
+        blocks = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.S)
+        program = re.sub(r"facebook/opt-[\w.]+", "weights/opt-tiny", "\n".join(blocks))
+        exec(compile(program, document.name, "exec"), {})
+    assert "the first to differ is embed_tokens" in capsys.readouterr().out
+
+
 def test_commands_in_the_readme_are_understood():
     commands = re.findall(r"^opt-np (.*?)(?:  +#.*)?$", README, re.M)
     assert len(commands) >= 5
