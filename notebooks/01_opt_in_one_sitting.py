@@ -15,7 +15,7 @@ from opt_np import OPTForCausalLM, OPTTokenizer, lens, model, ops
 
 lm, tok = OPTForCausalLM.from_pretrained(MODEL), OPTTokenizer.from_pretrained(MODEL)
 params, cfg = lm.params, lm.config
-print(f"{cfg.num_hidden_layers} layers, {cfg.num_attention_heads} heads of {cfg.head_dim}, stream of {cfg.hidden_size}")
+print(cfg.num_hidden_layers, "layers,", cfg.num_attention_heads, "heads of", cfg.head_dim)
 
 # %% [markdown]
 # ## Text becomes numbers
@@ -69,7 +69,7 @@ show(model.decoder_layer)
 block = params["layers"][0]
 h = ops.layer_norm(x, **block["self_attn_layer_norm"])
 plain = ops.layer_norm(x)  # before weight and bias
-print("mean", np.abs(plain.mean(-1)).max().round(6), " standard deviation", plain.std(-1).round(3)[0])
+print("largest mean", np.abs(plain.mean(-1)).max().round(6), " deviations", plain.std(-1)[0].round(3))
 assert np.allclose(plain.mean(-1), 0, atol=1e-5)
 assert np.allclose(plain.var(-1), 1, atol=0.1)
 
@@ -112,7 +112,8 @@ def my_attention(q, k, v, scale):
     O = np.zeros_like(q)
     for b in range(q.shape[0]):
         for head in range(q.shape[2]):
-            scores = scale * q[b, :, head] @ k[b, :, head].T  # (T, T); hide the future, then softmax
+            scores = scale * q[b, :, head] @ k[b, :, head].T  # (T, T)
+            # here: hide the future, and take the softmax
             O[b, :, head] = scores @ v[b, :, head]
     return O
 
@@ -133,7 +134,8 @@ h1 = ops.layer_norm(x1, **block["final_layer_norm"])  # the checkpoint's name fo
 inner = ops.activation(ops.linear(h1, **block["fc1"]), cfg.activation_function)
 x2 = x1 + ops.linear(inner, **block["fc2"])
 print(f"{(inner == 0).mean():.0%} of the {inner.shape[-1]} inner numbers are zero")
-assert np.allclose(x2, model.decoder_layer(x, block, cfg, where, ops, None, 0, model.no_tap), atol=1e-5)
+expected = model.decoder_layer(x, block, cfg, where, ops, None, 0, model.no_tap)
+assert np.allclose(x2, expected, atol=1e-5)
 
 # %% [markdown]
 # ### Exercise 2: LayerNorm

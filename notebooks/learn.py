@@ -113,7 +113,9 @@ def how_far(found: np.ndarray, wanted: np.ndarray) -> str:
     if np.ptp(shifts) < 1e-9:
         return f"{said}; all are {shifts.mean():+.6g} too large"
     rows = off.reshape(len(off), -1).any(1)
-    return f"{said}; the first is at {tuple(int(i) for i in np.argwhere(off)[0])}" + ("" if rows.all() else f", and {int((~rows).sum())} rows are right")
+    return f"{said}; the first is at {tuple(int(i) for i in np.argwhere(off)[0])}" + (
+        "" if rows.all() else f", and {int((~rows).sum())} rows are right"
+    )
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------------------------
