@@ -155,9 +155,9 @@ class OPTForCausalLM(OPTPreTrained):
         loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
         return replace(out, logits=logits, loss=loss)
 
-    def run_with_cache(self, input_ids: Any, names: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
+    def run_with_cache(self, input_ids: Any, names_filter: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
         """The logits and the values on the way there, by HF's paths and TransformerLens's names; see taps.run_with_cache.  input_ids: (B, T)"""
-        return taps.run_with_cache(self, input_ids, names, **inputs)
+        return taps.run_with_cache(self, input_ids, names_filter, **inputs)
 
     def run_with_hooks(self, input_ids: Any, fwd_hooks: Any, **inputs: Any) -> Any:
         """The logits with values replaced on the way there; see taps.run_with_hooks.  input_ids: (B, T)  ->  (B, T, V)"""

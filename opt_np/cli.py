@@ -403,11 +403,16 @@ def backend_for(name: Any, backend: str, dtype: str, quantize: str | None) -> st
 def load(
     model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, quantize: str | None, stream_layers: bool
 ) -> tuple[Any, Any]:
-    """The language model and its tokenizer."""
+    """The language model and its tokenizer; a GPT-2 is loaded as an OPT."""
+    from opt_np import gpt2
     from opt_np.classes import OPTForCausalLM
     from opt_np.tokenizer import OPTTokenizer
 
     name = find_model(model)
+    if gpt2.is_gpt2(name, revision):
+        if quantize or stream_layers:
+            raise ValueError(f"{name} is a GPT-2; --quantize and --stream-layers are for OPT: convert it with save_pretrained first")
+        return gpt2.load(name, revision, dtype, backend, strict)
     tokenizer = OPTTokenizer.from_pretrained(name, revision)
     backend = backend_for(name, backend, dtype, quantize)
     return OPTForCausalLM.from_pretrained(name, revision, dtype, backend, quantize, strict=strict, stream_layers=stream_layers), tokenizer

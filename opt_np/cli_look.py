@@ -26,38 +26,47 @@ def add_trace(commands: Any) -> None:
     add_model(p)
     add_stream_layers(p)
     p.add_argument("--fused", action="store_true", help="the steps as the backend runs them, attention and mlp each in one")
-    p.add_argument("--against", choices=AGAINST, help="show instead where the same model, computed so, differs first")
-    p.add_argument("--beside", metavar="MODEL", help="show instead the steps of another model side by side, a GPT-2 or an OPT")
+    p.add_argument("--against", choices=AGAINST, help="compare with the same model on another backend, in another dtype, quantised, or in PyTorch")
+    p.add_argument("--each", action="store_true", help="with --against: every block reads what it should, so that each shows what it adds itself")
+    p.add_argument("--beside", metavar="MODEL", help="show the steps of another model beside these, of a GPT-2 or an OPT")
     p.add_argument("--out", metavar="FILE.npz", help="also save every step's values, by name, as a NumPy file")
 
 
-def trace(text: str, fused: bool, against: str | None, beside: str | None, out: str | None, **how: Any) -> None:
+def trace(text: str, fused: bool, against: str | None, each: bool, beside: str | None, out: str | None, **how: Any) -> None:
     from opt_np import trace as t
 
     if sum(map(bool, (against, beside, out))) > 1:
-        raise ValueError("--against, --beside and --out are three ways to go on; choose one")
+        raise ValueError("--against, --beside and --out do different things; give one of them")
+    if each and (against in (None, "torch") or fused):
+        raise ValueError("--each goes with --against another backend, dtype or quantisation, and without --fused")
+    if fused and beside:
+        raise ValueError("--beside compares the unfused steps; leave out --fused")
     language_model, tokenizer = load(**how)
     text = sys.stdin.read() if text == "-" else text
     ids = [tokenizer.encode(text)]
     if beside:
         from opt_np.gpt2 import side_by_side
 
-        print(side_by_side(language_model, tokenizer, *load_any(beside), text))
+        print(side_by_side(language_model, tokenizer, *load(beside, None, False, "numpy", "float32", None, False), text))
         return
     steps = t.record(language_model, ids, fused=fused, values=bool(against or out))
     if against:
-        print(t.compare(steps, record_against(against, ids, fused, language_model, how)))
+        found = t.compare(steps, record_against(against, ids, fused, each and language_model, how))
+        print(found)
+        print(f"the worst is {t.short(found.worst.name)}, off by {found.worst.error:.1e}")
         return
+    print(t.table(steps))
     if out:
         import numpy as np
 
         values: dict[str, Any] = {step.name: step.value for step in steps}
-        np.savez(out, **values)
-    print(t.table(steps))
+        with open(out, "wb") as file:  # NumPy would put another ending to the name
+            np.savez(file, **values)
+        print(f"{out}: the values of {len(steps)} steps")
 
 
-def record_against(what: str, ids: list[list[int]], fused: bool, language_model: Any, how: dict[str, Any]) -> Any:
-    """The trace of the same checkpoint by other means."""
+def record_against(what: str, ids: list[list[int]], fused: bool, exact: Any, how: dict[str, Any]) -> Any:
+    """The trace of the same checkpoint by other means; with `exact`, each block reads what that model's does."""
     from opt_np import trace as t
     from opt_np import verify
 
@@ -76,17 +85,8 @@ def record_against(what: str, ids: list[list[int]], fused: bool, language_model:
         other = {"quantize": what}
     else:
         other = {"backend": what} if what in ("numpy", "cpu") else {"dtype": what, "backend": "numpy" if what == "float64" else "auto"}
-    return t.record(load(**{**how, **other})[0], ids, fused=fused)
-
-
-def load_any(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer: a GPT-2, if config.json says so, else an OPT."""
-    from opt_np import gpt2, hub
-    from opt_np.checkpoint import read_json
-
-    if read_json(hub.find(name).config / "config.json").get("model_type") == "gpt2":
-        return gpt2.load(name)
-    return load(name, None, False, "numpy", "float32", None, False)
+    model = load(**{**how, **other})[0]
+    return t.record_each(model, exact, ids) if exact else t.record(model, ids, fused=fused)
 
 
 def add_score(commands: Any) -> None:
@@ -219,10 +219,15 @@ def add_plan(commands: Any) -> None:
     p.add_argument("--gen", type=int, default=128, metavar="N", help="new tokens of each row")
     kinds = ("float64", "float32", "float16", "bfloat16", "int8", "int4")
     p.add_argument("--dtype", default="float32", choices=kinds, help="of the weights in memory")
-    p.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu"), help="whose memory is planned")
-    p.add_argument("--device", default=None, choices=tuple(DEVICES), help="another machine than this one: its memory and speeds as published")
+    p.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "numpy", "cpu"),
+        help="whose memory is planned; a --device is planned as if the cpu backend ran there",
+    )
+    p.add_argument("--device", default=None, choices=tuple(DEVICES), help="memory and speeds of another machine, as its maker publishes them")
     p.add_argument("--memory", type=float, metavar="GB", help="to fit into, in 10^9 bytes; without it, what is free on this machine")
-    p.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory; without it, measured here, which takes some seconds")
+    p.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory, 60 or so for a laptop; without it, measured here for some seconds")
     p.add_argument("--tflops", type=float, metavar="X", help="10^12 FLOP/s of products; without it, measured here in float32")
 
 
@@ -237,7 +242,8 @@ def plan(model: str, batch: int, prompt: int, gen: int, dtype: str, backend: str
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{option} is {value:g}; it must be above 0")
     kind, dtype = (dtype, "float32") if dtype.startswith("int") else (None, dtype)
-    room, speed, flops = p.DEVICES.get(device or "", (p.available(), None, None))
+    room, speed, *peaks = p.DEVICES.get(device or "", (p.available(), None, None, None))
+    flops = peaks[dtype not in ("float16", "bfloat16")]  # whole numbers are computed with in float32
     if not device and (bandwidth is None or tflops is None):
         from opt_fast.limits import measure
 
@@ -245,7 +251,7 @@ def plan(model: str, batch: int, prompt: int, gen: int, dtype: str, backend: str
         speed, flops = measured["bandwidth"], measured["matmul"]
     speed, flops = (x * unit if x else known for x, unit, known in ((bandwidth, 1e9, speed), (tflops, 1e12, flops)))
     given = bool(bandwidth) + bool(tflops)
-    stated = "as stated" if device or given == 2 else "as stated and measured here" if given else "as measured here"
+    stated = "as stated" if device or given == 2 else "as stated and measured here, just now" if given else "as measured here, just now"
     where = f"{speed / 1e9:.1f} GB/s and {flops / 1e12:.3g} TFLOP/s, {stated}"  # type: ignore[operator]
     backend = "cpu" if device else "numpy" if dtype == "float64" else choose_backend(backend, dtype)
     number = 8 if dtype == "float64" else 2 if device and dtype in ("float16", "bfloat16") else 4

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new")  # OPT's, Galactica's, GPT-2's
+FIRST_ROW = "first_position_row"  # an extra key, of a GPT-2 read as an OPT: its own table of positions begins at this row
 POSITION_OFFSET = 2  # embed_positions has max_position_embeddings + 2 rows; position p reads row p + 2
 
 # name: layers, heads, hidden_size (ffn_dim is four times that). Source: metaseq/launcher/opt_job_constants.py.

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from opt_np.config import OPTConfig, parameter_shapes
+from opt_np.config import FIRST_ROW, POSITION_OFFSET, OPTConfig, parameter_shapes
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 ACTIVATION = {"relu": 1, "gelu": 125, "gelu_new": 9}  # FLOPs for each number; gelu's Φ is a series, ops.normal_cdf
 DECODER = "model.decoder"
 # By the last part of a step's name: {h} is what a block's branch reads, {b} a bias where there is one, {f} the activation.
 EQUATIONS = {
-    "embed_tokens": "x = E[ids]", "project_in": "x = x Wᵀ", "embed_positions": "p = P[positions + 2]", "resid_pre": "x = x + p",
+    "embed_tokens": "x = E[ids]", "project_in": "x = x Wᵀ", "embed_positions": "p = P[positions{offset}]", "resid_pre": "x = x + p",
     "self_attn_layer_norm": "{h} = LayerNorm(x)", "q_proj": "q = {h} Wᵀ{b}", "k_proj": "k = {h} Wᵀ{b}", "v_proj": "v = {h} Wᵀ{b}",
     "attn_scores": "s = q kᵀ/√Dh", "attn_weights": "P = softmax(s)", "attn_output": "O = P v", "self_attn": "a = O Wᵀ{b}", "resid_mid": "x = x + a",
     "final_layer_norm": "{h} = LayerNorm(x)", "fc1": "u = {h} Wᵀ{b}", "activation_fn": "u = {f}(u)", "fc2": "m = u Wᵀ{b}", "resid_post": "x = x + m",
@@ -48,7 +48,13 @@ def equation(name: str, cfg: OPTConfig, fused: bool = False) -> str:
     """What a step computes, in letters."""
     stage, in_block = name.rpartition(".")[2], ".layers." in name
     form = (EQUATIONS | FUSED_EQUATIONS if fused else EQUATIONS)[stage]
-    return form.format(h="h" if cfg.do_layer_norm_before and in_block else "x", b=" + b" * cfg.enable_bias, f=cfg.activation_function)
+    offset = cfg.extra.get(FIRST_ROW, POSITION_OFFSET)
+    return form.format(
+        offset=f" + {offset}" if offset else "",
+        h="h" if cfg.do_layer_norm_before and in_block else "x",
+        b=" + b" * cfg.enable_bias,
+        f=cfg.activation_function,
+    )
 
 
 def pairs(batch: int, tokens: int, past: int = 0) -> int:

@@ -83,6 +83,8 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str], layer: int | Sequence[int] | str = -1, **how: Any) -> Any:
     """`embed` of texts, a few at a time; of several layers a list, an array for each.  ->  (N, D)        Raises ValueError."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts is the text {texts[:40]!r}; it is a list of texts: [text] for one")
     if "" in texts:
         raise ValueError(f"text {texts.index('') + 1} of {len(texts)} is empty, and has no vector; take it out")
     parts = []
@@ -129,5 +131,6 @@ def place(similarity: np.ndarray, own: np.ndarray) -> np.ndarray:
 def table(found: list[LayerScore]) -> str:
     """A line per layer, the best marked: by recall, then by mean reciprocal rank."""
     best = max(found, key=lambda score: (score.recall_at_1, score.mean_reciprocal_rank))
-    lines = [f"{s.layer:5}  {s.recall_at_1:8.4f}  {s.mean_reciprocal_rank:20.4f}{'  best' if s is best else ''}" for s in found]
-    return "\n".join(["layer  recall@1  mean reciprocal rank", *lines])
+    where = [f"{s.layer:5}  {f'after block {s.layer - 1}' if s.layer else 'embeddings':<14}" for s in found]
+    lines = [f"{w}  {s.recall_at_1:8.4f}  {s.mean_reciprocal_rank:20.4f}{'  best' if s is best else ''}" for w, s in zip(where, found, strict=True)]
+    return "\n".join([f"layer  {'':<14}  recall@1  mean reciprocal rank", *lines])

@@ -18,8 +18,8 @@ from tokenizers import models
 
 from opt_np import checkpoint, hub, trace
 from opt_np.checkpoint import CheckpointError
-from opt_np.classes import OPTForCausalLM
-from opt_np.config import POSITION_OFFSET, OPTConfig
+from opt_np.classes import OPTForCausalLM, choose_backend
+from opt_np.config import FIRST_ROW, POSITION_OFFSET, OPTConfig
 from opt_np.tokenizer import OPTTokenizer, byte_level
 from opt_np.tree import unflatten
 
@@ -30,21 +30,26 @@ DEFAULTS = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_
 # Keys that would change the numbers, and the values with which OPT's function computes the same.
 ONLY_VALUES = {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
                "reorder_and_upcast_attn": (False, True), "add_cross_attention": (False,), "tie_word_embeddings": (True,)}  # fmt: skip
-FIRST_ROW = "first_position_row"  # in the config's extra keys: where GPT-2's own table of positions begins
 NAMES = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "final_layer_norm", "ln_1": "self_attn_layer_norm", "ln_2": "final_layer_norm",
          "attn.c_proj": "self_attn.out_proj", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}  # fmt: skip
 
 
-def load(name: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy") -> tuple[OPTForCausalLM, OPTTokenizer]:
+def is_gpt2(name: str | Path, revision: str | None = None) -> bool:
+    """Whether config.json says so. Raises CheckpointError as hub.find."""
+    return checkpoint.read_json(hub.find(name, revision, tokenizer=False).config / "config.json").get("model_type") == "gpt2"
+
+
+def load(name: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
+         strict: bool = False) -> tuple[OPTForCausalLM, OPTTokenizer]:  # fmt: skip
     """A GPT-2 folder or hub id, such as openai-community/gpt2, as an OPTForCausalLM and its tokenizer.
 
     Raises CheckpointError for what is no GPT-2, or one that this function does not compute. Equals HF's GPT2LMHeadModel.
     """
     source = hub.find(name, revision)
     cfg = config(checkpoint.read_json(source.config / "config.json"), source.config)
-    flat = checkpoint.as_type(renamed(checkpoint.read_weights(source.weights), cfg), cfg, source.name, dtype, strict=False, copy=True)
+    flat = checkpoint.as_type(renamed(checkpoint.read_weights(source.weights), cfg), cfg, source.name, dtype, strict, copy=True)
     params = unflatten(checkpoint.checked(flat, cfg, source.name))
-    return OPTForCausalLM(params, cfg, backend), tokenizer(source.tokenizer)
+    return OPTForCausalLM(params, cfg, choose_backend(backend, dtype)), tokenizer(source.tokenizer)
 
 
 def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:

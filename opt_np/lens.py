@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from opt_np import taps
-from opt_np.model import final, lm_logits, no_tap
+from opt_np.model import final, lm_logits, mask_array, no_tap
 from opt_np.ops import LAYER_NORM_EPS
 
 PIECES = ("embed_tokens", "project_in", "embed_positions", "resid_pre", "resid_mid", "resid_post", "attn_output", ".self_attn", "fc2")
@@ -43,12 +43,13 @@ def attribution(model: Any, input_ids: Any, tokens: Any, position: int = -1, hea
 
     input_ids: (B, T);  tokens: (K)  ->  by name, (B, K)
 
+    position -1 is each row's last real token; others are columns, in which every row has a real token.
     Parts are the embeddings, each block's attention (each of its heads, and the bias, with heads=True) and mlp, and the biases of the LayerNorms that
     the stream passes: their division by the stream's own size is taken as given, and what remains is linear. Raises ValueError for an unknown token.
     """
     tokens, vocab = np.atleast_1d(tokens), model.config.vocab_size
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab:
-        raise ValueError(f"tokens is {tokens.tolist()}; it lists ids from 0 to {vocab - 1}")
+        raise ValueError(f"tokens is {tokens.tolist()}; it lists ids from 0 to {vocab - 1}, as tok.encode(text, add_special_tokens=False) gives them")
     directions = np.asarray(model.ops.embed(tokens, **model.params.get("lm_head", model.params["embed_tokens"])))  # (K, W)
     return {name: piece @ directions.T for name, piece in residual_pieces(model, input_ids, position, heads, **inputs).items()}
 
@@ -58,18 +59,20 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
 
     input_ids: (B, T)  ->  by name, (B, W)
     """
-    cfg, params = model.config, model.params
+    cfg, params, column = model.config, model.params, columns(input_ids, position, inputs.get("attention_mask"))
+    rows = np.arange(len(column))
     _, cache = taps.run_with_cache(model, input_ids, lambda path: path.endswith(PIECES), logits_to_keep=1, **inputs)
 
     def at(name: str) -> np.ndarray:
-        return np.asarray(cache[name])[:, position]
+        value = np.asarray(cache[name])
+        return value[rows if len(value) > 1 else 0, column]  # positions may be looked up once for all rows
 
     B = at("blocks.0.hook_resid_pre").shape[0]
     pieces = {name: np.broadcast_to(at(point), (B, cfg.hidden_size)) for name, point in (("tokens", "hook_embed"), ("positions", "hook_pos_embed"))}
     for i, layer in enumerate(params["layers"]):
         here = taps.LAYER.format(i=i)
         if heads:
-            z = np.asarray(cache[f"{here}.self_attn.attn_output"])[:, [position]]
+            z = at(f"{here}.self_attn.attn_output")[:, None]
             out_proj = layer["self_attn"]["out_proj"]
             pieces |= {f"layer {i} head {h}": result[:, 0] for h, result in taps.head_results(z, out_proj, model.ops)}
             if "bias" in out_proj:
@@ -86,6 +89,19 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
     if "project_out" in params:
         pieces = {name: np.asarray(model.ops.linear(np.ascontiguousarray(piece), **params["project_out"])) for name, piece in pieces.items()}
     return pieces
+
+
+def columns(input_ids: Any, position: Any, attention_mask: Any) -> np.ndarray:
+    """Where each row is looked at.  input_ids: (B, T);  attention_mask: (B, T)  ->  (B).  Raises ValueError for padding and for what is outside."""
+    real = np.ones(np.shape(input_ids), bool) if attention_mask is None else mask_array(attention_mask).astype(bool)
+    T = real.shape[1]
+    if not isinstance(position, int | np.integer) or not -T <= position < T:
+        raise ValueError(f"position is {position!r}; it is a column from 0 to {T - 1}, or from -{T} to -1, or -1 for each row's last real token")
+    found = T - 1 - real[:, ::-1].argmax(1) if position == -1 else np.full(len(real), position % T)
+    if not real[np.arange(len(real)), found].all():
+        padded = int((~real[np.arange(len(real)), found]).argmax())
+        raise ValueError(f"column {int(found[padded])} of row {padded} is padding; choose a column in which every row has a real token, or -1")
+    return found
 
 
 def normed(pieces: Pieces, x: np.ndarray, p: dict, bias: str) -> Pieces:

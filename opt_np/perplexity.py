@@ -32,13 +32,13 @@ class TooShort(ValueError):
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text's tokens cost under one convention. Words and bytes are those of the text where all of it is scored (lm-eval), else None."""
+    """What a text's tokens cost under one convention. Words and bytes are those of the text where all of it is scored, else None."""
 
     convention: str
     meaning: str
     nats: float  # of all scored tokens together
     scored: int  # tokens
-    dropped: int  # tokens that the tokenizer made of the text and that are not scored
+    dropped: int  # of the text's own tokens, </s> aside, those that are not scored
     words: int | None = None  # len(re.split(r"\\s+", text))
     bytes: int | None = None  # UTF-8
     hf_docs: float | None = None  # stride: what the code of HF's page makes of it, which weighs each window by its new tokens less one
@@ -84,10 +84,11 @@ def perplexity(model: Any, tokenizer: Any, text: str, convention: str = "gptq", 
         wanted = f"one window of {window}" if name == "gptq" else "2, as each is scored by those before it"
         raise TooShort(f"{convention}: the text is {len(tokens)} tokens, and it takes {wanted}; add text or shorten the window")
     nats = np.array([-window_logprobs(model, tokens, w).sum() for w in tqdm(cut, desc=convention, unit=" windows", disable=None, leave=False)])
-    scored, whole = sum(w.stop - w.first for w in cut), name == "lm-eval"
+    scored = sum(w.stop - w.first for w in cut)
+    dropped = max(len(tokenizer.encode(text, add_special_tokens=False)) - scored, 0)
     return Perplexity(
-        convention, CONVENTIONS[convention].format(window=window, stride=stride), float(nats.sum()), scored, len(ids) - scored,
-        len(re.split(r"\s+", text)) if whole else None, len(text.encode()) if whole else None, hf_docs(cut, nats) if name == "stride" else None,
+        convention, CONVENTIONS[convention].format(window=window, stride=stride), float(nats.sum()), scored, dropped,
+        None if dropped else len(re.split(r"\s+", text)), None if dropped else len(text.encode()), hf_docs(cut, nats) if name == "stride" else None,
     )  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def table(found: list[Perplexity | TooShort]) -> str:
     rows = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]
     meanings = [f"{p.convention}: {p.meaning}" for p in known]
     docs = [f"stride, as the code of HF's page averages (each window weighs its new tokens less one): {p.hf_docs:.4f}" for p in known if p.hf_docs]
-    return "\n".join([*rows, "", *meanings, *docs, *(str(reason) for reason in found if isinstance(reason, TooShort))])
+    advice = "Compare only numbers of one convention and one window. Across tokenizers compare bits per byte; with quantisation papers, gptq at 2048."
+    return "\n".join([*rows, "", *meanings, *docs, *(str(reason) for reason in found if isinstance(reason, TooShort)), "", advice])
 
 
 def disjoint_windows(n: int, window: int, stride: int = 0) -> Iterator[Window]:

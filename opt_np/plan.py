@@ -17,8 +17,8 @@ GB = 1e9
 # What malloc keeps of arrays that were made into others and freed, as measured.
 SLACK = {"float64": 25_000_000, "float32": 25_000_000, "float16": 0, "bfloat16": 0, "whole numbers": 8_000_000}
 HUGE_PAGE = 2**21  # bytes that Linux hands out at once for large arrays
-# Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits.
-DEVICES = {"h200": (141e9, 4.8e12, 989e12), "h100": (80e9, 3.35e12, 989e12)}
+# Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits and in float32.
+DEVICES = {"h200": (141e9, 4.8e12, 989e12, 67e12), "h100": (80e9, 3.35e12, 989e12, 67e12)}
 
 
 class Memory(NamedTuple):
@@ -121,25 +121,27 @@ def report(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str, kind: 
     m = memory(cfg, batch, prompt, gen, dtype, kind, backend, cache_number)
     first, rest = prefill(cfg, batch, prompt, dtype, kind), decode(cfg, batch, prompt, gen, dtype, kind)
     t_first, t_rest = first.seconds(bandwidth, flops), rest.seconds(bandwidth, flops)
+    each = t_rest / max(gen - 1, 1)
+    most = "while loading" if m.loading > max(m.prompt_cache + m.working, m.cache) else "while generating"
     lines = [
-        f"parameters   {costs.parameters(cfg):,}",
+        f"parameters   {costs.parameters(cfg):,}; {batch} × ({prompt} + {gen}) tokens, memory as of backend {backend}",
         f"weights      {m.weights / GB:.3f} GB in {kind or dtype}",
         f"cache        {m.cache / GB:.3f} GB: {batch} × {prompt + gen} tokens, {costs.cache_bytes(cfg, 1, 1, cache_number) / 1024:.0f} KiB each",
-        f"working      {m.working / GB:.3f} GB at most while generating, {m.loading / GB:.3f} GB while loading",
-        f"peak         {m.peak / GB:.3f} GB" + ("" if room is None else f", of {room / GB:.1f} GB: {fits(m, room)}"),
+        f"working      {m.working / GB:.3f} GB while the prompt is read, {m.loading / GB:.3f} GB while loading; {m.slack / GB:.3f} GB lost to malloc",
+        f"peak         {m.peak / GB:.3f} GB, {most}" + ("" if room is None else f", of {room / GB:.1f} GB: {fits(m, room)}"),
         f"prefill      {first.flops / 1e9:.1f} GFLOP, {first.bytes / GB:.3f} GB moved: at least {duration(t_first)} to the first token",
     ]
     if gen > 1:
-        each = t_rest / (gen - 1)
         per_step = f"{rest.flops / (gen - 1) / 1e9:.3f} GFLOP, {rest.bytes / (gen - 1) / GB:.3f} GB moved a step"
-        lines.append(f"decode       {per_step}: at least {duration(each)} a step, at most {batch / each:.1f} tokens/s")
+        rows = f", all {batch} rows together" if batch > 1 else ""
+        lines.append(f"decode       {per_step}: at least {duration(each)} a step, at most {batch / each:.1f} tokens/s{rows}")
     return "\n".join([*lines, f"in all       at least {duration(t_first + t_rest)}, at {where}"])
 
 
 def fits(m: Memory, room: float) -> str:
     if m.peak <= room:
         return "fits"
-    if m.cache + m.working < room:
+    if max(m.cache, m.prompt_cache + m.working) + m.slack < room:
         return "does not fit; read its layers anew at every pass (--stream-layers), or choose int8, int4, or a smaller model"
     return "does not fit, even without its weights; choose a smaller batch or fewer tokens"
 

@@ -230,9 +230,11 @@ def mc_dropout(
     """
     check_head(model)
     if model.ops is not numpy_ops:
-        raise ValueError(f"dropout is computed by NumPy, and this model is laid out for {model.ops.__name__}: load it with backend='numpy'")
+        raise ValueError(
+            f"dropout is computed by NumPy, and this model is laid out for {model.ops.__name__}: load it with backend='numpy' (--backend numpy)"
+        )
     if not whole(2)(samples):
-        raise ValueError(f"samples={samples!r} must be a whole number of at least 2: one has nothing to disagree with")
+        raise ValueError(f"samples={samples!r} (--mc-dropout) must be a whole number of at least 2: one has nothing to disagree with")
     rate = model.config.dropout if dropout is None else dropout
     if not 0 < rate < 1:
         raise ValueError(f"dropout={rate} must be above 0, or every sample is the same, and below 1: give dropout=0.1, say")
@@ -376,7 +378,7 @@ def summary(scores: Scores, calibration: Calibration | None = None) -> str:
     mean = float(scores.logprob[scores.scored].mean())
     lines = [f"tokens        {scores.rank.shape[1]}, of which {scores.scored.sum()} are scored",
              f"mean logprob  {mean:.4f} nats, {mean / math.log(2):.4f} bits",
-             f"perplexity    {math.exp(-mean) if mean > -700 else math.inf:.4f}"]  # fmt: skip
+             f"perplexity    {math.exp(-mean) if mean > -700 else math.inf:.4f}, of the scored tokens; see --perplexity"]  # fmt: skip
     if calibration:
         said, right = (float(values[calibration.count > 0] @ calibration.count[calibration.count > 0]) / calibration.count.sum()
                        for values in (calibration.confidence, calibration.accuracy))  # fmt: skip
@@ -399,7 +401,7 @@ def report(model: Any, tokenizer: Any, text: str, window: int | None = None, str
     if believed and reliability:
         reliability_plot(believed, reliability)
     found = records(scores, ids, tokenizer, between)
-    return "\n".join(map(dumps, found)) if json else f"{table(found)}\n\n{summary(scores, believed)}"
+    return "\n".join(map(dumps, found)) if json else f"{table(found)}\n\n{LEGEND}\n\n{summary(scores, believed)}"
 
 
 def number(x: float) -> float | None:
@@ -407,6 +409,8 @@ def number(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
+LEGEND = """rank: how many tokens were likelier. entropy: the surprise, -ln p, that was expected. varentropy: its variance. margin: p of the
+likeliest less p of the second. information: of the entropy, what the predictions disagree about. std: of the token's logprob among them."""
 COLUMNS = {  # heading: key and format
     "logprob": ("logprob", ".3f"), "rank": ("rank", "d"), "entropy": ("entropy_nats", ".3f"), "in bits": ("entropy_bits", ".3f"),
     "varentropy": ("varentropy", ".3f"), "margin": ("margin", ".3f"), "information": ("mutual_information", ".4f"), "std": ("logprob_std", ".3f"),

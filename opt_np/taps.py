@@ -37,6 +37,7 @@ BY_HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 # What is made from other points when it is asked for: the LayerNorms' denominators, and each head's part of the attention's output.
 DERIVED = ("ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale", "attn.hook_result")
 
+Which = str | tuple | Callable[[str], bool]  # a point's name of either kind, its short form ("pattern", 3), or whether a name is meant
 Hook = Callable[[Any, str], Any]  # (value, name) -> the value to go on with, or None for the given one, which the hook may have changed in place
 
 
@@ -71,63 +72,82 @@ def aliases(cfg: OPTConfig) -> dict[str, str]:
 def point(name: str, cfg: OPTConfig) -> str:
     """The point that a name of either kind means. Raises ValueError, with the names that come near."""
     here, other = names(cfg), aliases(cfg)
+    if derived(name):
+        raise ValueError(f"{name} is made from other points when it is looked up in a cache; it cannot be replaced")
     if name in here or name in other:
         return other.get(name, name)
     near = difflib.get_close_matches(name, [*here, *other], n=3, cutoff=0)
     raise ValueError(f"{name!r} is no point of this model; near it are {', '.join(near)} (taps.names lists all)")
 
 
-def run_with_cache(model: Any, input_ids: Any, names: str | Iterable[str] | Callable[[str], bool] | None = None,
-                   **inputs: Any) -> tuple[Any, Cache]:  # fmt: skip
-    """The logits, and the values of all points, of those named, or of those for whose path names(path) is true; further arguments go to the model.
+def run_with_cache(model: Any, input_ids: Any, names_filter: Which | Iterable[Which] | None = None, **inputs: Any) -> tuple[Any, Cache]:
+    """The logits, and the values of all points, of those named, or of those for whose name names_filter(name) is true; the rest goes to the model.
 
     input_ids: (B, T)  ->  (B, T, V), values by name
 
-    Values are copies. Raises ValueError for an unknown name. Source: TransformerLens's run_with_cache.
+    Values are copies. Raises ValueError for a name or a filter that means no point. Source: TransformerLens's run_with_cache.
     """
     found = Cache(model)
-    if not callable(names):
-        wanted = {needed for name in ([names] if isinstance(names, str) else names or ()) for needed in found.sources(name)}
-        keep = wanted.__contains__ if names is not None else lambda _: True
-    else:
-        keep = names
+    which = [] if names_filter is None else [names_filter] if isinstance(names_filter, str | tuple) or callable(names_filter) else list(names_filter)
+    kept = {path for one in which for path in found.sources(one)}
 
     def tap(name: str, value: Any) -> Any:
-        if keep(name):
+        if not which or name in kept:
             found[name] = copied(value)
         return value
 
     return model(input_ids, tap=tap, **inputs).logits, found
 
 
-def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[str | Callable[[str], bool], Hook]], **inputs: Any) -> Any:
-    """The logits when hooks see, and may replace, values on their way: pairs of a name, or what says whether a path is meant, and the hook.
+def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[Which, Hook]], **inputs: Any) -> Any:
+    """The logits when hooks see, and may replace, values on their way: pairs of a name, or what says whether a name is meant, and the hook.
 
     input_ids: (B, T)  ->  (B, T, V)
 
     hook(value, name) returns the value to go on with, or None for the one it was given, which it may change in place. Several at one point run in
-    their order. Raises ValueError for an unknown name, and for a value of another shape. Source: TransformerLens's run_with_hooks.
+    their order. Raises ValueError for a name that means no point, and for a value of another shape. Source: TransformerLens's run_with_hooks.
     """
+    if "labels" in inputs:
+        raise ValueError("run_with_hooks returns logits; for the loss, call model(ids, labels=ids, tap=taps.hooked(hooks, model.config)).loss")
     return model(input_ids, tap=hooked(fwd_hooks, model.config), **inputs).logits
 
 
-def hooked(hooks: Iterable[tuple[str | Callable[[str], bool], Hook]], cfg: OPTConfig) -> Tap:
-    """The tap that runs these hooks, for a call of a model or trace.record."""
-    placed = [(which if callable(which) else point(which, cfg).__eq__, which, hook) for which, hook in hooks]
+def hooked(hooks: Iterable[tuple[Which, Hook]], cfg: OPTConfig) -> Tap:
+    """The tap that runs these hooks, for a call of a model or trace.record. Raises ValueError as run_with_hooks does."""
+    placed = [(meant(which, cfg), hook) for which, hook in hooks]
 
     def tap(path: str, value: Any) -> Any:
-        for here, name, hook in placed:
-            if here(path):
-                alias = path if callable(name) else name
-                given = seen_as(alias, copied(value), cfg)
-                result = hook(given, alias)
-                result = given if result is None else result
-                if tuple(result.shape) != tuple(given.shape):
-                    raise ValueError(f"the hook at {alias} returned {tuple(result.shape)}; the value there is {tuple(given.shape)}")
-                value = result.reshape(value.shape)
+        for here, hook in placed:
+            if path in here:
+                value = edited(value, here[path], hook, cfg)
         return value
 
     return tap
+
+
+def edited(value: Any, name: str, hook: Hook, cfg: OPTConfig) -> Any:
+    """The value as a hook leaves it."""
+    given = seen_as(name, copied(value), cfg)
+    result = hook(given, name)
+    result = given if result is None else result
+    if tuple(getattr(result, "shape", ())) != tuple(given.shape) or result.dtype != given.dtype:
+        had = f"{result.dtype}{tuple(result.shape)}" if hasattr(result, "shape") else type(result).__name__
+        raise ValueError(f"the hook at {name} returned {had}; the value there is {given.dtype}{tuple(given.shape)}")
+    return result.reshape(value.shape)
+
+
+def meant(which: Which, cfg: OPTConfig) -> dict[str, str]:
+    """The paths of the points that a name means, or that are meant where which(name) is true, each with the name by which it was meant.
+
+    Raises ValueError if there is none.
+    """
+    if not callable(which):
+        name = full_name(which)
+        return {point(name, cfg): name}
+    found = {path: alias for alias, path in aliases(cfg).items() if which(alias)} | {path: path for path in names(cfg) if which(path)}
+    if not found:
+        raise ValueError("the filter is true for no point's name, neither HF's nor TransformerLens's (taps.names and taps.aliases list them)")
+    return found
 
 
 def seen_as(name: str, value: Any, cfg: OPTConfig) -> Any:
@@ -141,7 +161,10 @@ def copied(value: Any) -> Any:
 
 
 class Cache(dict):
-    """Values by the paths of their points; looked up by TransformerLens's names as well, and by its short form cache["pattern", 3]."""
+    """Values by the paths of their points; looked up by TransformerLens's names as well, and by its short form cache["pattern", 3].
+
+    lens.residual_pieces and lens.attribution do what TransformerLens's decompose_resid and logit_attrs do.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -149,29 +172,36 @@ class Cache(dict):
 
     def __missing__(self, name: Any) -> Any:
         name = full_name(name)
-        if derived(name):
-            return self.derive(name)
-        path = point(name, self.cfg)
-        if path not in self.keys():
-            raise KeyError(f"{name} was not kept; ask for it: run_with_cache(model, ids, names=[…, {name!r}])")
-        return seen_as(name, self[path], self.cfg)
-
-    def sources(self, name: str) -> list[str]:
-        """The points that must be kept so that `name` can be looked up."""
-        if name.endswith("attn.hook_result"):
-            return [point(name.replace("result", "z"), self.cfg)]
-        return [self.norm_input(name)] if derived(name) else [point(name, self.cfg)]
-
-    def derive(self, name: str) -> Any:
-        """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds, the bias aside."""
         (source,) = self.sources(name)
         if source not in self.keys():
-            raise KeyError(f"{name} is made from {source}, which was not kept; ask for it: run_with_cache(model, ids, names=[…, {name!r}])")
-        if name.endswith("hook_result"):
-            out_proj = self.model.params["layers"][int(re.findall(r"\d+", name)[0])]["self_attn"]["out_proj"]
-            return np.stack([part for _, part in head_results(np.asarray(self[source]), out_proj, self.model.ops)], axis=2)
+            raise KeyError(f"{name} needs {source}, which was not kept; ask for it: run_with_cache(model, ids, names_filter=[…, {name!r}])")
+        return self.derive(name, source) if derived(name) else seen_as(name, self[source], self.cfg)
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return super().__contains__(name) or all(super(Cache, self).__contains__(path) for path in self.sources(name))
+        except ValueError:
+            return False
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401  (this is get)
+
+    def sources(self, which: Any) -> list[str]:
+        """The points that must be kept so that `which` can be looked up."""
+        name = which if callable(which) else full_name(which)
+        if not derived(name):
+            return list(meant(name, self.cfg))
+        if name.endswith("attn.hook_result"):
+            return [point(name.replace("result", "z"), self.cfg)]
+        return [self.norm_input(name)]
+
+    def derive(self, name: str, source: str) -> Any:
+        """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds, the bias aside."""
         x = np.asarray(self[source])
-        return np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+        if not name.endswith("hook_result"):
+            return np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+        out_proj = self.model.params["layers"][int(re.findall(r"\d+", name)[0])]["self_attn"]["out_proj"]
+        return np.stack([part for _, part in head_results(x, out_proj, self.model.ops)], axis=2)
 
     def norm_input(self, name: str) -> str:
         """The point that a LayerNorm reads, of the name of its scale."""
@@ -189,9 +219,14 @@ def derived(name: Any) -> bool:
 
 
 def full_name(name: Any) -> str:
-    """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", 3, "ln1") -> "blocks.3.ln1.hook_scale"; strings stay as they are."""
+    """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", 3, "ln1") -> "blocks.3.ln1.hook_scale"; strings stay as they are.
+
+    Raises ValueError for what is neither.
+    """
     if isinstance(name, str):
         return name
+    if not isinstance(name, tuple) or len(name) not in (2, 3):
+        raise ValueError(f'{name!r} is no name of a point: a path, a name of TransformerLens, or its short form, as ("pattern", 3)')
     short, i, *inner = name
     inside = inner or [part for part, shorts in (("attn", ("q", "k", "v", "z", "pattern", "attn_scores", "result")), ("mlp", ("pre", "post")))
                        if short in shorts]  # fmt: skip

@@ -1,6 +1,7 @@
 """Every step of a pass in order: its name, equation, shape, FLOPs, bytes, a checksum, and its values on request; and where two passes part.
 
-The steps are counted while the model runs, from the arrays that each operation is given and returns: `costs.py` says the same in closed form.
+The steps are counted while the model runs, from the arrays that each operation is given and returns: `costs.py` says the same in closed form. A step
+is where something is computed: a value that is the step before it, as a block's input is the last one's output, is a point of taps.py only.
 
     ours = record(model, ids)                            # print(table(ours)) shows it
     compare(ours, record(other, ids)).first              # the first step at which another backend, dtype or implementation differs
@@ -40,6 +41,9 @@ class Step(NamedTuple):
     @property
     def bytes(self) -> int:
         return self.weights + self.read + self.written
+
+    def __repr__(self) -> str:
+        return f"Step({self.name}: {self.equation}, {self.dtype}{self.shape}, {self.flops} FLOP, {self.bytes} bytes, {self.checksum})"
 
 
 def record(model: Any, input_ids: Any, attention_mask: Any = None, cache: Any = None, fused: bool = False, values: bool = True,
@@ -253,7 +257,18 @@ class Comparison(NamedTuple):
 
     def verdict(self) -> str:
         compared = f"{len(self.rows)} steps compared, {self.allowed:.0e} of a step's largest value allowed"
-        return f"{compared}: " + (f"the first to differ is {short(self.first.name)}, by {self.first.error:.1e}" if self.first else "none differs")
+        if not self.first:
+            return f"{compared}: none differs"
+        a, b = self.first.a, self.first.b
+        sizes = math.prod(a.shape) == math.prod(b.shape)
+        return f"{compared}: the first to differ is {short(self.first.name)}, " + (
+            f"by {self.first.error:.1e}" if sizes else f"{a.shape} and {b.shape}"
+        )
+
+    @property
+    def worst(self) -> Difference:
+        """The step that differs most."""
+        return max(self.rows, key=lambda row: row.error)
 
 
 def stages(names: list[str]) -> str:
@@ -281,6 +296,19 @@ def compare(a: list[Step], b: list[Step], allowed: float | None = None) -> Compa
     return Comparison(rows, first, allowed, [s.name for s in a if s.name not in others], [s.name for s in b if s.name not in names])
 
 
+def record_each(model: Any, exact: Any, input_ids: Any, **how: Any) -> list[Step]:
+    """The steps of `model` when each of its blocks reads what the same block of `exact` read: what each block itself adds to a difference.
+
+    input_ids: (B, T)        Raises ValueError.
+    """
+    _, given = taps.run_with_cache(exact, input_ids, lambda name: name.endswith(".resid_pre"), attention_mask=how.get("attention_mask"))
+
+    def tap(name: str, value: Any) -> Any:
+        return given[name].astype(value.dtype) if name in given.keys() else value  # noqa: SIM118  (of paths, not of aliases)
+
+    return record(model, input_ids, tap=tap, **how)
+
+
 def difference(a: Step, b: Step) -> float:
     """The largest difference over the largest value of `a`; equal infinities, as hidden scores have, are equal."""
     if a.value is None or b.value is None:
@@ -306,7 +334,7 @@ def difference(a: Step, b: Step) -> float:
 def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> list[Step]:
     """The steps that Hugging Face's OPTForCausalLM has a module for, by hooks on its modules; nothing is counted.
 
-    input_ids: (B, T);  attention_mask: (B, T)
+    input_ids: (B, T);  attention_mask: (B, T)        Raises ValueError for another kind of model.
     """
     import torch
 
@@ -318,6 +346,8 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
         checksum = f"{zlib.crc32(array.data):08x}"
         steps.append(Step(name, "", tuple(array.shape), str(value.dtype).removeprefix("torch."), 0, 0, 0, 0, checksum, array))
 
+    if taps.LAYER.format(i=0) not in dict(oracle.named_modules()):
+        raise ValueError(f"{type(oracle).__name__} is no OPTForCausalLM of transformers: it has no {taps.LAYER.format(i=0)}")
     with hooks_on(oracle, keep), torch.inference_mode():
         oracle(torch.as_tensor(np.asarray(input_ids)), attention_mask=None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask)))
     return steps

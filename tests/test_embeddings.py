@@ -211,8 +211,9 @@ def test_a_sweep_from_the_shell(folder, tmp_path, capsys):
     rows = [line.split() for line in out.splitlines()[1:]]
     best = max(wanted, key=lambda score: (score.recall_at_1, score.mean_reciprocal_rank))
     assert status == 0
-    assert [row[:3] for row in rows] == [[str(w.layer), f"{w.recall_at_1:.4f}", f"{w.mean_reciprocal_rank:.4f}"] for w in wanted]
-    assert [row[3:] for row in rows] == [["best"] if w is best else [] for w in wanted]
+    where = [["embeddings"] if w.layer == 0 else ["after", "block", str(w.layer - 1)] for w in wanted]
+    numbers = [[f"{w.recall_at_1:.4f}", f"{w.mean_reciprocal_rank:.4f}", *(["best"] if w is best else [])] for w in wanted]
+    assert rows == [[str(w.layer), *place, *found] for w, place, found in zip(wanted, where, numbers, strict=True)]
 
 
 @pytest.mark.parametrize(

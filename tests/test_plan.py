@@ -79,7 +79,7 @@ def test_the_command_says_what_is_needed(capsys):
     assert (status, err) == (0, "")
     said = dict(line.split(maxsplit=1) for line in out.splitlines())
     cfg = OPTConfig.from_size("13b")
-    assert said["parameters"] == "12,853,473,280"
+    assert said["parameters"] == "12,853,473,280; 8 × (512 + 128) tokens, memory as of backend cpu"
     assert said["weights"] == f"{costs.weight_bytes(cfg, kind='int8') / 1e9:.3f} GB in int8"
     assert said["cache"].startswith("8.389 GB: 8 × 640 tokens, 1600 KiB each")
     assert said["peak"].endswith("of 30.0 GB: fits")
@@ -125,10 +125,15 @@ def test_what_can_be_generated_can_be_planned(capsys):
     assert run(capsys, "--model", "125m", "--prompt", "2000", "--gen", "49", *STATED)[0] == 0
 
 
+def test_a_device_has_a_peak_for_each_dtype(capsys):
+    for dtype, peak in (("float16", "989"), ("float32", "67"), ("int8", "67")):
+        assert f"at 4800.0 GB/s and {peak} TFLOP/s, as stated" in run(capsys, "--model", "125m", "--device", "h200", "--dtype", dtype)[1]
+
+
 def test_without_stated_speeds_this_machine_is_measured(capsys, monkeypatch):
     from opt_fast import limits
 
     monkeypatch.setattr(limits, "measure", lambda threads: {"bandwidth": 20e9, "matmul": 0.5e12})
-    assert run(capsys, "--model", "125m")[1].splitlines()[-1].endswith("at 20.0 GB/s and 0.5 TFLOP/s, as measured here")
+    assert run(capsys, "--model", "125m")[1].splitlines()[-1].endswith("at 20.0 GB/s and 0.5 TFLOP/s, as measured here, just now")
     out = run(capsys, "--model", "125m", "--bandwidth", "50")[1]
-    assert out.splitlines()[-1].endswith("at 50.0 GB/s and 0.5 TFLOP/s, as stated and measured here")
+    assert out.splitlines()[-1].endswith("at 50.0 GB/s and 0.5 TFLOP/s, as stated and measured here, just now")

@@ -87,11 +87,11 @@ def test_only_what_is_asked_for_is_kept():
     assert list(taps.run_with_cache(model, ids, lambda path: path.endswith("fc2"))[1]) == [f"model.decoder.layers.{i}.fc2" for i in range(3)]
     with pytest.raises(KeyError, match="was not kept"):
         cache["pattern", 0]
-    with pytest.raises(KeyError, match=r"made from model.decoder.layers.0.resid_pre, which was not kept"):
+    with pytest.raises(KeyError, match=r"needs model.decoder.layers.0.resid_pre, which was not kept"):
         cache["scale", 0, "ln1"]
 
 
-@pytest.mark.parametrize("name", ["blocks.3.attn.hook_z", "blocks.0.hook_resid", "model.decoder.layers.0.q_proj", "blocks.1.attn.hook_result"])
+@pytest.mark.parametrize("name", ["blocks.3.attn.hook_z", "blocks.0.hook_resid", "model.decoder.layers.0.q_proj"])
 def test_an_unknown_name_is_refused_with_those_near_it(name):
     _, model = model_of("pre_norm")
     with pytest.raises(ValueError, match=r"is no point of this model; near it are \S+, \S+, \S+ \("):
@@ -144,7 +144,7 @@ def test_hooks_run_in_order_edit_in_place_or_return_and_see_the_name_they_gave()
     taps.run_with_hooks(model, ids, pairs)
     assert seen == [("blocks.0.attn.hook_z", (3, 17, 4, 8)), ("model.decoder.layers.0.self_attn.attn_output", False), "model.decoder.layers.0.fc1"]
     assert q == [(3, 17, 4, 8)]
-    with pytest.raises(ValueError, match=r"hook at blocks.0.attn.hook_z returned \(3, 17, 4, 1\); the value there is \(3, 17, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"hook at blocks.0.attn.hook_z returned float64\(3, 17, 4, 1\); the value there is float64\(3, 17, 4, 8\)"):
         taps.run_with_hooks(model, ids, [("blocks.0.attn.hook_z", lambda z, _: z[..., :1])])
 
 
@@ -223,10 +223,23 @@ def test_attribution_adds_up_to_the_logits(variant, heads):
     for padding in PADDINGS:
         ids, mask = batch(padding)
         logits = model(ids, mask).logits
-        for position in (-1, 8):
+        real = np.ones(ids.shape, int) if mask is None else mask
+        whole = [c for c in range(ids.shape[1]) if real[:, c].all()]  # columns without padding
+        ends = ids.shape[1] - 1 - real[:, ::-1].argmax(1)
+        for position, columns in ((-1, ends), (whole[0], whole[0]), (whole[-1] - ids.shape[1], whole[-1])):
             parts = lens.attribution(model, ids, [3, 50, 98], position, heads, attention_mask=mask)
-            assert np.allclose(sum(parts.values()), logits[:, position][:, [3, 50, 98]], rtol=1e-11, atol=1e-12)
+            expected = logits[np.arange(len(ids)), columns][:, [3, 50, 98]]
+            assert np.allclose(sum(parts.values()), expected, rtol=1e-11, atol=1e-12)
     assert len([name for name in parts if "head" in name]) == (3 * model.config.num_attention_heads if heads else 0)
+
+
+@pytest.mark.parametrize(("position", "said"), [(17, "position is 17; it is a column from 0 to 16"), (-18, "-18"), (None, "position is None"),
+                                                (0, "column 0 of row 1 is padding"), ([0, 1], "position is")])  # fmt: skip
+def test_attribution_of_no_token_is_refused(position, said):
+    _, model = model_of("pre_norm")
+    ids, mask = batch("left")
+    with pytest.raises(ValueError, match=said):
+        lens.attribution(model, ids, [3], position, attention_mask=mask)
 
 
 def test_attribution_says_what_a_part_does():
@@ -256,3 +269,52 @@ def test_attribution_of_what_is_no_token_is_refused(tokens):
     _, model = model_of("pre_norm")
     with pytest.raises(ValueError, match="it lists ids from 0 to 98"):
         lens.attribution(model, batch("none")[0], tokens)
+
+
+def test_filters_know_both_vocabularies_and_must_mean_something():
+    _, model = model_of("pre_norm")
+    ids, _ = batch("none")
+    _, cache = taps.run_with_cache(model, ids, lambda name: name.endswith("hook_pattern"))
+    assert len(cache) == 3
+    seen = []
+    taps.run_with_hooks(model, ids, [(lambda name: name.endswith("hook_q"), lambda q, name: seen.append((name, q.shape)))])
+    assert seen == [(f"blocks.{i}.attn.hook_q", (3, 17, 4, 8)) for i in range(3)]
+    for call in (taps.run_with_cache, lambda *a: taps.run_with_hooks(a[0], a[1], [(a[2], lambda x, _: x)])):
+        with pytest.raises(ValueError, match="true for no point's name"):
+            call(model, ids, lambda name: name.endswith("hook_patern"))
+
+
+def test_short_forms_do_everywhere_and_the_cache_knows_what_it_has():
+    _, model = model_of("pre_norm")
+    ids, _ = batch("none")
+    _, cache = taps.run_with_cache(model, ids, names_filter=[("pattern", 1), ("scale", 1, "ln1")])
+    assert ("pattern", 1) in cache
+    assert "blocks.1.attn.hook_pattern" in cache
+    assert ("scale", 1, "ln1") in cache
+    assert ("pattern", 0) not in cache
+    assert "nonsense" not in cache
+    assert cache.get("blocks.0.attn.hook_pattern") is None
+    assert cache.get(("pattern", 1)) is cache["pattern", 1]
+    zero = taps.run_with_hooks(model, ids, [(("z", 1), lambda z, _: 0 * z)])
+    assert not np.allclose(zero, model(ids).logits)
+    with pytest.raises(ValueError, match=r"\('z',\) is no name of a point"):
+        taps.run_with_hooks(model, ids, [(("z",), lambda z, _: z)])
+
+
+@pytest.mark.parametrize(("hook", "said"), [(lambda z, _: z.astype("float32"), "returned float32"), (lambda z, _: 3.0, "returned float;"),
+                                            (lambda z, _: z.tolist(), "returned list;")])  # fmt: skip
+def test_what_a_hook_may_return(hook, said):
+    _, model = model_of("pre_norm")
+    with pytest.raises(ValueError, match=said):
+        taps.run_with_hooks(model, batch("none")[0], [(("z", 1), hook)])
+
+
+def test_what_cannot_be_replaced_or_returned_says_so():
+    _, model = model_of("pre_norm")
+    ids, _ = batch("none")
+    with pytest.raises(ValueError, match=r"blocks.1.attn.hook_result is made from other points"):
+        taps.run_with_hooks(model, ids, [("blocks.1.attn.hook_result", lambda x, _: x)])
+    with pytest.raises(ValueError, match=r"call model\(ids, labels=ids, tap="):
+        taps.run_with_hooks(model, ids, [], labels=ids)
+    hooks = [(("z", 1), lambda z, _: 0 * z)]
+    assert model(ids, labels=ids, tap=taps.hooked(hooks, model.config)).loss != model(ids, labels=ids).loss

@@ -250,13 +250,14 @@ def test_a_wrong_operation_is_named(op, wrong, name):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_hugging_faces_steps_are_ours(variant):
     hf, model = model_of(variant)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())  # transformers has some of its own
     for padding in ("none", "left"):
         ids, mask = batch(padding)
         found = trace.compare(trace.record(model, ids, mask), trace.record_torch(hf, ids, mask))
         assert found.first is None, str(found)
         assert found.only_b == []
         assert len(found.rows) > 30
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
 
 
 def test_float32_and_a_fast_backend_differ_by_rounding_and_int8_from_the_first_matrix_on():
@@ -302,6 +303,34 @@ def test_traces_that_cannot_be_compared_are_refused():
         trace.compare(a[:1], b[1:])
     with pytest.raises(ValueError, match="leave fused or tap out"):
         trace.record(model, batch("none")[0], fused=True, tap=lambda name, value: value)
+
+
+def test_another_model_of_torch_is_refused():
+    import transformers
+
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, n_positions=8))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is no OPTForCausalLM of transformers"):
+        trace.record_torch(gpt2, [[1, 2]])
+
+
+def test_each_block_alone_tells_where_int8_loses():
+    cfg = small.config(hidden_size=64, ffn_dim=128)
+    params, ids = small.params(cfg), small.ids(cfg)
+    exact, int8 = OPTForCausalLM(params, cfg), OPTForCausalLM(*quantize.quantized(params, cfg, "int8"))
+    apart, alone = (trace.compare(trace.record(exact, ids), steps) for steps in (trace.record(int8, ids), trace.record_each(int8, exact, ids)))
+    errors = {row.name: (row.error, one.error) for row, one in zip(apart.rows, alone.rows, strict=True)}
+    assert errors["model.decoder.layers.0.resid_pre"][1] == 0  # what the first block reads is exact now, whatever the embeddings lost
+    assert errors["model.decoder.layers.0.resid_pre"][0] > 1e-4
+    assert 0 < errors["model.decoder.layers.1.resid_mid"][1] < errors["model.decoder.layers.1.resid_mid"][0]
+    assert alone.worst.error == max(row.error for row in alone.rows)
+    assert trace.compare(trace.record(exact, ids), trace.record_each(exact, exact, ids), allowed=0).first is None
+
+
+def test_models_of_other_sizes_differ_by_their_shapes():
+    a, b = (OPTForCausalLM(small.params(cfg), cfg) for cfg in (small.config(), small.config(hidden_size=8)))
+    found = trace.compare(trace.record(a, small.ids(a.config)), trace.record(b, small.ids(a.config)))
+    assert found.verdict().endswith("the first to differ is embed_tokens, (2, 9, 16) and (2, 9, 8)")
+    assert "array" not in repr(found.first)
 
 
 def test_half_precision_of_torch_can_be_recorded():
