@@ -33,6 +33,7 @@ def add_trace(commands: Any) -> None:
 
 
 def trace(text: str, fused: bool, against: str | None, each: bool, beside: str | None, out: str | None, **how: Any) -> None:
+    from opt_np import explore
     from opt_np import trace as t
 
     if sum(map(bool, (against, beside, out))) > 1:
@@ -41,9 +42,13 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
         raise ValueError("--each goes with --against another backend, dtype or quantisation, and without --fused")
     if fused and beside:
         raise ValueError("--beside compares the unfused steps; leave out --fused")
+    if out:
+        explore.check_out(out)
     language_model, tokenizer = load(**how)
     text = sys.stdin.read() if text == "-" else text
     ids = [tokenizer.encode(text)]
+    if not ids[0]:
+        raise ValueError("the text has no tokens; there is nothing to trace")
     if beside:
         from opt_np.gpt2 import side_by_side
 
@@ -81,11 +86,16 @@ def record_against(what: str, ids: list[list[int]], fused: bool, exact: Any, how
         source = hub.find(find_model(how["model"]), how["revision"], tokenizer=False)
         with verify.quiet(transformers):
             return t.record_torch(verify.pytorch_model(torch, transformers, source.config, plain.params), ids)
+    other: dict[str, Any]
     if what in ("int8", "int4"):
         other = {"quantize": what}
     else:
-        other = {"backend": what} if what in ("numpy", "cpu") else {"dtype": what, "backend": "numpy" if what == "float64" else "auto"}
+        other = (
+            {"backend": what} if what in ("numpy", "cpu") else {"dtype": what, "backend": "numpy" if what == "float64" else "auto", "quantize": None}
+        )
     model = load(**{**how, **other})[0]
+    if model.config.quantized and "dtype" in other:
+        raise ValueError(f"the model is stored in {model.config.quantized[0]}, and has no {what} weights to compare with")
     return t.record_each(model, exact, ids) if exact else t.record(model, ids, fused=fused)
 
 
@@ -137,7 +147,7 @@ def text_of(text: str | None, file: str | None) -> str:
         content = sys.stdin.read() if text == "-" else str(text)
     else:
         try:
-            content = Path(file).read_bytes().decode()
+            content = Path(file).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from None
     if not content:
@@ -164,6 +174,7 @@ def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, s
     import numpy as np
 
     from opt_np import embeddings as e
+    from opt_np import explore
     from opt_np.tasks import read_examples
 
     if sweep is not None:
@@ -175,9 +186,12 @@ def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, s
     if bool(texts) == (file is not None):
         raise ValueError("give texts, or --file FILE with one on each line")
     texts = texts or lines_of(file)
+    if out:
+        explore.check_out(out)
     found = e.embed_texts(*load(**how_to_load), texts, -1 if layer is None else layer, pooling=pooling, normalize=not no_normalize, skip_bos=skip_bos)
     if out:
-        np.save(out, found)
+        with open(out, "wb") as target:  # NumPy would put another ending to the name
+            np.save(target, found)
         print(f"{out}: {len(found)} vectors of {found.shape[1]} numbers")
     else:
         print("\n".join(json.dumps({"text": text, "embedding": row.tolist()}) for text, row in zip(texts, found, strict=True)))
@@ -234,14 +248,14 @@ def add_plan(commands: Any) -> None:
 def plan(model: str, batch: int, prompt: int, gen: int, dtype: str, backend: str, device: str | None, memory: float | None,
          bandwidth: float | None, tflops: float | None) -> None:  # fmt: skip
     from opt_np import plan as p
-    from opt_np.classes import choose_backend
+    from opt_np.classes import BACKENDS, choose_backend
 
     cfg = config_of(model)
     p.checked(cfg, batch, prompt, gen)
     for option, value in (("--memory", memory), ("--bandwidth", bandwidth), ("--tflops", tflops)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{option} is {value:g}; it must be above 0")
-    kind, dtype = (dtype, "float32") if dtype.startswith("int") else (None, dtype)
+    kind, dtype = cfg.quantized[0] if cfg.quantized else dtype if dtype.startswith("int") else None, "float32" if dtype.startswith("int") else dtype
     room, speed, *peaks = p.DEVICES.get(device or "", (p.available(), None, None, None))
     flops = peaks[dtype not in ("float16", "bfloat16")]  # whole numbers are computed with in float32
     if not device and (bandwidth is None or tflops is None):
@@ -253,7 +267,9 @@ def plan(model: str, batch: int, prompt: int, gen: int, dtype: str, backend: str
     given = bool(bandwidth) + bool(tflops)
     stated = "as stated" if device or given == 2 else "as stated and measured here, just now" if given else "as measured here, just now"
     where = f"{speed / 1e9:.1f} GB/s and {flops / 1e12:.3g} TFLOP/s, {stated}"  # type: ignore[operator]
-    backend = "cpu" if device else "numpy" if dtype == "float64" else choose_backend(backend, dtype)
+    backend = choose_backend("cpu" if device and backend == "auto" else backend, dtype)
+    if dtype not in BACKENDS[backend]:
+        raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
     number = 8 if dtype == "float64" else 2 if device and dtype in ("float16", "bfloat16") else 4
     print(p.report(cfg, batch, prompt, gen, dtype, kind, backend, memory * 1e9 if memory else room, speed, flops, where, number))  # type: ignore[arg-type]
 

@@ -63,13 +63,14 @@ def pairs(batch: int, tokens: int, past: int = 0) -> int:
 
 
 def steps(cfg: OPTConfig, batch: int, tokens: int, past: int = 0, dtype: str = "float32", kind: str | None = None, fused: bool = False,
-          logits_to_keep: int = 0) -> list[Cost]:  # fmt: skip
+          logits_to_keep: int = 0, number: int | None = None) -> list[Cost]:  # fmt: skip
     """Every step of a forward pass over (batch, tokens) new tokens without padding, after `past` cached ones, in order, under the names of taps.py.
 
     dtype: of the numbers computed and of the weights; float16 and bfloat16 are of the weights, computed in float32. kind: "int8" or "int4" matrices.
-    fused: attention and mlp as one step each, whose insides never reach memory. Sums over the steps are the model's.
+    fused: attention and mlp as one step each, whose insides never reach memory. number: bytes of a computed number, if not those of float32.
+    Sums over the steps are the model's. The few int8 and int4 matrices that have `columns` take 4 bytes a column more.
     """
-    form = Forms(cfg, batch, tokens, past, dtype, kind, fused)
+    form = Forms(cfg, batch, tokens, past, dtype, kind, fused, number)
     found = list(form.embeddings())
     for i in range(cfg.num_hidden_layers):
         found += form.block(f"{DECODER}.layers.{i}")
@@ -79,15 +80,18 @@ def steps(cfg: OPTConfig, batch: int, tokens: int, past: int = 0, dtype: str = "
 class Forms:
     """The closed forms of each kind of step, for one call's sizes."""
 
-    def __init__(self, cfg: OPTConfig, batch: int, tokens: int, past: int, dtype: str, kind: str | None, fused: bool) -> None:
+    def __init__(self, cfg: OPTConfig, batch: int, tokens: int, past: int, dtype: str, kind: str | None, fused: bool,
+                 number: int | None) -> None:  # fmt: skip
         self.cfg, self.B, self.T, self.S, self.kind, self.fused = cfg, batch, tokens, past + tokens, kind, fused
-        self.number, self.stored = max(BYTES[dtype], 4), BYTES[dtype]  # bytes of a number computed or in a vector, and of one in a matrix
+        self.stored = BYTES[dtype]  # bytes of a number in a matrix
+        self.number = number or max(self.stored, 4)  # and of one that is computed or in a vector
+        self.group = (cfg.quantized or (None, None))[1] or 32
         self.pairs = pairs(batch, tokens, past) * cfg.num_attention_heads
 
     def embeddings(self) -> Iterator[Cost]:
         cfg, B, T = self.cfg, self.B, self.T
         D, W = cfg.hidden_size, cfg.word_embed_proj_dim
-        rows = matrix_bytes((B * T, W), self.stored, self.kind)  # only those that are looked up
+        rows = matrix_bytes((B * T, W), self.stored, self.kind, self.group)  # only those that are looked up
         yield self.cost(f"{DECODER}.embed_tokens", (B, T, W), 0, rows, 8 * B * T)
         if cfg.has_projections:
             yield self.linear(f"{DECODER}.project_in", W, D, bias=False)
@@ -136,13 +140,13 @@ class Forms:
             yield self.layer_norm(f"{DECODER}.final_layer_norm")
         if cfg.has_projections:
             yield self.linear(f"{DECODER}.project_out", D, W, bias=False)
-        self.T = logits_to_keep or self.T
-        yield self.linear("lm_head", W, cfg.vocab_size, bias=False)
+        yield self.linear("lm_head", W, cfg.vocab_size, bias=False, tokens=min(logits_to_keep, self.T) or self.T)
 
-    def linear(self, name: str, I: int, O: int, bias: bool = True) -> Cost:
-        N, bias = self.B * self.T, bias and self.cfg.enable_bias
-        weights = matrix_bytes((O, I), self.stored, self.kind) + O * bias * self.number
-        return self.cost(name, (self.B, self.T, O), N * O * (2 * I + bias), weights, N * I * self.number)
+    def linear(self, name: str, I: int, O: int, bias: bool = True, tokens: int | None = None) -> Cost:
+        T = tokens or self.T
+        N, bias = self.B * T, bias and self.cfg.enable_bias
+        weights = matrix_bytes((O, I), self.stored, self.kind, self.group) + O * bias * self.number
+        return self.cost(name, (self.B, T, O), N * O * (2 * I + bias), weights, N * I * self.number)
 
     def layer_norm(self, name: str) -> Cost:
         N, D, affine = self.B * self.T, self.cfg.hidden_size, self.cfg.layer_norm_elementwise_affine
@@ -174,8 +178,8 @@ def weight_bytes(cfg: OPTConfig, dtype: str = "float32", kind: str | None = None
     from opt_np.quantize import is_quantized_matrix
 
     shapes = parameter_shapes(cfg).items()
-    size = BYTES[dtype]
-    return sum(matrix_bytes((shape[0], shape[1]), size, kind) if len(shape) == 2 and is_quantized_matrix(name, 2)
+    size, group = BYTES[dtype], (cfg.quantized or (None, None))[1] or 32
+    return sum(matrix_bytes((shape[0], shape[1]), size, kind, group) if len(shape) == 2 and is_quantized_matrix(name, 2)
                else math.prod(shape) * (size if len(shape) == 2 else max(size, 4)) for name, shape in shapes)  # fmt: skip
 
 

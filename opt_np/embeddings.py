@@ -43,7 +43,7 @@ def layers_wanted(layer: Any, depth: int) -> list[int]:
     if isinstance(layer, str) and layer == "all":
         return list(range(depth + 1))
     wanted = list(layer) if isinstance(layer, list | tuple) else [layer]
-    if not wanted or not all(isinstance(i, int | np.integer) and -depth - 1 <= i <= depth for i in wanted):
+    if not wanted or not all(isinstance(i, int | np.integer) and not isinstance(i, bool) and -depth - 1 <= i <= depth for i in wanted):
         span = f"0, the embeddings, to {depth}, the last, or -1 to {-depth - 1} from there"
         raise ValueError(f'layer={layer!r} is none of {span}; nor a list of these, nor "all"')
     return wanted
@@ -85,6 +85,8 @@ def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str], layer: int | S
     """`embed` of texts, a few at a time; of several layers a list, an array for each.  ->  (N, D)        Raises ValueError."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the text {texts[:40]!r}; it is a list of texts: [text] for one")
+    if not len(texts):
+        raise ValueError("there are no texts to embed")
     if "" in texts:
         raise ValueError(f"text {texts.index('') + 1} of {len(texts)} is empty, and has no vector; take it out")
     parts = []

@@ -18,7 +18,7 @@ from tokenizers import models
 
 from opt_np import checkpoint, hub, trace
 from opt_np.checkpoint import CheckpointError
-from opt_np.classes import OPTForCausalLM, choose_backend
+from opt_np.classes import BACKENDS, OPTForCausalLM, choose_backend
 from opt_np.config import FIRST_ROW, POSITION_OFFSET, OPTConfig
 from opt_np.tokenizer import OPTTokenizer, byte_level
 from opt_np.tree import unflatten
@@ -45,11 +45,14 @@ def load(name: str | Path, revision: str | None = None, dtype: str = "float32", 
 
     Raises CheckpointError for what is no GPT-2, or one that this function does not compute. Equals HF's GPT2LMHeadModel.
     """
+    backend = choose_backend(backend, dtype)
+    if dtype not in BACKENDS[backend]:
+        raise ValueError(f"backend {backend!r} computes in {' or '.join(BACKENDS[backend])}, not {dtype!r}")
     source = hub.find(name, revision)
     cfg = config(checkpoint.read_json(source.config / "config.json"), source.config)
     flat = checkpoint.as_type(renamed(checkpoint.read_weights(source.weights), cfg), cfg, source.name, dtype, strict, copy=True)
     params = unflatten(checkpoint.checked(flat, cfg, source.name))
-    return OPTForCausalLM(params, cfg, choose_backend(backend, dtype)), tokenizer(source.tokenizer)
+    return OPTForCausalLM(params, cfg, backend), tokenizer(source.tokenizer)
 
 
 def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:
@@ -59,7 +62,10 @@ def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:
     for key, only in ONLY_VALUES.items():
         if keys.get(key, only[0]) not in only:
             raise CheckpointError(f"{where}: {key} is {keys[key]!r}; opt_np computes only {only[0]!r}")
+    keys = {"n_positions": keys.get("n_ctx", DEFAULTS["n_positions"]), **{key: value for key, value in keys.items() if value is not None}}
     found = {ours: keys.get(theirs, DEFAULTS.get(theirs, 0.1)) for theirs, ours in CONFIG.items()}
+    if found["activation_function"] in ("gelu_pytorch_tanh", "gelu_fast"):  # other names of the same formula
+        found["activation_function"] = "gelu_new"
     ids = {key: keys.get(key, found["vocab_size"] - 1) for key in ("bos_token_id", "eos_token_id")}
     try:
         ffn = keys.get("n_inner") or 4 * found["hidden_size"]
@@ -89,17 +95,17 @@ def renamed(tensors: Iterator[tuple[str, np.ndarray]], cfg: OPTConfig) -> Iterat
 
 
 def tokenizer(folder: Path) -> OPTTokenizer:
-    """GPT-2's tokenizer of a folder with merges.txt or tokenizer.json: nothing before the text, and <|endoftext|> for what ends it and pads it.
+    """GPT-2's tokenizer: nothing before the text, and <|endoftext|> for what ends it and pads it. Raises CheckpointError.
 
-    The ids follow from merges.txt: the 256 bytes, the merges in their order, <|endoftext|>. OPT has the same merges, and other ids.
+    Its ids are those of vocab.json or tokenizer.json; where there is only merges.txt, they follow from it as OpenAI numbered them: the 256 bytes, the
+    merges in their order, <|endoftext|>. OPT has the same merges, and other ids.
     """
-    settings = {"add_bos_token": False, "bos_token": END, "eos_token": END, "pad_token": END}
+    settings: dict[str, Any] = {"add_bos_token": False, "bos_token": END, "eos_token": END, "pad_token": END}
     merges = folder / "merges.txt"
-    if not merges.exists():
-        read = OPTTokenizer.from_folder(folder)
-        return OPTTokenizer(read._tokenizer, settings)
+    if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists() or not merges.exists():
+        return OPTTokenizer.from_folder(folder, **settings)
     try:
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = merges.read_text(encoding="utf-8-sig").splitlines()
         rules = [(left, right) for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
         vocabulary = [*byte_characters(), *(left + right for left, right in rules), END]
         return OPTTokenizer(byte_level(models.BPE({token: i for i, token in enumerate(vocabulary)}, rules), add_prefix_space=False), settings)

@@ -69,17 +69,25 @@ class KVCache:
 
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row b continue from what was row rows[b]; rows may repeat or shrink the batch.  rows: (B)"""
-        self._layers = [(k[rows], v[rows]) for k, v in self._layers]
+        for i, (k, v) in enumerate(self._layers):
+            self._layers[i] = self._copied(k, rows), self._copied(v, rows)
 
     def fork(self) -> KVCache:
         """An independent copy."""
-        copy = KVCache()
-        copy.length, copy._layers = self.length, [(k.copy(), v.copy()) for k, v in self._layers]
+        copy, rows = KVCache(self.capacity), slice(None)
+        copy.length, copy._layers = self.length, [(self._copied(k, rows), self._copied(v, rows)) for k, v in self._layers]
         return copy
 
     @property
     def nbytes(self) -> int:
         return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
+
+    def _copied(self, a: np.ndarray, rows: Any) -> np.ndarray:
+        """Rows with what they hold and a little room: beams are copied at every step, and room costs time where the system clears large pages."""
+        held = a[rows, : self.length]
+        copy = np.empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a.dtype)
+        copy[:, : self.length] = held
+        return copy
 
     def _grown(self, a: np.ndarray, S: int) -> np.ndarray:
         B, capacity, H, Dh = a.shape

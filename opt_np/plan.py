@@ -76,16 +76,16 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
     return Memory(costs.weight_bytes(cfg, dtype, kind), cache, touched, working, loading, slack)
 
 
-def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None) -> Work:
-    """Reading the prompt, up to the logits of the first new token."""
-    return work(costs.steps(cfg, batch, prompt, 0, dtype, kind, fused=True, logits_to_keep=1))
+def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None, number: int | None = None) -> Work:
+    """Reading the prompt, up to the logits of the first new token. number: bytes of a computed number."""
+    return work(costs.steps(cfg, batch, prompt, 0, dtype, kind, fused=True, logits_to_keep=1, number=number))
 
 
-def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None) -> Work:
+def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None, number: int | None = None) -> Work:
     """The gen - 1 steps after it, one token a row: costs grow evenly with what came before, so the mean of the first and the last is that of all."""
     if gen < 2:
         return Work(0, 0)
-    ends = [work(costs.steps(cfg, batch, 1, past, dtype, kind, fused=True)) for past in (prompt, prompt + gen - 2)]
+    ends = [work(costs.steps(cfg, batch, 1, past, dtype, kind, fused=True, number=number)) for past in (prompt, prompt + gen - 2)]
     return Work(*((gen - 1) * (first + last) // 2 for first, last in zip(*ends, strict=True)))
 
 
@@ -96,8 +96,8 @@ def work(steps: list[costs.Cost]) -> Work:
 def checked(cfg: OPTConfig, batch: int, prompt: int, gen: int) -> None:
     """Raises ValueError for sizes that cannot be."""
     for name, value in (("batch", batch), ("prompt", prompt), ("gen", gen)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it is at least 1")
+        if not 1 <= value <= 1_000_000:
+            raise ValueError(f"{name} is {str(value)[:12]}; it is from 1 to 1000000")
     if prompt + gen - 1 > cfg.max_position_embeddings:
         raise ValueError(
             f"a prompt of {prompt} tokens and {gen} new ones outgrow this model's {cfg.max_position_embeddings} positions; "
@@ -119,7 +119,7 @@ def report(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str, kind: 
            flops: float, where: str, cache_number: int = 4) -> str:  # fmt: skip
     """The plan as people read it. room: bytes to fit into; bandwidth: bytes/s; flops: FLOP/s; where: whose these are."""
     m = memory(cfg, batch, prompt, gen, dtype, kind, backend, cache_number)
-    first, rest = prefill(cfg, batch, prompt, dtype, kind), decode(cfg, batch, prompt, gen, dtype, kind)
+    first, rest = prefill(cfg, batch, prompt, dtype, kind, cache_number), decode(cfg, batch, prompt, gen, dtype, kind, cache_number)
     t_first, t_rest = first.seconds(bandwidth, flops), rest.seconds(bandwidth, flops)
     each = t_rest / max(gen - 1, 1)
     most = "while loading" if m.loading > max(m.prompt_cache + m.working, m.cache) else "while generating"

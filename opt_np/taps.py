@@ -35,7 +35,7 @@ BLOCK_ALIASES = {
 }  # fmt: skip
 BY_HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 # What is made from other points when it is asked for: the LayerNorms' denominators, and each head's part of the attention's output.
-DERIVED = ("ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale", "attn.hook_result")
+DERIVED = re.compile(r"blocks\.(\d+)\.(ln1\.hook_scale|ln2\.hook_scale|attn\.hook_result)|ln_final\.hook_scale")
 
 Which = str | tuple | Callable[[str], bool]  # a point's name of either kind, its short form ("pattern", 3), or whether a name is meant
 Hook = Callable[[Any, str], Any]  # (value, name) -> the value to go on with, or None for the given one, which the hook may have changed in place
@@ -74,6 +74,7 @@ def point(name: str, cfg: OPTConfig) -> str:
     here, other = names(cfg), aliases(cfg)
     if derived(name):
         raise ValueError(f"{name} is made from other points when it is looked up in a cache; it cannot be replaced")
+    name = name if name in here or name in other else f"hook_{name}" if f"hook_{name}" in other else name  # "embed" as in TransformerLens
     if name in here or name in other:
         return other.get(name, name)
     near = difflib.get_close_matches(name, [*here, *other], n=3, cutoff=0)
@@ -96,6 +97,7 @@ def run_with_cache(model: Any, input_ids: Any, names_filter: Which | Iterable[Wh
             found[name] = copied(value)
         return value
 
+    check_head(model)
     return model(input_ids, tap=tap, **inputs).logits, found
 
 
@@ -109,11 +111,20 @@ def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[Which, 
     """
     if "labels" in inputs:
         raise ValueError("run_with_hooks returns logits; for the loss, call model(ids, labels=ids, tap=taps.hooked(hooks, model.config)).loss")
+    check_head(model)
     return model(input_ids, tap=hooked(fwd_hooks, model.config), **inputs).logits
+
+
+def check_head(model: Any) -> None:
+    if model.head != "lm_head":
+        raise ValueError(f"{type(model).__name__} gives no logits of tokens; use OPTForCausalLM, or pass tap=taps.hooked(…) to the model's call")
 
 
 def hooked(hooks: Iterable[tuple[Which, Hook]], cfg: OPTConfig) -> Tap:
     """The tap that runs these hooks, for a call of a model or trace.record. Raises ValueError as run_with_hooks does."""
+    hooks = list(hooks.items()) if isinstance(hooks, dict) else list(hooks)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1]) for pair in hooks):
+        raise ValueError('hooks are a list of pairs, a name and a function: [("blocks.3.attn.hook_z", function)]')
     placed = [(meant(which, cfg), hook) for which, hook in hooks]
 
     def tap(path: str, value: Any) -> Any:
@@ -142,7 +153,7 @@ def meant(which: Which, cfg: OPTConfig) -> dict[str, str]:
     Raises ValueError if there is none.
     """
     if not callable(which):
-        name = full_name(which)
+        name = full_name(which, cfg.num_hidden_layers)
         return {point(name, cfg): name}
     found = {path: alias for alias, path in aliases(cfg).items() if which(alias)} | {path: path for path in names(cfg) if which(path)}
     if not found:
@@ -171,7 +182,7 @@ class Cache(dict):
         self.model, self.cfg = model, model.config
 
     def __missing__(self, name: Any) -> Any:
-        name = full_name(name)
+        name = full_name(name, self.cfg.num_hidden_layers)
         (source,) = self.sources(name)
         if source not in self.keys():
             raise KeyError(f"{name} needs {source}, which was not kept; ask for it: run_with_cache(model, ids, names_filter=[…, {name!r}])")
@@ -188,7 +199,7 @@ class Cache(dict):
 
     def sources(self, which: Any) -> list[str]:
         """The points that must be kept so that `which` can be looked up."""
-        name = which if callable(which) else full_name(which)
+        name = which if callable(which) else full_name(which, self.cfg.num_hidden_layers)
         if not derived(name):
             return list(meant(name, self.cfg))
         if name.endswith("attn.hook_result"):
@@ -204,30 +215,33 @@ class Cache(dict):
         return np.stack([part for _, part in head_results(x, out_proj, self.model.ops)], axis=2)
 
     def norm_input(self, name: str) -> str:
-        """The point that a LayerNorm reads, of the name of its scale."""
-        last = LAYER.format(i=self.cfg.num_hidden_layers - 1)
-        if name == "ln_final.hook_scale":
-            return f"{last}.resid_post"
-        first = "resid_pre" if self.cfg.do_layer_norm_before else "resid_mid"
-        second = "resid_mid" if self.cfg.do_layer_norm_before else "resid_post"
-        i = re.findall(r"\d+", name)[0]
-        return f"{LAYER.format(i=i)}.{first if '.ln1.' in name else second}"
+        """The point that a LayerNorm reads, of the name of its scale. Raises ValueError for a layer that is not there."""
+        pre, found = self.cfg.do_layer_norm_before, DERIVED.fullmatch(name)
+        if found is None or found[1] is None:
+            return point(f"blocks.{self.cfg.num_hidden_layers - 1}.hook_resid_post", self.cfg)
+        first, second = ("pre", "mid") if pre else ("mid", "post")
+        return point(f"blocks.{found[1]}.hook_resid_{first if '.ln1.' in name else second}", self.cfg)
+
+    def __reduce__(self) -> tuple:
+        """A copy, or what is written to disk, is a plain dict of values by their paths."""
+        return dict, (dict(self),)
 
 
 def derived(name: Any) -> bool:
-    return isinstance(name, str) and name.endswith(DERIVED)
+    return isinstance(name, str) and DERIVED.fullmatch(name) is not None
 
 
-def full_name(name: Any) -> str:
-    """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", 3, "ln1") -> "blocks.3.ln1.hook_scale"; strings stay as they are.
+def full_name(name: Any, layers: int) -> str:
+    """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", -1, "ln1") -> that of the last layer; strings stay as they are.
 
     Raises ValueError for what is neither.
     """
     if isinstance(name, str):
         return name
-    if not isinstance(name, tuple) or len(name) not in (2, 3):
+    if not isinstance(name, tuple) or len(name) not in (2, 3) or not isinstance(name[1], int | np.integer):
         raise ValueError(f'{name!r} is no name of a point: a path, a name of TransformerLens, or its short form, as ("pattern", 3)')
     short, i, *inner = name
+    i = i + layers if i < 0 else i
     inside = inner or [part for part, shorts in (("attn", ("q", "k", "v", "z", "pattern", "attn_scores", "result")), ("mlp", ("pre", "post")))
                        if short in shorts]  # fmt: skip
     return ".".join(["blocks", str(i), *inside, f"hook_{short}"])

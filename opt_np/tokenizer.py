@@ -43,8 +43,8 @@ class OPTTokenizer:
         return cls.from_folder(find(folder, revision, weights=False).tokenizer)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> OPTTokenizer:
-        """The same where the folder with the files is known. Raises CheckpointError."""
+    def from_folder(cls, folder: Path, **settings: Any) -> OPTTokenizer:
+        """The same where the folder with the files is known; `settings` go before those of its config. Raises CheckpointError."""
         from opt_np.checkpoint import CheckpointError, read_json
 
         vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
@@ -65,7 +65,7 @@ class OPTTokenizer:
             raise CheckpointError(f"{f'{vocab} with {merges.name}' if split else whole} cannot be read as a tokenizer: {error}") from None
         tokenizer.no_truncation()  # a tokenizer.json remembers both from whoever saved it; here they are the caller's
         tokenizer.no_padding()
-        return cls(tokenizer, config)
+        return cls(tokenizer, config | settings)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> OPTTokenizer:

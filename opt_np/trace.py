@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 def record(model: Any, input_ids: Any, attention_mask: Any = None, cache: Any = None, fused: bool = False, values: bool = True,
            tap: Tap | None = None, logits_to_keep: int = 0) -> list[Step]:  # fmt: skip
-    """The steps of a language model's pass, by the unfused operations; with fused=True by those that it runs otherwise.
+    """The steps of a language model's pass, by the unfused operations; with fused=True by those that it runs otherwise, the stream's sums left out.
 
     input_ids: (B, T);  attention_mask: (B, S)
 
@@ -279,9 +279,12 @@ def stages(names: list[str]) -> str:
 def compare(a: list[Step], b: list[Step], allowed: float | None = None) -> Comparison:
     """Two traces of the same input, step by step: two backends, dtypes, quantisations, implementations, or a run with hooks and one without.
 
-    allowed: the difference, of a step's largest value, that is still rounding; without it, what the coarser dtype explains; 0 wants equal bits.
+    allowed: the difference, of a step's largest value, that is still rounding; without it, what the coarser dtype explains; 0 wants equal bits;
+    between backends int8 and int4 need 1e-3, for kernels round what they read to 16 bits.
     Traces without values are compared by checksum. Raises ValueError for traces that share no step, or are of different inputs.
     """
+    if not a or not b:
+        raise ValueError("there is nothing to compare: a trace is empty")
     others = {step.name: step for step in b}
     common = [(step, others[step.name]) for step in a if step.name in others]
     if not common:

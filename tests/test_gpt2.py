@@ -132,6 +132,18 @@ def test_ids_follow_from_merges(folder, tmp_path):
     assert (ours.eos_token_id, ours.pad_token_id, ours.add_bos_token) == (last, last, False)
 
 
+def test_a_vocabulary_in_another_order_is_believed(folder, tmp_path):
+    """As a GPT-2 of one's own has it, with <|endoftext|> first."""
+    learnt = ByteLevelBPETokenizer()
+    learnt.train_from_iterator([small.TEXT], vocab_size=300, show_progress=False, special_tokens=[gpt2.END])
+    learnt.save_model(str(tmp_path))
+    ours = gpt2.tokenizer(tmp_path)
+    assert ours.eos_token_id == 0
+    for text in TEXTS:
+        assert ours.encode(text) == learnt.encode(text).ids
+        assert not text or ours.encode(text) != gpt2.tokenizer(folder).encode(text)
+
+
 def test_a_tokenizer_json_does_as_well(folder, tmp_path):
     ours = gpt2.tokenizer(folder)
     ours._tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -140,12 +152,26 @@ def test_a_tokenizer_json_does_as_well(folder, tmp_path):
 
 
 @pytest.mark.skipif(not (REAL / "merges.txt").exists(), reason=f"OPT's merges.txt, which is GPT-2's, is not in {REAL}")
-def test_the_real_merges_give_gpt2s_published_ids():
-    tokenizer = gpt2.tokenizer(REAL)
+def test_the_real_merges_give_gpt2s_published_ids(tmp_path):
+    shutil.copy(REAL / "merges.txt", tmp_path)
+    tokenizer = gpt2.tokenizer(tmp_path)
     assert tokenizer.vocab_size == 50257
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.eos_token_id == 50256
     assert OPTTokenizer.from_pretrained(REAL).encode("Hello world") == [2, 31414, 232]
+
+
+@pytest.mark.parametrize("keys", [{"activation_function": "gelu_pytorch_tanh"}, {"resid_pdrop": None}, {"n_positions": None, "n_ctx": 40}])
+def test_other_words_for_the_same(folder, tmp_path, keys):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = tmp_path / "copy" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+    assert np.array_equal(gpt2.load(tmp_path / "copy")[0](ids_of()).logits, gpt2.load(folder)[0](ids_of()).logits)
+
+
+def test_a_dtype_that_a_backend_has_not_is_refused(folder):
+    with pytest.raises(ValueError, match="backend 'numpy' computes in float32 or float64, not 'float16'"):
+        gpt2.load(folder, dtype="float16", backend="numpy")
 
 
 @pytest.mark.parametrize(("keys", "said"), [

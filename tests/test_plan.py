@@ -108,8 +108,9 @@ def test_a_folder_is_planned_by_its_config(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--model", "opt-9b"), "opt-9b"), (("--model", "125m", "--batch", "0"), "batch is 0; it is at least 1"),
+    (("--model", "opt-9b"), "opt-9b"), (("--model", "125m", "--batch", "0"), "batch is 0; it is from 1 to 1000000"),
     (("--model", "125m", "--prompt", "2000", "--gen", "50"), "this model's 2048 positions; the last new token needs none: ask for at most 49"),
+    (("--model", "125m", "--batch", "9" * 400), "batch is"), (("--model", "125m", "--dtype", "float16", "--backend", "numpy"), "not 'float16'"),
     (("--model", "125m", "--bandwidth", "-1"), "--bandwidth is -1; it must be above 0"), (("--model", "125m", "--memory", "nan"), "--memory is nan"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_a_line(capsys, words, said, monkeypatch, tmp_path):
@@ -123,6 +124,26 @@ def test_mistakes_are_told_in_a_line(capsys, words, said, monkeypatch, tmp_path)
 
 def test_what_can_be_generated_can_be_planned(capsys):
     assert run(capsys, "--model", "125m", "--prompt", "2000", "--gen", "49", *STATED)[0] == 0
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_a_quantised_folder_is_planned_as_it_is(capsys, tmp_path, group):
+    small.folder(tmp_path / "float", WIDE)
+    assert cli.main(["quantize", str(tmp_path / "float"), str(tmp_path / "int4"), "--kind", "int4", "--group-size", str(group)]) == 0
+    capsys.readouterr()
+    model = OPTForCausalLM.from_pretrained(tmp_path / "int4")
+    assert costs.weight_bytes(model.config, kind="int4") == sum(a.nbytes for a in flatten(model.params).values())
+    steps = trace.record(model, small.ids(WIDE))
+    assert [s.weights for s in steps] == [c.weights for c in costs.steps(model.config, 2, 9, kind="int4")]
+    assert " GB in int4" in run(capsys, "--model", str(tmp_path / "int4"), "--prompt", "9", "--gen", "2", *STATED)[1]
+
+
+def test_sixteen_bits_on_a_device_are_moved_as_such():
+    """No more than weights, keys, values and a little: what is said to take at least so long must be possible in it."""
+    cfg = OPTConfig.from_size("13b")
+    moved = plan.decode(cfg, 64, 2000, 2, "float16", number=2).bytes
+    least = costs.weight_bytes(cfg, "float16") + costs.cache_bytes(cfg, 64, 2001, 2)
+    assert least < moved < 1.02 * least
 
 
 def test_a_device_has_a_peak_for_each_dtype(capsys):

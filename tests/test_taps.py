@@ -318,3 +318,39 @@ def test_what_cannot_be_replaced_or_returned_says_so():
         taps.run_with_hooks(model, ids, [], labels=ids)
     hooks = [(("z", 1), lambda z, _: 0 * z)]
     assert model(ids, labels=ids, tap=taps.hooked(hooks, model.config)).loss != model(ids, labels=ids).loss
+
+
+def test_negative_layers_short_embeddings_copies_and_dicts_of_hooks():
+    import copy
+    import pickle
+
+    _, model = model_of("pre_norm")
+    ids, _ = batch("none")
+    _, cache = taps.run_with_cache(model, ids)
+    assert cache["pattern", -1] is cache["pattern", 2]
+    assert cache["embed"] is cache["hook_embed"]
+    assert np.array_equal(cache["scale", -1, "ln2"], cache["blocks.2.ln2.hook_scale"])
+    for same in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert type(same) is dict
+        assert list(same) == list(cache)
+    by_dict = taps.run_with_hooks(model, ids, {"blocks.1.attn.hook_z": lambda z, _: 0 * z})
+    assert np.array_equal(by_dict, taps.run_with_hooks(model, ids, [(("z", 1), lambda z, _: 0 * z)]))
+    with pytest.raises(ValueError, match="hooks are a list of pairs"):
+        taps.run_with_hooks(model, ids, ("blocks.1.attn.hook_z", lambda z, _: z))
+
+
+@pytest.mark.parametrize("name", ["ln1.hook_scale", "blocks.x2.mlp.ln2.hook_scale", "blocks.9.ln1.hook_scale", "blocks.2.attn.ln1.hook_scale"])
+def test_a_cache_makes_nothing_up(name):
+    _, model = model_of("pre_norm")
+    _, cache = taps.run_with_cache(model, batch("none")[0])
+    with pytest.raises(ValueError, match="no point of this model"):
+        cache[name]
+
+
+def test_models_without_a_head_of_tokens_say_so():
+    from opt_np import OPTModel
+
+    _, cfg, params = build("pre_norm", "base")
+    for call in (taps.run_with_cache, lambda model, ids: taps.run_with_hooks(model, ids, [])):
+        with pytest.raises(ValueError, match="OPTModel gives no logits of tokens; use OPTForCausalLM, or pass tap="):
+            call(OPTModel(params, cfg), batch("none")[0])

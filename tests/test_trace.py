@@ -357,7 +357,8 @@ def run(capsys, *words):
 def test_the_command_shows_every_step_and_the_sums(capsys, folder, tmp_path):
     status, out, err = run(capsys, "the cat", "--model", folder, "--backend", "numpy", "--out", str(tmp_path / "values.npz"))
     assert (status, err) == (0, "")
-    lines = out.splitlines()
+    *lines, last = out.splitlines()
+    assert last == f"{tmp_path / 'values.npz'}: the values of {len(lines) - 2} steps"
     assert lines[0].split()[:4] == ["step", "equation", "shape", "dtype"]
     assert [line.split()[0] for line in lines[1:-1]][-2:] == ["final_layer_norm", "lm_head"]
     steps = trace.record(*opened(folder))
@@ -379,8 +380,24 @@ def opened(folder):
 def test_the_command_compares(capsys, folder, against, verdict):
     status, out, _ = run(capsys, "the cat", "--model", folder, "--backend", "numpy", "--against", against)
     assert status == 0
-    assert verdict in out.splitlines()[-1]
+    assert verdict in out.splitlines()[-2]
+    assert out.splitlines()[-1].startswith("the worst is ")
     assert ("<- first to differ" in out) == (verdict != "none differs")
+
+
+def test_quantised_against_float_is_not_against_itself(capsys, folder, tmp_path):
+    assert "the first to differ is embed_tokens" in run(capsys, "the cat", "--model", folder, "--quantize", "int8", "--against", "float32")[1]
+    whole = tmp_path / "int8"
+    assert cli.main(["quantize", folder, str(whole)]) == 0
+    capsys.readouterr()
+    status, _, err = run(capsys, "the cat", "--model", str(whole), "--against", "float32")
+    assert (status, "the model is stored in int8, and has no float32 weights" in err) == (1, True)
+
+
+def test_every_block_alone(capsys, folder):
+    out = run(capsys, "the cat", "--model", folder, "--against", "int8", "--each")[1]
+    rows = {line.split()[0]: line.split()[1] for line in out.splitlines()}
+    assert rows["layers.0.resid_pre"] == rows["layers.1.self_attn_layer_norm"] == "0.0e+00"
 
 
 def test_two_models_side_by_side(capsys, folder, tmp_path):
@@ -393,7 +410,8 @@ def test_two_models_side_by_side(capsys, folder, tmp_path):
     assert any(row.startswith("layers.0.activation_fn u = relu(u)") and "u = gelu(u)" in row for row in rows)
 
 
-@pytest.mark.parametrize("words", [["x", "--against", "int8", "--beside", "m"], ["x", "--model", "/not/there"]])
+@pytest.mark.parametrize("words", [["x", "--against", "int8", "--beside", "m"], ["x", "--model", "/not/there"], ["x", "--each"],
+                                   ["x", "--fused", "--beside", "m"], ["x", "--out", "/not/there/x.npz"]])  # fmt: skip
 def test_mistakes_are_told_in_a_line(capsys, folder, words):
     status, out, err = run(capsys, *words)
     assert (status, out) == (1, "")
