@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+AT_ONCE = 512  # tokens for which room is made before they come, at least: a text that ends early should not have cost room for all that was allowed
+
 
 class KVCache:
     """Keys and values per layer, (B, S, H, Dh), unscaled; grows by doubling, so that adding a token copies nothing most of the time.
 
-    `length` is the number of positions held; room for `capacity` is made at once. Equals HF's DynamicCache in content.
+    `length` is the number of positions held. `capacity`, if known, is what it will hold at most, and room for it is made early. Equals HF's
+    DynamicCache in content.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -41,7 +44,7 @@ class KVCache:
                 raise ValueError(
                     f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
                 )
-            capacity = self._layers[0][0].shape[1] if i else max(S, self.capacity)
+            capacity = self._layers[0][0].shape[1] if i else S + min(max(self.capacity - S, 0), max(S, AT_ONCE))
             self._layers.append(tuple(np.empty((shape[0], capacity, *shape[2:]), dtype) for _ in range(2)))  # type: ignore[arg-type]
         keys, values = self._layers[i]
         B, _, *heads = keys.shape
@@ -91,6 +94,7 @@ class KVCache:
 
     def _grown(self, a: np.ndarray, S: int) -> np.ndarray:
         B, capacity, H, Dh = a.shape
-        bigger = np.empty((B, max(S, 2 * capacity), H, Dh), a.dtype)
+        doubled = min(2 * capacity, self.capacity) if self.capacity >= S else 2 * capacity
+        bigger = np.empty((B, max(S, doubled), H, Dh), a.dtype)
         bigger[:, : self.length] = a[:, : self.length]
         return bigger
