@@ -1,11 +1,12 @@
 # make demo   read English from the model in the box
 # make test   prove everything
+# make notebooks   open the notebooks in Jupyter
 # Each makes .venv and installs what it needs, from nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench notebooks docs clean
 
 demo: .venv/demo
 	$(BIN)/opt-np generate "It was a dark and stormy night, and" --do-sample --temperature 0.8 --top-p 0.95 --seed 1 --max-new-tokens 120
@@ -18,6 +19,13 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+notebooks: .venv/notebooks
+	$(BIN)/jupyter lab notebooks
+
+docs: .venv/test
+	$(BIN)/python notebooks/make.py
+	$(BIN)/python docs/make_api.py
+
 bench: .venv/bench
 	$(BIN)/opt-np bench cpu
 
@@ -29,7 +37,7 @@ bench: .venv/bench
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[fast]"
 	@touch $@
 
-.venv/test .venv/bench: .venv/%: .venv/demo
+.venv/test .venv/bench .venv/notebooks: .venv/%: .venv/demo
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 

@@ -9,7 +9,7 @@ import pytest
 from opt_np import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", ROOT / "notebooks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 
 
@@ -51,3 +51,23 @@ def test_line_counts_in_the_readme_are_near():
     for files, said in rows:
         lines = sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in re.findall(r"\((opt_np/\w+\.py)\)", files))
         assert abs(lines - int(said)) <= 0.1 * lines, f"{files}: {lines}"
+
+
+def test_the_api_page_is_in_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_api
+
+    assert make_api.page() == make_api.PAGE.read_text(encoding="utf-8"), "python docs/make_api.py"
+
+
+def test_every_public_function_says_what_it_does(monkeypatch):
+    """Each docstring on the page begins with a sentence, or is a line of shapes."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_api
+
+    page = make_api.page()
+    entries = re.findall(r"^\* `(.*?)`\n\n((?:  .*\n|\n)+)", page, re.M)
+    assert len(entries) > 300
+    for name, text in entries:
+        first = " ".join(text.strip().split("\n\n")[0].split())
+        assert first.endswith((".", ":", ";", "?", ")", "]")) or "->" in text, f"{name}: {first}"
