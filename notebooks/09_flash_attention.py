@@ -6,17 +6,25 @@
 # processor's vectors, and know which of a machine's two limits it moves attention away from.
 
 # %%
+import os
+from functools import partial
+
+# one thread, for the measurement near the end
+os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+
 import matplotlib.pyplot as plt
 import numpy as np
 from learn import check, picture, show
 
+from opt_fast import attention_cpu, limits, ops_cpu
 from opt_np import OPTConfig, costs, flash, ops
+from opt_np.plan import DEVICES
 
 rng = np.random.default_rng(0)
 
 
-def random_head(T, S, Dh=8, dtype=np.float64):
-    return [rng.normal(size=(n, Dh)).astype(dtype) for n in (T, S, S)]  # Q (T, Dh), K (S, Dh), V (S, Dh)
+def random_head(T, S, Dh=8):
+    return [rng.normal(size=(n, Dh)) for n in (T, S, S)]  # Q (T, Dh), K (S, Dh), V (S, Dh)
 
 
 # %% [markdown]
@@ -30,7 +38,7 @@ def random_head(T, S, Dh=8, dtype=np.float64):
 # %%
 lengths = 2 ** np.arange(6, 12)  # 64 … 2048, OPT's context
 fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
-for color, size in zip(("C0", "C1", "C2"), ("125m", "6.7b", "175b")):
+for color, size in zip(("C0", "C1", "C2"), ("125m", "6.7b", "175b"), strict=True):
     cfg = OPTConfig.from_size(size)
     scores = []
     for T in lengths:
@@ -38,7 +46,8 @@ for color, size in zip(("C0", "C1", "C2"), ("125m", "6.7b", "175b")):
         scores.append(step.written)
         assert step.written == 4 * cfg.num_attention_heads * T * T
     ax.loglog(lengths, scores, "o-", color=color, label=f"{size}: scores")
-    ax.loglog(lengths, 4 * 4 * lengths * cfg.hidden_size, "--", color=color, label=f"{size}: Q, K, V, O")
+    others = 4 * 4 * lengths * cfg.hidden_size  # four arrays of float32
+    ax.loglog(lengths, others, "--", color=color, label=f"{size}: Q, K, V, O")
 ax.set(title="one layer, one text", xlabel="tokens T", ylabel="bytes")
 ax.set_xticks(lengths, lengths)
 ax.legend(fontsize=8, ncols=3)
@@ -46,8 +55,8 @@ by_layer = [s.name for s in costs.steps(cfg, 1, 8, fused=True) if "layers.0" in 
 assert not any(name.endswith(("attn_scores", "attn_weights")) for name in by_layer)
 
 # %% [markdown]
-# At 64 tokens the scores are the smaller part; at 2048 they are 8 times as large as all the rest, and they are written, read, written as weights and
-# read again. (The ratio, $HT^2/4TD = T/4d_h$, is the same for 125m and 6.7b up to their head size, 64 and 128.) The last assertion says that a
+# At 64 tokens the scores are the smaller part; at 2048 they are 8 times as large as all the rest, for heads of 64, and 4 times for heads of 128, as
+# 6.7b and 175b have them: $HT^2/4TD = T/4d_h$. And they are written, read, written as weights and read again. The last assertion says that a
 # *fused* attention has no such arrays. How can that be? A softmax needs the whole row: its maximum and its sum.
 
 # %% [markdown]
@@ -68,7 +77,8 @@ print("naive:", naive[0], " and", naive[1])
 print("safe: ", ops.softmax(s)[0], " and", ops.softmax(s)[1])
 m = s[0].max()
 assert np.allclose(ops.softmax(s)[0], np.exp(s[0] - m) / np.exp(s[0] - m).sum())
-assert np.isnan(naive).any() and not np.isnan(ops.softmax(s)).any()
+assert np.isnan(naive).any()
+assert not np.isnan(ops.softmax(s)).any()
 
 # %% [markdown]
 # ## The online softmax
@@ -82,11 +92,12 @@ assert np.isnan(naive).any() and not np.isnan(ops.softmax(s)).any()
 # When a piece comes that holds a larger score, the new maximum is $m'$, and what was summed under the old one is too large by a known factor:
 # $e^{s_j - m'} = e^{s_j - m} \cdot e^{m - m'}$. So both sums shrink by $e^{m - m'}$, and the piece is added under $m'$. At the end $O = a / l$.
 
+
 # %%
 def online(s, V, cuts):
     """One query: scores (S), values (S, Dh), where to cut  ->  O (Dh), L"""
     m, l, a = -np.inf, 0.0, np.zeros(V.shape[1])
-    for piece, values in zip(np.split(s, cuts), np.split(V, cuts)):
+    for piece, values in zip(np.split(s, cuts), np.split(V, cuts), strict=True):
         m_new = max(m, piece.max(initial=-np.inf))
         shrink, weights = np.exp(m - m_new), np.exp(piece - m_new)
         l, a, m = l * shrink + weights.sum(), a * shrink + weights @ values, m_new
@@ -95,21 +106,21 @@ def online(s, V, cuts):
 
 s, V = rng.normal(size=40) * 30, rng.normal(size=(40, 8))
 for _ in range(200):
-    cuts = np.sort(rng.integers(1, 40, rng.integers(0, 12)))  # pieces of any lengths, empty ones too
+    cuts = np.sort(rng.integers(1, 40, rng.integers(0, 12)))  # of any lengths, and empty pieces
     O, L = online(s, V, cuts)
     assert np.allclose(O, ops.softmax(s) @ V, rtol=1e-12)
     assert np.isclose(L, np.log(np.exp(s - s.max()).sum()) + s.max(), rtol=1e-12)
 print("200 ways to cut 40 scores, one result")
 
 # %% [markdown]
-# $L = m + \log l = \log \sum_j e^{s_j}$ comes with it: one number for each query, from which any of its weights can be made again:
-# $P_j = e^{s_j - L}$. The backward pass will live on that.
+# $L = m + \log l = \log \sum_j e^{s_j}$ comes with it: one number for each query, from which any of its weights can be made again: $P_j = e^{s_j -
+# L}$. The backward pass will live on that.
 
 # %% [markdown]
 # ### Where to begin
 #
-# $m$ begins at $-\infty$, and it matters. A maximum that begins at 0 (or at `1e-30`, a "very small number" that is not small in the sense
-# that is meant) never falls to where the scores are. With scores near −200, every exponential is then 0 in float32, and the result is 0/0.
+# $m$ begins at $-\infty$, and it matters. A maximum that begins at 0 (or at `1e-30`, a "very small number" that is not small in the sense that is
+# meant) never falls to where the scores are. With scores near −200, every exponential is then 0 in float32, and the result is 0/0.
 
 # %%
 low = np.float32([-200, -201, -199.5])
@@ -125,10 +136,11 @@ assert np.allclose(ops.softmax(low), np.exp(low + 199.5) / np.exp(low + 199.5).s
 # weights $e^0 = 1$ and returns the mean of what it must not see. With $-\infty$ for both, "nothing" stays nothing.
 
 # %%
-hidden = np.float32([-1e30, -1e30, -1e30])
-print("hidden by -1e30:", np.exp(hidden - hidden.max()), " by -inf:", ops.softmax(np.full(3, -np.inf, np.float32)))
-assert np.exp(hidden - hidden.max()).sum() == 3
-assert not ops.softmax(np.full(3, -np.inf, np.float32)).any()
+finite, infinite = np.full(3, -1e30, np.float32), np.full(3, -np.inf, np.float32)
+weights = np.exp(finite - finite.max())
+print("hidden by -1e30:", weights, " by -inf:", ops.softmax(infinite))
+assert weights.sum() == 3
+assert not ops.softmax(infinite).any()
 
 # %% [markdown]
 # ## Tiles
@@ -140,21 +152,22 @@ assert not ops.softmax(np.full(3, -np.inf, np.float32)).any()
 show(flash.attention, flash.tile_scores)
 
 # %% [markdown]
-# Two lines are there for what can go wrong: `safe`, for a query that has seen nothing yet, and `seen`, for one that never does. Whatever the tile, it
-# is plain attention:
+# Two lines are there for what can go wrong: `safe`, for a query that has seen nothing yet, and `seen`, for one that never does. Whatever the tile,
+# it is plain attention:
 
 # %%
 Q, K, V = random_head(37, 37)
 scale = 8**-0.5
-plain = ops.attention(Q[None, :, None], K[None, :, None], V[None, :, None], scale)[0, :, 0]  # (T, Dh)
+q, k, v = (a[None, :, None] for a in (Q, K, V))  # (B, T, H, Dh): one row, one head
+plain = ops.attention(q, k, v, scale)[0, :, 0]  # (T, Dh)
 for Br, Bc in ((1, 1), (4, 7), (16, 16), (64, 64), (5, 100)):
     O, L = flash.attention(Q, K, V, scale, Br=Br, Bc=Bc)
-    print(f"tiles of {Br:>2} × {Bc:<3}  largest difference below 1e-14: {np.abs(O - plain).max() < 1e-14}")
+    print(f"tiles of {Br:>2} × {Bc:<3} within 1e-14: {np.abs(O - plain).max() < 1e-14}")
     assert np.allclose(O, plain, rtol=1e-12, atol=1e-14)
 
 # %% [markdown]
-# A causal query does not see the keys after it, so tiles above the diagonal need not be computed: the inner loop ends before them. To see which are,
-# put a note-taker in the place of `tile_scores`:
+# A causal query does not see the keys after it, so tiles above the diagonal need not be computed: the inner loop ends before them. To see which
+# are, put a note-taker in the place of `tile_scores`:
 
 
 # %%
@@ -174,7 +187,8 @@ def tiles(T, S, Br, Bc):
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained", width_ratios=(1, 1, 1.3))
-for ax, (T, S, Br, Bc) in zip(axes, ((48, 48, 8, 8), (48, 48, 16, 4), (16, 48, 8, 8))):
+cases = (48, 48, 8, 8), (48, 48, 16, 4), (16, 48, 8, 8)
+for ax, (T, S, Br, Bc) in zip(axes, cases, strict=True):
     computed, needed = tiles(T, S, Br, Bc), np.tri(T, S, S - T)
     title = f"T = {T}, S = {S}, tiles {Br} × {Bc}: {needed.sum() / computed.sum():.0%} of it used"
     picture(computed + needed, title=title, ax=ax, vmin=0, vmax=2)
@@ -187,8 +201,8 @@ for ax, (T, S, Br, Bc) in zip(axes, ((48, 48, 8, 8), (48, 48, 16, 4), (16, 48, 8
 #
 # ### Exercise 1: the running maximum
 #
-# Write causal attention for one head, two keys at a time, without ever holding a row of scores. The starter forgets to shrink what it has when the
-# maximum grows; nor does it keep the maximum. The line to write is in the section on the online softmax; `L` is $m + \log l$.
+# Write causal attention for one head, two keys at a time, without ever holding a row of scores. The starter keeps the maximum, and forgets to
+# shrink what it has summed when the maximum grows. What to write is in the section on the online softmax; `L` is $m + \log l$.
 
 
 # %%
@@ -198,17 +212,18 @@ def my_attention(Q, K, V, scale):
     for j in range(0, len(K), 2):
         scores = scale * Q @ K[j : j + 2].T  # (T, 2)
         scores[np.arange(j, j + scores.shape[1]) > np.arange(len(Q))[:, None]] = -np.inf
-        P = np.exp(scores)
+        m = np.maximum(m, scores.max(1))
+        P = np.exp(scores - m[:, None])
         l = l + P.sum(1)
         acc = acc + P @ V[j : j + 2]
-    return acc / l[:, None], np.log(l)
+    return acc / l[:, None], m + np.log(l)
 
 
 check(my_attention, flash.attention, (*random_head(7, 7), 0.5), (*random_head(9, 9), 400.0))
 
 # %% [markdown]
-# With the first input the starter would be right, as numbers of ordinary size need no maximum; the second has scores in the hundreds. The package's
-# own answer is `flash.attention`, above.
+# `check` gives two heads, the second with scores in the hundreds, which no softmax survives without its maximum. The package's own answer is
+# `flash.attention`, above.
 
 # %% [markdown]
 # ## Fewer queries than keys
@@ -224,17 +239,20 @@ for T in (1, 3, 19):
     last, _ = flash.attention(Q[-T:], K, V, scale, Br=4, Bc=4)
     assert np.allclose(last, whole[-T:], rtol=1e-12)
 wrong = ops.softmax(scale * Q[-1:] @ K[:1].T) @ V[:1]  # aligned to the start
-assert np.array_equal(wrong, V[:1]) and not np.allclose(wrong, whole[-1:])
+assert np.array_equal(wrong, V[:1])
+assert not np.allclose(wrong, whole[-1:])
 
 # %% [markdown]
-# Padding hides keys, and then a query may see none at all: the pads in front of a text have only pads before them. They get exactly 0, and
-# $L = -\infty$. Nothing becomes NaN, though NaN stands in the hidden values of no consequence elsewhere, too:
+# Padding hides keys, and then a query may see none at all: the pads in front of a text have only pads before them. They get exactly 0, and $L =
+# -\infty$, and nothing becomes NaN:
 
 # %%
 visible = np.arange(20) >= 5  # five pads in front
 O, L = flash.attention(Q, K, V, scale, visible, Br=4, Bc=4)
 alone, _ = flash.attention(Q[5:], K[5:], V[5:], scale, Br=4, Bc=4)
-assert not O[:5].any() and (L[:5] == -np.inf).all()
+assert not O[:5].any()
+assert (L[:5] == -np.inf).all()
+assert np.isfinite(O).all()
 assert np.allclose(O[5:], alone, rtol=1e-12)  # as if the pads were not there
 
 # %% [markdown]
@@ -268,9 +286,10 @@ assert np.allclose((P * (dO @ V.T)).sum(1), (dO * O).sum(1))  # D needs no row o
 # %%
 grads = flash.attention_bwd(dO, Q, K, V, O, L, scale, Br=4, Bc=4)
 q, k, v, o, do = (a[None, :, None] for a in (Q, K, V, O, dO))  # (1, T, 1, Dh)
-for ours, plain in zip(grads, ops.attention_bwd(do, q, k, v, o, L[None, :, None], scale)):
+all_plain = ops.attention_bwd(do, q, k, v, o, L[None, :, None], scale)
+for ours, plain in zip(grads, all_plain, strict=True):
     assert np.allclose(ours, plain[0, :, 0], rtol=1e-10, atol=1e-13)
-for name, array, grad in zip("QKV", (Q, K, V), grads):
+for name, array, grad in zip("QKV", (Q, K, V), grads, strict=True):
     slopes = np.zeros(array.shape)
     for at in np.ndindex(array.shape):
         kept, ends = array[at], []
@@ -303,13 +322,13 @@ check(my_attention_bwd, flash.attention_bwd, (dO, Q, K, V, O, L, scale))
 # %% [markdown]
 # ## The same on the processor's vectors
 #
-# NumPy's `flash.py` is clear, and not fast: tiles are small, and each line of it is a call. `opt_fast/attention_cpu.py` is the same algorithm in Numba,
-# which compiles Python to machine code. Three ideas make it fast.
+# NumPy's `flash.py` is clear, and not fast: tiles are small, and each line of it is a call. `opt_fast/attention_cpu.py` is the same algorithm in
+# Numba, which compiles Python to machine code. Three ideas make it fast.
 #
 # **Lanes.** A processor's vector register holds several float32, its *lanes*: 8 with AVX2, 16 with AVX-512, 4 with NEON; one instruction multiplies
-# and adds in all of them. **A tile in registers.** The micro-kernel of the matrix products (`gemm.py`) keeps rows × columns of a result in registers,
-# and in each step takes one number of k: a column of x times a row of a panel, added to the tile. A step loads `rows + columns` numbers and does
-# `rows · columns` products. In NumPy:
+# and adds in all of them. **A tile in registers.** The micro-kernel of the matrix products (`gemm.py`) keeps rows × columns of a result in
+# registers, and in each step takes one number of k: a column of x times a row of a panel, added to the tile. A step loads `rows + columns` numbers
+# and does `rows · columns` products. In NumPy:
 
 
 # %%
@@ -328,42 +347,44 @@ assert np.allclose(scores, scale * Q @ K.T)
 assert np.allclose(acc / weights.sum(1, keepdims=True), ops.softmax(scale * Q @ K.T) @ V)
 
 # %% [markdown]
-# Both products of attention are this one kernel: with $K$ packed as columns, and with the weights as x and $V$ as it lies. Between the two, a row of
-# scores becomes weights. These are the kernels' own lines (`at(p, n)` is the address n numbers after p; a group is as many queries as the tile has
-# rows; `many` and `one` are gemm's micro-kernel for many rows and for one):
+# Both products of attention are this one kernel: with $K$ packed as columns, and with the weights as x and $V$ as it lies. Between the two, a row
+# of scores becomes weights. These are the kernels' own lines (`at(p, n)` is the address n numbers after p; a group is as many queries as the tile
+# has rows; `many` and `one` are gemm's micro-kernel for many rows and for one):
 
 # %%
-from opt_fast import attention_cpu, ops_cpu
-
 show(attention_cpu.score.py_func, attention_cpu.softmax.py_func)
 
 # %% [markdown]
-# You know `softmax`: $m$, $l$ and $a$, shrunk only when the maximum has grown. `maximum` and `exponentials` work on whole vectors of lanes;
-# the exponential is a polynomial, since processors have no instruction for it.
+# You know `softmax`: $m$, $l$ and $a$, shrunk only when the maximum has grown. `maximum` and `exponentials` work on whole vectors of lanes; the
+# exponential is a polynomial, since processors have no instruction for it.
 #
-# **Threads.** A task is a head and a block of its queries. Tasks share nothing that is written, so each thread takes the next one from a counter until
-# none is left; no sum is ever split between two threads, and the result has the same bits with any number of them.
+# **Threads.** A task is a head and a block of its queries. Tasks share nothing that is written, so each thread takes the next one from a counter
+# until none is left; no sum is ever split between two threads, and the result has the same bits with any number of them.
 
 # %%
-q, k, v = (rng.normal(size=(2, n, 3, 64)).astype(np.float32) for n in (150, 400, 400))  # (B, T | S, H, Dh)
+sizes = (2, 150, 3, 64), (2, 400, 3, 64), (2, 400, 3, 64)  # (B, T, H, Dh), twice (B, S, H, Dh)
+q, k, v = (rng.normal(size=size).astype(np.float32) for size in sizes)
 fast, plain = ops_cpu.attention(q, k, v, 0.125), ops.attention(q, k, v, 0.125)
 exact = ops.attention(*(a.astype(np.float64) for a in (q, k, v)), 0.125)
-assert np.abs(fast - exact).max() <= 2 * np.abs(plain - exact).max()  # as near to float64 as NumPy's float32
+error, numpys = np.abs(fast - exact).max(), np.abs(plain - exact).max()
+print("as near to float64 as NumPy's float32, within a factor of two:", error <= 2 * numpys)
+assert error <= 2 * numpys
 alone = ops_cpu.attention(q[1:, -1:], k[1:], v[1:], 0.125)  # one query of one row, as in decoding
 assert np.array_equal(alone, fast[1:, -1:])  # equal bits
 
 # %%
 O, L = attention_cpu.attention_lse(q, k, v, 0.125, None)
 dO = rng.normal(size=q.shape).astype(np.float32)
-for ours, plain in zip(ops_cpu.attention_bwd(dO, q, k, v, O, L, 0.125), ops.attention_bwd(dO, q, k, v, O, L, 0.125)):
+all_ours, all_plain = (o.attention_bwd(dO, q, k, v, O, L, 0.125) for o in (ops_cpu, ops))
+for ours, plain in zip(all_ours, all_plain, strict=True):
     assert np.allclose(ours, plain, rtol=1e-3, atol=1e-4)
 print("forward and backward agree with NumPy")
 
 # %% [markdown]
 # ## Which limit?
 #
-# A machine has two limits: FLOPs in a second, and bytes in a second that memory delivers. Which of them holds depends on the **arithmetic intensity**,
-# the FLOPs that are done for each byte moved:
+# A machine has two limits: FLOPs in a second, and bytes in a second that memory delivers. Which of them holds depends on the **arithmetic
+# intensity**, the FLOPs that are done for each byte moved:
 #
 # $$\text{FLOP/s} \le \min(\text{peak},\ \text{intensity} \times \text{bandwidth})$$
 #
@@ -383,80 +404,96 @@ def intensity(cfg, T, past=0, fused=False):
 
 cfg = OPTConfig.from_size("125m")  # heads of 64
 for T in (64, 256, 1024, 2048):
-    print(f"T = {T:>4}: plain {intensity(cfg, T):5.2f}, flash {intensity(cfg, T, fused=True):6.2f} FLOP/byte")
-    assert intensity(cfg, T) < (4 * 64 + 5) / 32 * (1 + 1 / T) < intensity(cfg, 2 * T, fused=True)
+    plain, tiled = intensity(cfg, T), intensity(cfg, T, fused=True)
+    print(f"T = {T:>4}: plain {plain:5.2f}, flash {tiled:6.2f} FLOP/byte")
+    assert plain < (4 * 64 + 5) / 32 < tiled
 one_token = intensity(cfg, 1, past=1023, fused=True)
 print(f"decoding, one query, 1024 keys: {one_token:.2f}")
 assert np.isclose(intensity(cfg, 2048, fused=True) / intensity(cfg, 1024, fused=True), 2, rtol=0.01)
 assert np.isclose(one_token, 261 / (2 * 64 * 4), rtol=0.01)
 
 # %% [markdown]
-# The machine's limits are measured by `opt_fast.limits`, each in a fresh process: the fastest read of a large array, and the fastest float32 product of
-# NumPy. **The numbers in this plot are this machine's, at this moment; they vary, and nothing depends on them.** NumPy's plain attention here makes
-# whole scores and whole weights, as the formulas say; beside it, the kernels.
+# The machine's limits are measured by `opt_fast.limits`: the fastest read of a large array, and the fastest float32 product of NumPy. One core is
+# measured; the first cell asked for one thread. **The numbers on the left are this machine's, at this moment; they vary, and nothing depends on
+# them.** NumPy's plain attention here makes whole scores and whole weights, as the formulas say; beside it, the kernels.
+
 
 # %%
-import os
+def plain_attention(q, k, v, scale):
+    P = ops.softmax(ops.attention_scores(q, k, scale))  # (B, H, T, S)
+    return (P @ v.swapaxes(1, 2)).swapaxes(1, 2)
 
-from opt_fast import limits
 
-machine = limits.measure(os.cpu_count() or 1, read=2**28, width=1024)
+bandwidth = max(limits.bandwidth(1, 2**27) for _ in range(3))
+matmul = max(limits.matmul(1024) for _ in range(3))
 points = {"plain": [], "flash": []}
-for T in (256, 512, 1024, 2048):
+for T in (128, 256, 512, 1024):
     q, k, v = (rng.normal(size=(1, T, 4, 64)).astype(np.float32) for _ in range(3))
     flops = 4 * (4 * 64 + 5) * T * (T + 1) / 2
 
-    def plain(q=q, k=k, v=v):
-        P = ops.softmax(ops.attention_scores(q, k, 0.125))
-        return (P @ v.swapaxes(1, 2)).swapaxes(1, 2)
-
-    assert np.allclose(plain(), ops_cpu.attention(q, k, v, 0.125), atol=1e-5)
-    points["plain"].append((intensity(cfg, T), flops / limits.fastest(plain)))
-    seconds = limits.fastest(lambda q=q, k=k, v=v: ops_cpu.attention(q, k, v, 0.125))
-    points["flash"].append((intensity(cfg, T, fused=True), flops / seconds))
+    plain = partial(plain_attention, q, k, v, 0.125)
+    kernel = partial(ops_cpu.attention, q, k, v, 0.125)
+    assert np.allclose(plain(), kernel(), atol=1e-5)
+    seconds = [min(limits.fastest(f) for _ in range(4)) for f in (plain, kernel)]
+    points["plain"].append((intensity(cfg, T), flops / seconds[0]))
+    points["flash"].append((intensity(cfg, T, fused=True), flops / seconds[1]))
 
 # %%
-I = np.geomspace(0.1, 1000, 100)
-fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-ax.loglog(I, np.minimum(I * machine["bandwidth"], machine["matmul"]) / 1e9, "k-", label="this machine's limits")
+I = np.geomspace(0.1, 2000, 200)
+fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+_, *h200 = DEVICES["h200"]  # bytes/s and FLOP/s, as its maker states them
+axes[0].loglog(I, np.minimum(I * bandwidth, matmul) / 1e9, "k-", label="limits, as measured")
+axes[1].loglog(I, np.minimum(I * h200[0], h200[1]) / 1e9, "k-", label="limits, as stated")
 for name, mark in (("plain", "s"), ("flash", "o")):
     x, y = np.array(points[name]).T
-    ax.loglog(x, y / 1e9, mark, label=f"{name}, 4 heads, T = 256 … 2048")
-for x, text in ((one_token, "decoding"), (intensity(cfg, 2048), "plain, any T")):
-    ax.axvline(x, color="grey", lw=0.8, ls=":")
-    ax.annotate(text, (x, 0.03), xycoords=("data", "axes fraction"), rotation=90, fontsize=8)
-ax.set(title="attention against the machine", xlabel="FLOP for each byte moved", ylabel="GFLOP/s")
-ax.legend(fontsize=8)
-assert all(y > 0 for pair in points.values() for _, y in pair)
+    axes[0].loglog(x, y / 1e9, mark, label=f"{name}, T = 128 … 1024")
+softmax = (5 * 2049 / 2 + 2) / (8 * 2048)  # FLOP per byte of that step, T = 2048
+whole, tiled = intensity(cfg, 2048), intensity(cfg, 2048, fused=True)
+places = {"decoding": one_token, "softmax alone": softmax, "plain": whole, "flash": tiled}
+titles = {"one core of this machine, float32": 1, "an H200, 16 bits": 2}
+for ax, (title, factor) in zip(axes, titles.items(), strict=True):
+    for name, x in places.items():  # half the bytes, twice the intensity
+        ax.axvline(x * factor, color="grey", lw=0.8, ls=":")
+        ax.annotate(name, (x * factor, 0.04), xycoords=("data", "axes fraction"), rotation=90)
+    ax.set(title=title, xlabel="FLOP for each byte moved", ylabel="GFLOP/s")
+    ax.legend(fontsize=8, loc="center right")
+
+# %%
+steps = [s for s in costs.steps(cfg, 1, 2048) if s.name.endswith("layers.0.self_attn.attn_weights")]
+assert np.isclose(steps[0].flops / steps[0].bytes, softmax)
+assert 2 * whole < h200[1] / h200[0] < 2 * tiled
 
 # %% [markdown]
-# Plain attention stands at the slope's end and below it: softmax passes over T × T numbers several times, and computes above the diagonal, too. Flash
-# attention stands far to the right, where arithmetic is the limit. Decoding, with one query, stands far to the left whatever the algorithm: every
-# key is read for two products and used once. No tile helps there; only fewer bytes do ([notebook 10](10_int8_and_int4.ipynb)) or more
-# rows at once for the weights ([notebook 11](11_what_a_token_costs.ipynb)).
+# On a GPU the bend of the limits lies far to the right: an H200 could do some 200 FLOPs while a byte arrives. Plain attention as a whole stands on
+# the slope there, at a twelfth of what the arithmetic could do; flash attention at 2048 tokens stands beyond the bend. (Nothing was run on one
+# here.)
 #
-# Where scores fit into the processor's cache, memory is not asked for them, and plain attention can do better than the slope says. On a GPU the slope
-# is crueller: an H200's limits are 4.8 TB/s and 989 TFLOP/s in 16 bits, so that it takes about 200 FLOPs a byte to reach the top.
+# A processor's core bends earlier. Taken as a whole, plain attention need not wait for memory; but it is three steps one after the other,
+# and the softmax alone, 5 FLOPs for each pair, stands on the slope; it passes over T × T numbers several times, and works above the diagonal, too.
+# Where the scores fit into the processor's cache, memory is not asked for them.
+#
+# Decoding, with one query, stands far to the left whatever the algorithm: every key is read for two products and used once. No tile helps there,
+# only fewer bytes ([notebook 10](10_int8_and_int4.ipynb)), and for the weights more rows at once ([notebook 11](11_what_a_token_costs.ipynb)).
 
 # %% [markdown]
 # ## And on a GPU?
 #
-# This project has no kernels for GPUs yet, and nothing in this notebook has been run on one. What will be the same: tiles, $m$, $l$ and
-# $a$, the division at the end, $L$ and $D$, and `flash.py` as the specification. What differs: a block of threads takes a head and Br queries; its tiles
-# lie in shared memory, some 200 KB, which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums;
-# and with one query there are too few blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging
-# is the online softmax once more: two triples $(m, l, a)$ make one.
+# This project has no kernels for GPUs yet, and nothing in this notebook has been run on one. What will be the same: tiles, $m$, $l$ and $a$, the
+# division at the end, $L$ and $D$, and `flash.py` as the specification. What differs: a block of threads takes a head and Br queries; its tiles lie
+# in shared memory, some 200 KB, which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums; and
+# with one query there are too few blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging is
+# the online softmax once more: two triples $(m, l, a)$ make one.
 
 # %%
 Q, K, V = random_head(1, 30)
 parts = [flash.attention(Q, K[c], V[c], scale) for c in (slice(0, 11), slice(11, 30))]
 Ls = np.array([L[0] for _, L in parts])
 shares = ops.softmax(Ls)  # a part's share is exp(L), of all
-merged = sum(share * O for share, (O, _) in zip(shares, parts))
+merged = sum(share * O for share, (O, _) in zip(shares, parts, strict=True))
 O, L = flash.attention(Q, K, V, scale)
 assert np.allclose(merged, O, rtol=1e-12)
 assert np.isclose(np.logaddexp(*Ls), L[0], rtol=1e-12)
 
 # %% [markdown]
-# Attention's matrix is gone, and its result is the same. What is left to move are the weights: [notebook 10](10_int8_and_int4.ipynb) makes them whole
-# numbers of 8 and 4 bits.
+# Attention's matrix is gone, and its result is the same. What is left to move are the weights: [notebook 10](10_int8_and_int4.ipynb) makes them
+# whole numbers of 8 and 4 bits.

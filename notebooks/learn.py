@@ -69,7 +69,8 @@ def arguments(spec: Callable, seed: int) -> tuple:
     for name, parameter in inspect.signature(spec).parameters.items():
         if name in shapes:
             shape = [n for axis in shapes[name] for n in (LEADING if axis.startswith("*") else (SIZES[axis],))]
-            found.append(rng.integers(0, SIZES["V"], shape) if name == "ids" else rng.normal(size=shape))
+            made = {"ids": lambda s: rng.integers(0, SIZES["V"], s), "visible": lambda s: rng.random(s) < 0.7}
+            found.append(made.get(name, lambda s: rng.normal(size=s))(shape))
         elif parameter.default is not parameter.empty:
             break
         elif name in PLAIN:
@@ -81,6 +82,10 @@ def arguments(spec: Callable, seed: int) -> tuple:
 
 def difference(found: Any, wanted: Any) -> str:
     """What is wrong with a result, in words; nothing if it is right."""
+    if isinstance(wanted, dict):
+        if not isinstance(found, dict) or found.keys() != wanted.keys():
+            return f"it returns {sorted(found) if isinstance(found, dict) else type(found).__name__}; a dict with {', '.join(wanted)} is wanted"
+        found, wanted = tuple(found[name] for name in wanted), tuple(wanted.values())
     if isinstance(wanted, tuple):
         if not isinstance(found, tuple) or len(found) != len(wanted):
             return f"it returns a {type(found).__name__}; {len(wanted)} results are wanted"
@@ -105,7 +110,8 @@ def close(found: np.ndarray, wanted: np.ndarray) -> bool:
 
 def how_far(found: np.ndarray, wanted: np.ndarray) -> str:
     off = np.abs(found - wanted) > ENOUGH * np.abs(wanted).max()
-    said = f"off by up to {np.abs(found - wanted).max() / np.abs(wanted).max():.2g} of the largest value, in {int(off.sum())} of {off.size} numbers"
+    said = f"off by up to {np.abs(found - wanted).max() / np.abs(wanted).max():.2g} of the largest value"
+    said += f", in {int(off.sum())} of {off.size} numbers" if off.size > 1 else ""
     with np.errstate(all="ignore"):
         ratios, shifts = (found / wanted)[np.abs(wanted) > 1e-6], found - wanted
     if ratios.size and np.ptp(ratios) < 1e-6 * abs(ratios.mean()):

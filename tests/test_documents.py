@@ -70,4 +70,4 @@ def test_every_public_function_says_what_it_does(monkeypatch):
     assert len(entries) > 300
     for name, text in entries:
         first = " ".join(text.strip().split("\n\n")[0].split())
-        assert first.endswith((".", ":", ";", "?", ")", "]")) or "->" in text, f"{name}: {first}"
+        assert first.endswith((".", ":", ";", "?", ")", "]", "}")) or "->" in text, f"{name}: {first}"

@@ -135,6 +135,17 @@ def test_check_takes_cases_and_several_results(capsys):
         learn.arguments(lambda cfg: cfg, 0)
 
 
+def test_check_compares_dicts_and_knows_flags(capsys):
+    from opt_np import flash, quantize
+
+    learn.check(quantize.int8_rows, quantize.int8_rows, (np.ones((2, 3), np.float32),))
+    assert capsys.readouterr().out.startswith("right")
+    learn.check(lambda w: {"weight": w}, quantize.int8_rows, (np.ones((2, 3), np.float32),))
+    assert "a dict with weight, scale is wanted" in capsys.readouterr().out
+    learn.check(flash.attention, flash.attention)
+    assert capsys.readouterr().out.startswith("right")
+
+
 def test_a_learners_function_cannot_spoil_the_inputs(capsys):
     def spoils(q, k, v, scale):
         q *= 0
