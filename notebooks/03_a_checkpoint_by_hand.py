@@ -344,13 +344,15 @@ assert text.count(fc1) == 1
 
 # %%
 (folder / "bad").mkdir()
+told = []
 for what, (content, config) in damages.items():
     (folder / "bad" / "model.safetensors").write_bytes(content)
     (folder / "bad" / "config.json").write_text(json.dumps(config))
     error = said(checkpoint.load, folder / "bad")
-    print(f"{what}:\n    {error}")
+    told.append(f"{what}:\n    {error}")
     assert error.startswith("FOLDER/bad")
     assert "\n" not in error
+print("\n".join(told))
 assert said(checkpoint.load, folder / "whole") == ""
 
 # %% [markdown]

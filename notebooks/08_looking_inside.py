@@ -100,9 +100,10 @@ assert to_first[1, 0] > 0.6 > 3 * evenly
 # %% [markdown]
 # ## Is there an induction head?
 #
-# An **induction head** finds an earlier copy of the current token and looks at what came after it: in "A B … A" it looks at B, and so predicts B. It
-# needs a **previous-token head** in an earlier layer, which tells every token who stood before it. Notebook 7 trained such a pair. Three scores tell
-# heads apart on a row of random tokens that comes twice, $n$ tokens and the same $n$ again:
+# An **induction head** finds an earlier copy of the current token and looks at what came after it: in "A B … A" it looks at B, and so predicts B. In
+# the textbook it has help from a **previous-token head** in an earlier layer, which tells every token who stood before it. (Notebook 7 trained one from
+# nothing, which had found help of another kind.) Three scores tell heads apart on a row of random tokens that comes twice, $n$ tokens and the same
+# $n$ again:
 #
 # | score | the share that a token gives to | at |
 # |---|---|---|

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def show(*functions: Any) -> None:
     for function in functions:
         file, (lines, first) = Path(inspect.getsourcefile(function) or ""), inspect.getsourcelines(function)
         where = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
-        display(Markdown(f"`{where}`, line {first}\n\n```python\n{inspect.cleandoc(''.join(lines)) if lines[0][0] == ' ' else ''.join(lines)}```"))
+        display(Markdown(f"`{where}`, line {first}\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```"))
 
 
 # ---- checking exercises ------------------------------------------------------------------------------------------------------------------
@@ -99,13 +100,21 @@ def difference(found: Any, wanted: Any) -> str:
         return f"the shape is {found.shape}, {wanted.shape} is wanted" + ("; it is right when its last two axes are swapped" if turned else "")
     if close(found, wanted):
         return ""
-    if not np.isfinite(found).all():
-        return f"{int((~np.isfinite(found)).sum())} of {found.size} numbers are NaN or infinite"
+    if found.dtype.kind not in "fciu" or not np.issubdtype(wanted.dtype, np.number):
+        return f"{int((found != wanted).sum())} of {found.size} values are wrong"
+    if (unlike := np.isfinite(found) != np.isfinite(wanted)).any():
+        return f"{int(unlike.sum())} of {found.size} numbers are NaN or infinite, or should be"
+    found, wanted = (np.where(np.isfinite(wanted), a, 0) for a in (found, wanted))
     return how_far(found.astype(np.float64), wanted.astype(np.float64))
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.abs(found - wanted).max() <= ENOUGH * max(np.abs(wanted).max(), 1e-300)) if found.size else True
+    """Whether all numbers are equal up to rounding; infinities, and what is no number, must be the same."""
+    if wanted.dtype.kind not in "fc" or found.dtype.kind not in "fciu":
+        return bool((found == wanted).all())
+    apart = found[found != wanted] - wanted[found != wanted]
+    finite = np.abs(wanted[np.isfinite(wanted)])
+    return bool(np.abs(apart).max() <= ENOUGH * max(finite.max(initial=0), 1e-300)) if apart.size else True
 
 
 def how_far(found: np.ndarray, wanted: np.ndarray) -> str:

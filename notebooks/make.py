@@ -37,8 +37,20 @@ def executed(source: Path) -> nbformat.NotebookNode:
         cell.id = f"cell-{i}"
         cell.metadata = {}
         if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
             cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and o.text.startswith("opt_fast: compiling"))]
     return notebook
+
+
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What was printed in one piece, however the kernel happened to send it."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream" and output.name == found[-1].name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def in_step(source: Path) -> bool:
