@@ -350,7 +350,7 @@ check(my_embed_bwd, spec=grad.embed_bwd)
 show(optim.adamw_step)
 
 # %%
-import torch  # noqa: E402
+import torch
 
 name, rates = "layers.0.fc1.weight", {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 p, m, v = flatten(params)[name].copy(), 0.0, 0.0
@@ -384,7 +384,7 @@ models = {"fresh": init.init_params(lm.config, seed=0), "trained": lm.params}
 found = {name: grad.loss_and_grads(p, sentence, sentence, lm.config) for name, p in models.items()}
 kinds = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 sizes = {}  # of each model: (kinds, L)
-for name, (loss, grads) in found.items():
+for name, (_, grads) in found.items():
     leaves = [[flatten(layer)[f"{kind}.weight"] for layer in grads["layers"]] for kind in kinds]
     sizes[name] = np.array([[np.sqrt(np.mean(g**2)) for g in line] for line in leaves])
 

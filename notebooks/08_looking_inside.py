@@ -6,6 +6,9 @@
 # for an instrument that always says yes shows nothing. All values have names, and can be read and replaced: `opt_np.taps`; the arithmetic is `opt_np.lens`.
 
 # %%
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy starts: small matrices like one thread
 import matplotlib.pyplot as plt
 import numpy as np
 from learn import MODEL, check, picture, show
@@ -64,7 +67,7 @@ picture(patterns[0, 1], words(ids[0]), words(ids[0]), title, vmin=0, vmax=1)
 row = patterns[0, 1, 15]  # the last " the", which sees 16 tokens
 assert words(ids[0])[15] == " the"
 small = np.isin(words(ids[0]), [" by", " the", " and", ","])[:16]
-print(f"the last ' the' gives {small.sum()} small words {row[:16][small].sum():.0%}, ' fire' {row[7]:.0%}")
+print(f"' the' gives {small.sum()} small words {row[:16][small].sum():.0%}, ' fire' {row[7]:.0%}")
 assert row.argmax() == 7 and row[:16][small].sum() < 0.1
 
 # %% [markdown]
@@ -174,11 +177,10 @@ found = scores(lm, tokens_lm)
 fig, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained")
 for line, (model, said) in zip(axes, (("by hand", known), ("in the box", found)), strict=True):
     for ax, (name, score) in zip(line, said.items(), strict=True):
-        rows, columns = map(range, score.shape)
-        picture(score, rows, columns, f"{name}, {model}", ax, vmin=0, vmax=1)
+        picture(score, *map(range, score.shape), f"{name}, {model}", ax, vmin=0, vmax=1)
         ax.set(xlabel="head", ylabel="layer")
 best = np.unravel_index(found["induction"].argmax(), (L, H))
-print(f"best: layer {best[0]}, head {best[1]}, {found['induction'].max():.3f}; evenly: {1 / 22.5:.3f}")
+print(f"layer {best[0]}, head {best[1]}: {found['induction'].max():.3f}; evenly {1 / 22.5:.3f}")
 assert found["induction"].max() < 0.2 and found["previous token"].max() < 0.5
 
 # %% [markdown]
@@ -217,10 +219,11 @@ assert second_half(lm, tokens_lm) > np.log(lm.config.vocab_size)
 
 # %%
 novel = (
-    "The Time Traveller (for so it will be convenient to speak of him) was expounding a recondite "
-    "matter to us. His pale grey eyes shone and twinkled, and his usually pale face was flushed and "
-    "animated. The fire burnt brightly, and the soft radiance of the incandescent lights in the lilies "
-    "of silver caught the bubbles that flashed and passed in our glasses."
+    "The Time Traveller (for so it will be convenient to speak of him) was expounding a "
+    "recondite matter to us. His pale grey eyes shone and twinkled, and his usually pale face "
+    "was flushed and animated. The fire burnt brightly, and the soft radiance of the "
+    "incandescent lights in the lilies of silver caught the bubbles that flashed and passed in "
+    "our glasses."
 )
 page = np.array([tok.encode(novel)])  # (1, T)
 at_best = grad.shifted_cross_entropy(lm(page).logits, page)
@@ -235,7 +238,7 @@ for at in np.ndindex(2, 2):
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for ax, worse, name in zip(axes, (lost_by_hand, lost), ("by hand", "in the box"), strict=True):
     scale = {"cmap": "RdBu_r", "vmin": -np.abs(worse).max(), "vmax": np.abs(worse).max()}
-    picture(worse, range(len(worse)), range(worse.shape[1]), f"nats a token worse, {name}", ax, **scale)
+    picture(worse, *map(range, worse.shape), f"nats a token worse, {name}", ax, **scale)
     ax.set(xlabel="head", ylabel="layer")
 assert (lost_by_hand[:, 0] > 2).all()  # the circuit needs both
 assert (np.abs(lost_by_hand[:, 1]) < 1e-9).all()  # and nothing else
@@ -274,8 +277,13 @@ def difference(logits):
 
 
 high, low = difference(clean_logits), difference(lm(corrupt).logits)
+likelier = ops.softmax(clean_logits[0, -1])[ship] / ops.softmax(lm(corrupt).logits[0, -1])[ship]
+print(f"' ship' is {likelier:.1f} times likelier after the text with ship")
+print(f"logit of ' ship' less that of ' house': {high:+.2f} after ship, {low:+.2f} after house")
+assert likelier > 8 and high > 1 and low < -1
 
 
+# %%
 def brought_back(point, places):
     """How much of the difference comes back when `point` has the clean run's values at `places`."""
     def hook(x, name):
@@ -284,12 +292,6 @@ def brought_back(point, places):
     return (difference(lm.run_with_hooks(corrupt, [(point, hook)])) - low) / (high - low)
 
 
-likelier = ops.softmax(clean_logits[0, -1])[ship] / ops.softmax(lm(corrupt).logits[0, -1])[ship]
-print(f"' ship' is {likelier:.1f} times likelier after the text with ship")
-print(f"logit of ' ship' less that of ' house': {high:+.2f} after ship, {low:+.2f} after house")
-assert likelier > 8 and high > 1 and low < -1
-
-# %%
 back = np.zeros((L, clean.shape[1]))  # (L, T)
 for layer, t in np.ndindex(back.shape):
     back[layer, t] = brought_back(f"blocks.{layer}.hook_resid_pre", (t,))

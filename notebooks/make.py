@@ -5,6 +5,7 @@ NN_name.py is what people edit and review; NN_name.ipynb is what they read on th
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def cells(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
 
 def executed(source: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs. Raises CellExecutionError where a cell fails."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the kernel: BLAS threads that wait for busy cores take several times as long
     notebook = jupytext.read(source)
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()

@@ -59,6 +59,8 @@ def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:
     """GPT-2's config under OPT's keys. Raises CheckpointError."""
     if keys.get("model_type") != "gpt2":
         raise CheckpointError(f"{where}: model_type is {keys.get('model_type')!r}; a GPT-2 has 'gpt2'. OPTForCausalLM.from_pretrained loads OPT")
+    if "hidden_size" in keys and "n_embd" not in keys:
+        raise CheckpointError(f"{where}: model_type is 'gpt2', and the other keys are not a GPT-2's but those of an 'opt'. Is it this checkpoint's?")
     for key, only in ONLY_VALUES.items():
         if keys.get(key, only[0]) not in only:
             raise CheckpointError(f"{where}: {key} is {keys[key]!r}; opt_np computes only {only[0]!r}")
