@@ -344,6 +344,8 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
     steps: list[Step] = []
 
     def keep(name: str, value: Any) -> None:
+        if name.rpartition(".")[2].isdigit():  # a block: its last step is its output
+            return
         value = value[0] if isinstance(value, tuple) else value
         array = value.detach().cpu().to(value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32).numpy().copy()
         checksum = f"{zlib.crc32(array.data):08x}"
@@ -358,7 +360,7 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
 
 @contextmanager
 def hooks_on(oracle: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """keep(name, value) at every module that computes a step, before the first block, and before out_proj, while the context lasts."""
+    """keep(name, value) at every block and module that computes a step, before the first block and before out_proj, while the context lasts."""
     stages = {name for name in costs.EQUATIONS if name not in ("attn_scores", "attn_weights", "attn_output", "resid_pre", "resid_mid", "resid_post")}
     first, handles = taps.LAYER.format(i=0), []
     for path, module in oracle.named_modules():
@@ -366,7 +368,7 @@ def hooks_on(oracle: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
         if stage == "out_proj":
             at = path.replace("out_proj", "attn_output")
             handles.append(module.register_forward_pre_hook(lambda _, given, at=at: keep(at, given[0])))
-        elif stage in stages:
+        elif stage in stages or stage.isdigit():  # layers.3
             handles.append(module.register_forward_hook(lambda _, given, value, at=path: keep(at, value)))
         if path == first:
             handles.append(module.register_forward_pre_hook(

@@ -23,6 +23,7 @@ from opt_np.checkpoint import CheckpointError, few
 from opt_np.classes import OPTForCausalLM, choose_backend
 from opt_np.kv_cache import KVCache
 from opt_np.ops import QUERY_BLOCK
+from opt_np.trace import hooks_on
 from opt_np.tree import flatten
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -35,7 +36,8 @@ ALLOWED = {"float64": 1e-10, "float32": 1e-4}
 STAGES = ("embed_tokens", "embed_positions", "project_in", "self_attn_layer_norm", "q_proj", "k_proj", "v_proj", "attn_output", "self_attn",
           "final_layer_norm", "fc1", "activation_fn", "fc2", "project_out", "lm_head")  # fmt: skip
 FREE = ("embed_tokens", "embed_positions", "q_proj", "k_proj", "v_proj")  # these may run in any order
-EMBEDDED = "model.decoder.layers.0 (its input)"  # tokens plus positions: no module of its own
+LAYER_0 = "model.decoder.layers.0"
+EMBEDDED = f"{LAYER_0} (its input)"  # tokens plus positions: no module of its own
 LAST, LOGITS = "last hidden state", "logits"
 LAYER = re.compile(r"model\.decoder\.layers\.\d+")
 HF_READS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -244,10 +246,11 @@ def run_pytorch(torch: Any, oracle: Any, inputs: list[Case]) -> list[Run]:
     runs: list[Run] = []
 
     def keep(name: str, value: Any) -> None:
-        runs[-1].points[-1].setdefault(name, plain_array(value[0] if isinstance(value, tuple) else value))
+        runs[-1].points[-1].setdefault(
+            EMBEDDED if name == f"{LAYER_0}.resid_pre" else name, plain_array(value[0] if isinstance(value, tuple) else value)
+        )
 
-    add_hooks(oracle, keep)
-    with torch.inference_mode():
+    with hooks_on(oracle, keep), torch.inference_mode():
         for case in inputs:
             runs.append(Run([]))
             past = None
@@ -258,18 +261,6 @@ def run_pytorch(torch: Any, oracle: Any, inputs: list[Case]) -> list[Run]:
                              past_key_values=past, use_cache=len(case.chunks) > 1)  # fmt: skip
                 past = out.past_key_values
     return runs
-
-
-def add_hooks(oracle: Any, keep: Callable[[str, Any], None]) -> None:
-    """keep(name, value) at every stage, at every layer's end, and before the first layer."""
-    for path, module in oracle.named_modules():
-        stage = stage_of(path)
-        if stage == "out_proj":
-            module.register_forward_pre_hook(lambda _, given, at=path: keep(at.replace("out_proj", "attn_output"), given[0]))
-        elif stage in STAGES or LAYER.fullmatch(path):
-            module.register_forward_hook(lambda _, given, value, at=path: keep(at, value))
-        if path == "model.decoder.layers.0":
-            module.register_forward_pre_hook(lambda _, given, named: keep(EMBEDDED, given[0] if given else named["hidden_states"]), with_kwargs=True)
 
 
 def run_tapped(tested: OPTForCausalLM, case: Case) -> Run:
