@@ -75,6 +75,7 @@ def kept_compiled() -> Iterator[None]:
 
 
 def address(a: np.ndarray) -> int:
+    """Where an array's numbers begin in memory."""
     return a.__array_interface__["data"][0]
 
 
@@ -203,20 +204,24 @@ def memory(table: Any) -> Any:
 
 
 def load(builder: Any, address: Any, vector: Any) -> Any:
+    """LLVM: a vector from an address that need not be aligned."""
     value = builder.load(builder.bitcast(address, vector.as_pointer()))
     value.align = 1
     return value
 
 
 def store(builder: Any, value: Any, address: Any) -> None:
+    """LLVM: a vector to an address that need not be aligned."""
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
 def every(vector: Any, value: float) -> Any:
+    """LLVM: a vector of one constant."""
     return ir.Constant(vector, [value] * vector.count)
 
 
 def broadcast(builder: Any, number: Any, vector: Any) -> Any:
+    """LLVM: a vector of one number."""
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
 
@@ -247,6 +252,7 @@ def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:
+    """LLVM: of each pair of numbers the larger one; the second where one is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 

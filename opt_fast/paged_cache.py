@@ -108,6 +108,7 @@ class Pages:
 
 
 def enlarged(a: np.ndarray, count: int) -> np.ndarray:
+    """An array with room for `count` pages, the old ones in their places."""
     bigger = np.empty((a.shape[0], count, *a.shape[2:]), a.dtype)
     bigger[:, : a.shape[1]] = a
     return bigger

@@ -68,6 +68,7 @@ def fits(found: list[dict], shapes: list[tuple[int, int]], norms: list[dict], D:
 
 
 def matrices(layer: dict) -> list[dict]:
+    """A block's matrices, in the order in which a step uses them."""
     attn = layer["self_attn"]
     return [attn["q_proj"], attn["k_proj"], attn["v_proj"], attn["out_proj"], layer["fc1"], layer["fc2"]]
 
@@ -84,6 +85,7 @@ def end(params: dict) -> tuple[list[dict], list[dict]]:
 
 
 def leaves(layers: list[dict]) -> list[Any]:
+    """What a program holds pointers to: if any of these is another object, the program is stale."""
     return [p.get(name) for layer in layers for p in (*matrices(layer), *layer_norms(layer)) for name in ("weight", "bias")]
 
 

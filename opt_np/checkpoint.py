@@ -383,6 +383,7 @@ def divided(named: dict[str, np.ndarray], dtype: str | None, most: int) -> list[
 
 
 def stored_bytes(part: dict[str, np.ndarray], dtype: str | None) -> int:
+    """Bytes of tensors as they will be stored."""
     return sum(a.size * (a.dtype if dtype is None else float_type(dtype)).itemsize for a in part.values())
 
 
@@ -466,4 +467,5 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -234,6 +234,7 @@ def collecting(attentions: list | None, tap: Any) -> Any:
 
 
 def as_tuple(items: list | None) -> tuple | None:
+    """A tuple of a list; None stays None."""
     return None if items is None else tuple(items)
 
 

@@ -76,6 +76,7 @@ def choices(number: int, step: Step, stages: dict[str, np.ndarray], top: int, to
 
 
 def candidate(i: int, row: int, logits: np.ndarray, stages: dict[str, np.ndarray], probability: float, tokenizer: Any) -> Candidate:
+    """One token on its way through the processors, and which of them took it out."""
     scores = {name: float(after[row, i]) for name, after in stages.items()}
     by = next((name for name, score in scores.items() if not np.isfinite(score)), None)
     return Candidate(i, tokenizer.decode([i]) if tokenizer else None, float(logits[row, i]), scores, probability, by)

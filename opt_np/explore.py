@@ -111,6 +111,7 @@ def longest(cfg: OPTConfig) -> int:
 
 
 def shape(cfg: OPTConfig) -> dict[str, Any]:
+    """The model's sizes, for the page's head."""
     return {
         "layers": cfg.num_hidden_layers, "heads": cfg.num_attention_heads, "head_dim": cfg.head_dim, "hidden": cfg.hidden_size, "ffn": cfg.ffn_dim,
         "vocabulary": cfg.vocab_size, "context": cfg.max_position_embeddings, "norm": "pre-norm" if cfg.do_layer_norm_before else "post-norm",
@@ -181,6 +182,7 @@ def fixed_point(P: np.ndarray) -> np.ndarray:
 
 
 def base64_of(array: np.ndarray) -> str:
+    """An array's bytes as text."""
     return base64.b64encode(array.tobytes()).decode()
 
 

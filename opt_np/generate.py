@@ -147,6 +147,7 @@ def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iter
 
 
 def no_beams(s: Settings) -> None:
+    """Raises ValueError where beams are asked for, which have no steps to tell."""
     if s.beams:
         raise ValueError(f"num_beams={s.num_beams}: beam search knows no token before its end; use generate, or num_beams=1")
 

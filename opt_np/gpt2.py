@@ -164,10 +164,12 @@ def aligned(a: list[trace.Step], b: list[trace.Step]) -> list[tuple[str, ...]]:
 
 
 def described(step: trace.Step | None) -> tuple[str, str, str]:
+    """A step's equation, shape and MFLOP; dashes where there is none."""
     return (step.equation, "×".join(map(str, step.shape)), f"{step.flops / 1e6:.3f}") if step else ("-", "-", "-")
 
 
 def layer_of(name: str) -> int | None:
+    """The number of the block that a point is in, or None."""
     found = re.search(r"\.layers\.(\d+)\.", name + ".")
     return int(found[1]) if found else None
 

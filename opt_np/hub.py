@@ -123,6 +123,7 @@ def readable(file: str) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
     return any(all((folder / file).exists() for file in files) for files in TOKENIZER)
 
 
@@ -149,10 +150,12 @@ class NotCached(Exception):
 
 
 def missing(get: Any, repo: str, message: str) -> Exception:
+    """The error for a file that is not there: final where the hub was asked, else a reason to ask it."""
     return CheckpointError(message) if get is downloaded else NotCached(repo)
 
 
 def cached(repo: str, file: str, revision: str) -> Path | None:
+    """Where the cache has a file, if it has it."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, file, revision=revision)
@@ -218,6 +221,7 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
 
 
 def repository_folder(repo: str) -> Path:
+    """Where the cache keeps a repository."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -225,6 +229,7 @@ def repository_folder(repo: str) -> Path:
 
 
 def sha256(path: Path) -> str:
+    """A file's digest, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -172,6 +172,7 @@ def header(file: BinaryIO, size: int) -> tuple[dict, int]:
 
 
 def well_formed(entry: Any) -> bool:
+    """Whether a header's entry of a tensor has the right keys and kinds of values."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"} or not isinstance(entry["dtype"], str):
         return False
     lists = [entry["shape"], entry["data_offsets"]]
@@ -187,4 +188,5 @@ def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def natural(digits: str) -> int:
+    """The number that digits stand for; -1 for anything else."""
     return int(digits) if digits.isdigit() else -1  # "-0" is none

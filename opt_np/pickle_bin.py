@@ -42,6 +42,8 @@ class Pairs(list):
 
 
 class Storage(NamedTuple):
+    """A block of numbers in the file that tensors are views of."""
+
     key: str
     dtype: np.dtype
     numel: int
@@ -132,6 +134,7 @@ def opened_legacy(file: Any) -> tuple[dict[str, Tensor], Callable[[Storage], byt
 
 
 def little_endian(is_little: bool) -> None:
+    """Raises Refused for a file from a big-endian machine."""
     if not is_little:
         raise Refused("it was saved on a big-endian machine; save it again on a little-endian one")
 
@@ -199,6 +202,7 @@ def unpickled(stream: io.BytesIO) -> Any:
 
 
 def constructor(name: Any) -> Constructor:
+    """What stands for a name that a pickle asks for. Raises Refused for any but those that weights need."""
     if name not in CONSTRUCTORS:
         raise Refused(f"it asks for {name.replace(' ', '.')}, which weights do not need, so it was not run; they need collections.OrderedDict, "
                       f"torch._utils._rebuild_tensor_v2 and torch's storages. {STRANGER}")  # fmt: skip
@@ -221,6 +225,7 @@ def made(function: Any, args: Any) -> Any:
 
 
 def storage(pid: Any) -> Storage:
+    """The block of numbers that a pickle's persistent id names. Raises Refused."""
     if type(pid) is tuple and len(pid) in (5, 6):  # "storage", type, key, device, length; a view of another, which only old versions of torch made
         word, dtype, key, _, numel = pid[:5]
         if word == "storage" and isinstance(dtype, Constructor) and dtype.name.startswith("torch ") and isinstance(key, str) and not any(pid[5:]):
@@ -229,6 +234,7 @@ def storage(pid: Any) -> Storage:
 
 
 def tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
+    """A view of a storage, as torch rebuilds it. Raises Refused for what no tensor has."""
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MOST_AXES:
         raise Refused(f"a tensor whose storage is a {kind(storage)}, shape a {kind(shape)} and strides a {kind(stride)} makes no sense; "
                       f"shape and strides are as long as each other, and at most {MOST_AXES}")  # fmt: skip
@@ -236,6 +242,7 @@ def tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
 
 
 def whole(number: Any) -> int:
+    """A number that can be a size. Raises Refused."""
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
         told = number if isinstance(number, bool | float) or (isinstance(number, int) and abs(number) < 2**99) else f"a {kind(number)}"
         raise Refused(f"{told} stands where a size belongs; sizes are whole numbers from 0 to 2^63 - 1. Was it copied whole?")

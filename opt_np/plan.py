@@ -92,6 +92,7 @@ def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
 
 
 def work(steps: list[costs.Cost]) -> Work:
+    """The sums of steps."""
     return Work(sum(step.flops for step in steps), sum(step.bytes for step in steps))
 
 
@@ -141,6 +142,7 @@ def report(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str, kind: 
 
 
 def fits(m: Memory, room: float) -> str:
+    """Whether it fits into `room` bytes, and if not, what would help."""
     if m.peak <= room:
         return "fits"
     if max(m.cache, m.prompt_cache + m.working) + m.slack < room:
@@ -149,4 +151,5 @@ def fits(m: Memory, room: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds for people."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

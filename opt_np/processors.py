@@ -55,6 +55,7 @@ def process(processors: list[tuple[str, Processor]], scores: np.ndarray, ids: np
 
 
 def removed(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Scores with -inf where `which` says so.  scores: (N, V);  which: (N, V)  ->  (N, V)"""
     return np.where(which, scores.dtype.type(-np.inf), scores)
 
 

@@ -83,6 +83,7 @@ def hidden(model: Any, input_ids: Any, attention_mask: Any = None) -> Any:
 
 
 def check_head(model: Any) -> None:
+    """Raises ValueError for a class without a language model's head."""
     if model.head != "lm_head":
         raise ValueError(f"tokens are scored by a language model, OPTForCausalLM, and this is {type(model).__name__}")
 
@@ -164,6 +165,7 @@ def stride_windows(n: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def check_stride(stride: int, window: int) -> None:
+    """Raises ValueError for a stride that leaves gaps, or stands still."""
     if not whole(1)(stride) or stride > window:
         raise ValueError(f"stride={stride!r} must be a whole number from 1 to window={window}, so that windows leave no gap")
 

@@ -75,14 +75,17 @@ class Settings:
 
 
 def whole(least: int) -> Callable[[Any], bool]:
+    """What says whether a value is a whole number of at least so much."""
     return lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def number(least: float, most: float = math.inf, or_equal: bool = False) -> Callable[[Any], bool]:
+    """What says whether a value is a number above `least`, or equal to it, and at most `most`."""
     return lambda value: isinstance(value, numbers.Real) and (least < float(value) <= most or (or_equal and value == least))
 
 
 def id_lists(value: Any) -> bool:
+    """Whether a value is a list of lists of ids, none of them empty."""
     return isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word and all(map(whole(0), word)) for word in value)
 
 

@@ -116,6 +116,7 @@ def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[Which, 
 
 
 def check_head(model: Any) -> None:
+    """Raises ValueError for a class without a language model's head."""
     if model.head != "lm_head":
         raise ValueError(f"{type(model).__name__} gives no logits of tokens; use OPTForCausalLM, or pass tap=taps.hooked(…) to the model's call")
 
@@ -228,6 +229,7 @@ class Cache(dict):
 
 
 def derived(name: Any) -> bool:
+    """Whether a name is of what is made from other points."""
     return isinstance(name, str) and DERIVED.fullmatch(name) is not None
 
 

@@ -271,5 +271,6 @@ class QuestionAnswering(Examples):
 
 
 def span_f1(found: Iterable[int], wanted: Iterable[int]) -> float:
+    """The F1 of two bags of tokens, as SQuAD measures answers."""
     a, b = collections.Counter(found), collections.Counter(wanted)
     return 2 * (a & b).total() / (a.total() + b.total())

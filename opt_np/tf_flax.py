@@ -61,6 +61,7 @@ def read_msgpack(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def damaged(path: str | Path, name: str, kind: str, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read, in one line."""
     part, told = f", {name!r}" if name else "", " ".join(str(error).split())
     return CheckpointError(f"{path}{part} cannot be read as {kind}: {told}. Is it an OPT checkpoint's, and was it copied whole?")
 

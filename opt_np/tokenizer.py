@@ -229,6 +229,7 @@ def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: 
 
 
 def byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
+    """Byte-level BPE, as GPT-2 and OPT have it, of these merges."""
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()

@@ -136,30 +136,36 @@ class Work(NamedTuple):
 
 
 def embed_work(y: Any, ids: Any, weight: Any, scale: Any = None, columns: Any = None) -> Work:
+    """Only the rows that are looked up are read."""
     rows = ids.size * sum(size_of(a) // a.shape[0] for a in (weight, scale) if a is not None)
     return Work(0, rows, ids.nbytes, y.nbytes)
 
 
 def linear_work(y: Any, x: Any, weight: Any, bias: Any = None, scale: Any = None, columns: Any = None) -> Work:
+    """A multiplication and an addition for each number of the matrix and each row of x, and the bias."""
     matrix = sum(size_of(a) for a in (weight, bias, scale, columns) if a is not None)
     return Work(y.size * (2 * x.shape[-1] + (bias is not None)), matrix, x.nbytes, y.nbytes)
 
 
 def layer_norm_work(y: Any, x: Any, weight: Any = None, bias: Any = None) -> Work:
+    """Sums, differences, squares, the quotient; weight and bias where there are any."""
     D = x.shape[-1]
     flops = x.size // D * ((7 if weight is not None else 5) * D + 5)
     return Work(flops, sum(size_of(a) for a in (weight, bias) if a is not None), x.nbytes, y.nbytes)
 
 
 def activation_work(y: Any, x: Any, function: str) -> Work:
+    """So many FLOPs for each number as costs.ACTIVATION says."""
     return Work(x.size * costs.ACTIVATION[function], 0, x.nbytes, y.nbytes)
 
 
 def scores_work(y: Any, q: Any, k: Any, scale: float, layout: Any = None) -> Work:
+    """q is scaled, and multiplied with the keys that it sees."""
     return Work(q.size + 2 * seen_pairs(y) * q.shape[-1], 0, q.nbytes + k.nbytes, y.nbytes)
 
 
 def softmax_work(P: Any, scores: Any) -> Work:
+    """For each score that is seen: maximum, difference, exponential, sum, quotient; and two numbers for each query."""
     return Work(5 * seen_pairs(scores) + 2 * scores.size // scores.shape[-1], 0, scores.nbytes, P.nbytes)
 
 
@@ -192,6 +198,7 @@ def seen_pairs(scores: Any) -> int:
 
 
 def nbytes(*arrays: Any) -> int:
+    """Bytes of several arrays together."""
     return sum(a.nbytes for a in arrays)
 
 
@@ -215,12 +222,14 @@ def table(steps: list[Step]) -> str:
 
 
 def total(steps: list[Step]) -> str:
+    """The sums of all steps, in words."""
     flops, weights, all_bytes = (sum(column) for column in zip(*((s.flops, s.weights, s.bytes) for s in steps), strict=True))
     others = (all_bytes - weights) / 1e6
     return f"{len(steps)} steps, {flops / 1e6:.1f} MFLOP, {weights / 1e6:.2f} MB of weights read, {others:.2f} MB read and written besides"
 
 
 def short(name: str) -> str:
+    """A step's name without what all names begin with."""
     return name.removeprefix(f"{taps.DECODER}.")
 
 

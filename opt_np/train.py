@@ -99,6 +99,7 @@ class Options:
 
 
 def flag(name: str) -> str:
+    """An option's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -171,6 +172,7 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
 
 
 def add_(total: dict, grads: dict) -> dict:
+    """Adds gradients to a sum of them, in place."""
     for t, g in zip(flatten(total).values(), flatten(grads).values(), strict=True):
         t += g
     return total
@@ -210,6 +212,7 @@ def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
 
 
 def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
+    """The task that the options ask for, with its data. Raises DataError, ValueError."""
     if options.context > cfg.max_position_embeddings:
         raise ValueError(f"--context {options.context} is more than the model's max_position_embeddings={cfg.max_position_embeddings}; lower it")
     shape = options.context, options.batch_size, options.seed
@@ -222,6 +225,7 @@ def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
 
 
 def examples_of(options: Options) -> list[dict]:
+    """The examples of --data. Raises DataError."""
     if not options.data:
         raise DataError("nothing to learn from: give --text FILES, or --data FILE with JSON lines")
     return list(read_examples(options.data, TASKS[options.task].keys if options.task in TASKS else ("text",)).values())

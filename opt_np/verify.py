@@ -79,6 +79,8 @@ class Run(NamedTuple):
 
 
 class Difference(NamedTuple):
+    """How far a point is off, and what to say of it."""
+
     error: float  # of the largest value; inf: there is nothing to compare, or not a number
     note: str = ""
 
@@ -108,6 +110,7 @@ def checks(name: str | Path, revision: str | None = None, backend: str = "numpy"
 
 
 def load(name: str | Path, revision: str | None, dtype: str, backend: str) -> OPTForCausalLM:
+    """The language model."""
     return OPTForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, backend=backend)
 
 
@@ -191,6 +194,7 @@ def loading(torch: Any, transformers: Any, source: hub.Source, params: dict) -> 
 
 
 def same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Check:
+    """The check that HF reads the same bits: how many tensors it reads otherwise."""
     found = [name for name in ours if name in theirs]
     differ = [name for name in found if not same_bits(ours[name], theirs[name])]
     notes = [f"of {len(found)}"] + ([f"first: {', '.join(differ[:3])}"] if differ else [])
@@ -201,10 +205,12 @@ def same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 
 
 def hf_names(params: dict) -> dict[str, np.ndarray]:
+    """Parameters under HF's names."""
     return {name if name.startswith("lm_head") else f"model.decoder.{name}": array for name, array in flatten(params).items()}
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of 32-bit numbers hold the same bits."""
     return a.shape == b.shape and np.array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32))
 
 
@@ -319,6 +325,7 @@ def ends(run: Run) -> Run:
 
 
 def stage_of(name: str) -> str:
+    """The last part of a point's name."""
     return name.rpartition(".")[2]
 
 
@@ -408,6 +415,7 @@ def rounding(inputs: list[Case], ours: list[Run], rounded: list[Run], exact: lis
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, shortened to a line."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -467,6 +475,7 @@ def largest(pairs: Iterable[tuple[Any, Any]]) -> float:
 
 
 def argmax_probs(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """The likeliest ids and their probabilities against published ones: the largest difference, and a note."""
     rows = log_probabilities(ours, inputs)
     ids = [row.argmax(-1).tolist() for row in rows]
     if expected["argmax_ids"] not in (None, ids):
@@ -475,6 +484,7 @@ def argmax_probs(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[fl
 
 
 def last_hidden_slice(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """A corner of the last hidden state against published numbers: the largest difference, and a note."""
     ((_, ids, mask),) = batches(inputs)
     out, values = ours(ids, attention_mask=mask, output_hidden_states=True), np.array(expected["values"])
     hidden = plain_array((out.hidden_states or ())[-1])
@@ -484,6 +494,7 @@ def last_hidden_slice(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tup
 
 
 def mean_logits(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """Mean logits of every position against published ones: the largest difference, and a note."""
     ((_, ids, mask),) = batches(inputs)
     means, wanted = plain_array(ours(ids, attention_mask=mask).logits).mean(-1), np.array(expected["mean"])
     real = np.ones_like(mask) if ours.ops.__name__ == "opt_np.ops" else mask  # a fast backend need not compute pads
@@ -491,17 +502,20 @@ def mean_logits(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[flo
 
 
 def token_logprobs(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """Log probabilities of given tokens against published ones: the largest difference, and a note."""
     rows = zip(log_probabilities(ours, inputs), inputs["ids"], expected["logprobs"], strict=True)
     return largest((log_p[np.arange(len(ids) - 1), ids[1:]], wanted) for log_p, ids, wanted in rows), ""
 
 
 def loss(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """The loss of a text against the published one: the difference, and a note."""
     ((_, ids, mask),) = batches(inputs)
     measured = float(ours(ids, attention_mask=mask, labels=ids).loss)
     return largest([(measured, expected["loss"])]), f"loss {measured:.6f}, perplexity {math.exp(min(measured, 700)):.4f}"
 
 
 def no_nan(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
+    """How many logits are no finite numbers, where none was published, and a note."""
     found = sum(int((~np.isfinite(plain_array(ours(ids, attention_mask=mask).logits))).sum()) for _, ids, mask in batches(inputs))
     return abs(found - expected["not_finite"]), "run in float32"
 
@@ -556,16 +570,19 @@ def folded(layer: str, points: list[Check]) -> Check:
 
 
 def number(value: float | None) -> str:
+    """A number for the table."""
     if value is None or value == math.inf:
         return "-"
     return f"{value:.3g}" if value >= 0.01 or value == 0 else f"{value:.1e}"
 
 
 def first_failure(found: list[Check]) -> Check | None:
+    """The first check that failed, if one did."""
     return next((check for check in found if check.verdict == FAIL), None)
 
 
 def passed_by_pytorch(found: list[Check]) -> bool:
+    """Whether a comparison with PyTorch was run and passed."""
     return any(check.group == LAYERS and check.verdict == PASS for check in found)
 
 
