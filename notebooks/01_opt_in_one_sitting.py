@@ -5,6 +5,10 @@
 # through all of it. The code that you see is the package's own: `show` prints the very lines that run.
 #
 # The model is the one in the box, six layers of width 256, trained on old novels. The published sizes, 125m to 175b, run through the same lines.
+#
+# Letters in the code: B rows of a batch, T tokens (S with those that a cache holds), D the width, H heads of width Dh, F the mlp's width, V the
+# vocabulary; W is the table's width, D in all sizes but 350m; I and O are a matrix's inputs and outputs, `*N` any leading axes. Skip `tap` (notebook
+# 4), `cache` (5), `layout` (2), and the branches for opt-350m, which normalises after its sums: none changes a number here.
 
 # %%
 import matplotlib.pyplot as plt
@@ -32,8 +36,7 @@ assert ids[0, 0] == tok.bos_token_id == 2
 # %% [markdown]
 # ## Numbers become vectors
 #
-# Each id looks up a row of a table, `embed_tokens`, and each *place* a row of another, `embed_positions`: without the second, the model could not
-# tell "man bites dog" from "dog bites man". Their sum is the **stream**: one vector of 256 numbers for each token, which all that follows reads
+# Each id looks up a row of a table, `embed_tokens`, and each *place* a row of another, `embed_positions`: without the second, order would enter only through the rule that no token sees a later one. Their sum is the **stream**: one vector of 256 numbers for each token, which all that follows reads
 # from and adds to.
 
 # %%
@@ -64,6 +67,8 @@ show(model.decoder_layer)
 # ### LayerNorm
 #
 # $$\mathrm{LN}(x) = \frac{x - \bar x}{\sqrt{\mathrm{var}(x) + 10^{-5}}} \cdot w + b$$
+#
+# Mean and variance are over the 256 numbers of one token; $w$ and $b$ are learnt, a number each for every one of the 256.
 
 # %%
 block = params["layers"][0]
@@ -81,7 +86,8 @@ assert np.allclose(plain.var(-1), 1, atol=0.1)
 #
 # $$s = \frac{q\,k^\top}{\sqrt{d}}, \quad P = \mathrm{softmax}(s), \quad O = P\,v$$
 #
-# This happens in several **heads** side by side, each with its own part of the vectors.
+# This happens in several **heads** side by side, each with its own part of the vectors, $d$ = 64 numbers wide; their outputs stand side by side and go
+# through one more matrix, `out_proj`. In the pictures below, a row is the token that asks, a column the one that it takes from.
 
 # %%
 show(model.self_attention)
@@ -102,8 +108,8 @@ assert np.allclose(np.einsum("bhts,bshd->bthd", P, v), O, atol=1e-5)
 # %% [markdown]
 # ### Exercise 1: causal attention
 #
-# Write it for one head at a time, from the three formulas above. `check` compares yours with the package's on random inputs, and says how far off it
-# is. Mind the future: a query must not see keys that come after it.
+# Write it for one head at a time, from the three formulas above; a score of a key that comes after its query is $-\infty$ before the softmax, so that its weight is 0. `check` compares yours with the package's on random inputs, and says how far off it
+# is.
 
 
 # %%
@@ -123,14 +129,14 @@ check(my_attention, spec=ops.attention)
 # %% [markdown]
 # ### The mlp
 #
-# Two matrices with a kink between: up to four times the width, negative numbers to zero, and down again.
+# One matrix widens the 256 numbers to 1024, negative ones become zero, and a second matrix brings them back to 256.
 
 # %%
 show(ops.mlp)
 
 # %%
 x1 = x + ops.linear(O.reshape(x.shape), **block["self_attn"]["out_proj"])
-h1 = ops.layer_norm(x1, **block["final_layer_norm"])  # the checkpoint's name for a block's second
+h1 = ops.layer_norm(x1, **block["final_layer_norm"])  # a block's second LayerNorm, by its name
 inner = ops.activation(ops.linear(h1, **block["fc1"]), cfg.activation_function)
 x2 = x1 + ops.linear(inner, **block["fc2"])
 print(f"{(inner == 0).mean():.0%} of the {inner.shape[-1]} inner numbers are zero")
@@ -194,7 +200,8 @@ assert np.array_equal(row, lm.generate(ids, max_new_tokens=12))
 # %% [markdown]
 # ## What each layer would have said
 #
-# Since every block only *adds* to the stream, the head can read it after any of them. How the answer forms, from the embeddings on:
+# Since every block only *adds* to the stream, the head, last LayerNorm and table, can read it after any of them. At the embeddings it finds the token
+# that went in, since the table is tied; "layer 0" is after the first block; the answer comes up late:
 
 # %%
 layers = list(lens.logit_lens(lm, ids))

@@ -102,7 +102,7 @@ check(my_encode, tok.encode, *((word, None, False) for word in words))
 # 50000 merges, but its training code, fairseq, numbers tokens by how often they occur, behind four specials: in OPT `.` is 4 and ` the` is 5. So
 # both cut every text into the same pieces, and an id of one means another piece to the other.
 #
-# Our small tokenizer has its own merges, and here is the same relation in small: numbered as GPT-2 would, and as this project's training did.
+# Our small tokenizer has its own merges, and shows half of this: its ids are GPT-2's numbering moved up by the four specials. In OPT the order differs too.
 
 # %%
 show(gpt2.byte_characters)
@@ -114,8 +114,9 @@ as_gpt2 = gpt2.tokenizer(merges_only)
 numbers = {c: i for i, c in enumerate([*gpt2.byte_characters(), *("".join(pair) for pair in rank)])}
 text = "The old man crossed the threshold."
 ours, others = tok.encode(text, add_special_tokens=False), as_gpt2.encode(text)
+print("token      ours  as GPT-2")
 for i, j in zip(ours, others, strict=True):
-    print(f"{tok.decode([i])!r:<9} {i:>5} {j:>5}")
+    print(f"{tok.decode([i])!r:<9} {i:>5} {j:>9}")
 cut = [tok.token_bytes(i) for i in ours]
 assert cut == [as_gpt2.token_bytes(j) for j in others]  # equal pieces
 assert others[-3:] == [numbers[piece] for piece in ("resh", "old", ".")]  # each by its place
@@ -132,8 +133,8 @@ assert tok.decode(others) != text
 # ## One `</s>` in front
 #
 # Ids 0 to 3 are `<s>`, `<pad>`, `</s>` and `<unk>`. OPT begins every text with `</s>`, id 2, which also ends it: in training, texts stood one after
-# the other with `</s>` between them. `<s>` looks like a beginning, but OPT never saw it there. What another beginning does to the prediction of the
-# *same* tokens, on one sentence and our small model (Meta's weights have not been measured here):
+# the other with `</s>` between them. `<s>` looks like a beginning, but OPT never saw it there. What another beginning does to the prediction of the *same* tokens, the mean of $-\ln P$ of each, on one sentence and our small model: a hint, no
+# more, and without a beginning all positions move by one as well (Meta's weights have not been measured here):
 
 # %%
 text = "It was a cold and windy night, and the old man sat alone by the fire."
@@ -170,11 +171,10 @@ assert b"".join(tok.token_bytes(i) for i in ids[1:]).decode() == text
 # %% [markdown]
 # ## Positions, and an offset of 2
 #
-# Attention alone does not know order. So the place of a token is looked up in a table of its own, learned like the words, and added. The table has
+# Attention weighs keys by what they hold, not by where they stand; only the causal mask tells it a little about order. So the place of a token is looked up in a table of its own, learned like the words, and added. The table has
 # two rows more than there are positions: position $p$ reads row $p + 2$. In fairseq, the pad's id, 1, was also the row for padding, and real
-# positions came after it. Row 0 is never read; row 1 is what pads read; a checkpoint keeps both. The first two points on the left are short:
-# training never had a use for them. Nobody told the model that position 7 is near position 8; it learned some of that from text, the more the
-# longer it trains. (The single spikes are a puzzle that this notebook leaves open.)
+# positions came after it. Row 0 is never read; row 1 is what pads read; a checkpoint keeps both. Left: rows 0 and 1 are short, for training had no use for them, and so is the last; the longest is row 2, position 0, where `</s>` stands. Right:
+# nobody told the model that position 7 is near position 8; it learned some of that from text. (The single spikes there are left open.)
 
 # %%
 real = positions[2:] - positions[2:].mean(0)  # (512, D), what tells positions apart
@@ -229,7 +229,7 @@ for side in ("left", "right"):
     assert (where.positions[pads] == -1).all()
 
 # %% [markdown]
-# The test of a batch: every row says what it says alone. A row in a batch is another sum in another order, so equality is up to rounding, which is
+# The test of a batch: every row says what it says alone. In a batch the same sums are done in another order, so equality is up to rounding, which is
 # why float64 is used here.
 
 # %%
@@ -285,7 +285,7 @@ assert distances[0] < 1e-12
 assert min(distances[1:]) > 0.05
 
 # %% [markdown]
-# `generate` continues at the end of a row, so prompts are padded on the left there. Here rows padded on the right work as well: their tokens are
+# `generate` continues at the end of a row, so prompts are usually padded on the left. This package's takes rows padded on the right as well: their tokens are
 # moved first (Hugging Face goes on after the pads, and gives such rows other positions).
 
 # %%

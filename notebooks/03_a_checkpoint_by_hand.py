@@ -134,7 +134,7 @@ assert value[w.view(np.uint16)] == w
 
 # %% [markdown]
 # bfloat16 divides its 16 bits otherwise: it is the upper half of a float32, with its 8 bits of exponent and only 7 of fraction. It reaches as far
-# as float32, to $3 \cdot 10^{38}$, where float16 ends at 65504; within its range float16 is eight times finer. What storing a number costs, by its
+# as float32, to $3 \cdot 10^{38}$, where float16 ends at 65504; from $2^{-14}$ up to 65504 float16 is eight times finer. What storing a number costs, by its
 # size, and where this model's weights lie:
 
 # %%
@@ -208,7 +208,7 @@ assert len(storages) == len(state) - 1  # the tied matrix is stored once
 assert np.array_equal(whole.reshape(40, 8), weights["embed_tokens.weight"])
 
 # %% [markdown]
-# `data.pkl` is a *pickle*, and a pickle is a program for a small stack machine. Its instructions push numbers and texts, and two of them do more:
+# `data.pkl` is a *pickle*, and a pickle is a program for a small stack machine. Its instructions push numbers and texts, and some do more (`NEWOBJ` and `BUILD` too):
 # `GLOBAL` imports whatever the file names, and `REDUCE` calls it. Some of the first instructions, and all that this file imports:
 
 # %%
@@ -323,7 +323,7 @@ assert np.array_equal(untied["lm_head"]["weight"], untied["embed_tokens"]["weigh
 # ## Damaged files
 #
 # The worst that a loader can do is to go on: with a missing tensor made up at random, or an unknown one dropped, a model still runs and talks, only
-# worse, and nobody knows why. So whatever is wrong is one error that names the file or tensor, what was found, what was wanted, and what to do.
+# worse, and nobody knows why. So whatever is wrong is one error, in one line, that names the file or tensor, says what is wrong, and what to look at.
 
 # %%
 checkpoint.save(folder / "whole", tree.unflatten(weights), small)

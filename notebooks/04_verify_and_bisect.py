@@ -60,7 +60,7 @@ print(f"logits: the largest difference is {error:.0e} of the largest logit")
 assert error < 1e-12
 
 # %% [markdown]
-# That is structure to the last digits: float64 carries 16, and one sum in another order costs the last. A mistake in a formula changes the first
+# They agree to the last digits: float64 carries 16, and a sum in another order costs the last one or two. A mistake in a formula changes one of the first
 # few. Between the two lie ten powers of ten, so there is no question of judgement, which is what float64 is for.
 #
 # ## Hidden state by hidden state

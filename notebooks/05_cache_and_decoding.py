@@ -120,7 +120,7 @@ assert np.array_equal(row, lm.generate(start, max_new_tokens=24))
 #
 # * **temperature** $\tau$: $s/\tau$. Below 1 the likely get likelier; towards 0 it is greedy.
 # * **top-k**: only the $k$ highest scores stay; the others become $-\infty$.
-# * **top-p**: the smallest set of likeliest tokens whose probabilities reach $p$ stays: many where the model is unsure, few where it is sure.
+# * **top-p**: the smallest set of likeliest tokens whose probabilities add up to at least $p$ stays: many where the model is unsure, few where it is sure.
 
 # %%
 scores = exact(ids).logits[:, -1]  # (B, V)
@@ -273,7 +273,7 @@ assert np.array_equal(found[:, -2:], np.stack([beams[beam], token], 1))
 
 # %% [markdown]
 # Longer paths sum more negative numbers, so finished ones are compared by score / length$^{\text{length penalty}}$. More beams find likelier texts,
-# but not always, and likelier is not better: likely text is bland and repeats itself, which is why stories are drawn, and beams are for translation
+# but not always, and likelier is not better: likely text is bland and repeats itself, which is why stories are sampled, and beams are for translation
 # and the like.
 
 

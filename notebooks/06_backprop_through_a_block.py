@@ -269,7 +269,7 @@ for name, gradient in flatten(dp).items():
 
 # %% [markdown]
 # One of the sixteen is special. The keys' bias adds the same number, $c\,q \cdot b$, to all scores of a query, and a softmax does not see that: the
-# gradient is 0, up to rounding, whatever the data. OPT has this bias in every layer, and nothing ever teaches it.
+# gradient is 0, up to rounding, whatever the data. OPT has this bias in every layer, and no data teaches it: what little it moves in training is rounding, which AdamW magnifies.
 
 # %%
 useless = {name: np.abs(gradient).max() for name, gradient in flatten(dp).items()}
@@ -280,11 +280,15 @@ assert min(size for name, size in useless.items() if name != "self_attn.k_proj.b
 # ## The tied table: two gradients in one
 #
 # `embed_tokens` is used twice, by tokens coming in and by logits going out, and a number that enters the loss in two ways collects both. At the head it
-# is the weight of a linear map, $dE = dz^\top h$: *every* row learns, at every place. At the bottom it is a lookup, $x_n = E_{y_n}$: a row collects
+# is the weight of a linear map, $dE = dz^\top h$: *every* row learns, at every place. At the bottom it is a lookup, $x_n = E_{i_n}$, with $i_n$ the id that goes in at place $n$: a row collects
 # the $dx_n$ of the places where its token stands, and the pad's row (torch's `padding_idx`) collects nothing there.
 
 # %%
 show(grad.embed_bwd)
+
+# %% [markdown]
+# Labels are the ids themselves: `loss_and_grads` shifts them by one inside, so that place $n$ is judged by the token at $n + 1$. A label of -100 is not
+# counted, and the loss is the mean over those that are.
 
 # %%
 ids = rng.integers(4, V, (B, T))
@@ -337,7 +341,7 @@ check(my_embed_bwd, spec=grad.embed_bwd)
 # %% [markdown]
 # ## One step of AdamW
 #
-# With all gradients at hand, each weight moves by about one learning rate against its gradient's sign: AdamW divides a running mean of gradients by the
+# With all gradients at hand, each weight moves by at most about one learning rate against its gradient's sign: AdamW divides a running mean of gradients by the
 # root of a running mean of their squares. For a weight $p$ with gradient $g$, in step $t$:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2$$
@@ -403,7 +407,8 @@ assert (sizes["fresh"][0] < 0.1 * sizes["fresh"][1]).all()  # queries by values,
 assert span["fresh"] > 100 > 30 > span["trained"]
 
 # %% [markdown]
-# In a fresh model the queries hardly learn: all keys get alike attention, so it does not matter yet who asks what. The values must say something first.
+# In a fresh model the queries hardly learn: $dq$ is a sum of $ds_i k_i$, and both the keys and the differences of $dO \cdot v_j$ that make $ds$ are
+# small, while $dv_j = P_j\,dO$ has neither factor. So values learn first.
 # In the trained one the kinds have come together. Training clips the norm over all tensors together, so that one odd batch cannot throw the model far:
 
 # %%

@@ -2,7 +2,7 @@
 # # Training an induction head
 #
 # Nobody tells a transformer how to look things up in its own text; it finds out. Here a two-layer OPT learns it from nothing in under a minute, on
-# rows of random tokens that repeat: for a while nothing happens, then the loss on the repetition falls all at once. The notebook watches two heads
+# rows of random tokens that repeat: for a while nothing happens, then the loss on the repetition falls, within a quarter of the training. The notebook watches two heads
 # while it does, takes them apart afterwards, and reads the circuit off the weights. Everything is the package's: `init`, `grad.loss_and_grads`, `optim`.
 
 # %%
@@ -62,7 +62,8 @@ assert floor < blind
 # ## The model and the training loop
 #
 # Two layers, one head each, 64 wide; the mlp is kept tiny, for what is to be learnt needs attention only. Three choices make it fast. Weights start at
-# 0.1, for a stream of 64 numbers has less to say than one of 768: from 0.02, OPT's value, nothing is learnt in 450 steps. Positions start as sines and
+# 0.1, for a score is a sum of $D$ products, and with 64 of them instead of 768 it would start too near to 0: from 0.02, the config's default, nothing is
+# learnt in 450 steps. Positions start as sines and
 # cosines, so that "a little to the left" is the same turn everywhere (they are trained like all else): from random ones it takes some 100 steps longer.
 # The learning rate is 0.003: with 0.01 layer 0 comes to give all its attention to one place before it knows which, and stays there.
 
@@ -135,7 +136,7 @@ fig, (ax, ax2) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constra
 ax.plot(steps, history[:, 0], label="first round")
 ax.plot(steps, history[:, 1], label="repetition")
 ax.axhline(blind, color="black", linestyle=":", label="blind guessing, ln 16")
-ax.set(ylabel="loss, nats a token", ylim=(0, None), title="The repetition is learnt all at once")
+ax.set(ylabel="loss, nats a token", ylim=(0, None), title="A plateau, then the repetition")
 ax2.plot(steps, history[:, 2], color="C2", label="layer 0: given to the last five tokens")
 ax2.plot(steps, history[:, 3], color="C3", label="layer 1: given to the answer")
 ax2.set(xlabel="step", ylabel="share of attention", ylim=(0, 1))
@@ -148,8 +149,7 @@ assert induction > 0.5 and recent > 0.6
 
 # %% [markdown]
 # A plateau at $\ln 16$, a fall, and nearly 0. Layer 0 moves first: by step 100 it looks at what is near, while the loss has hardly noticed. (A reason
-# may be that no token comes back within eight: to know what was just there, and not to say it, is worth a little by itself.) Only now can layer 1 tell
-# one place from another; its attention turns to the answers, and the loss falls as it does. The two are of use only together, so that each small gain
+# may be that no token comes back within eight: to know what was just there, and not to say it, is worth a little by itself.) The loss begins to fall before layer 1's score rises: to look at about the right stretch helps already. Then its attention narrows to the answers. The two are of use only together, so that each small gain
 # of one makes the other's worth more. The first round comes down a little too, towards its own floor.
 
 # %%
@@ -253,7 +253,8 @@ assert min(cut.values()) > 10 * ablated["both heads"][1]
 # No text now, only matrices of 16 tokens by 16. $E_b$ is a token as it stands in the stream; $R_b = \mathrm{LN}(E_b)\,W_V^{0\top} W_O^{0\top}$ is the
 # trace that it leaves in the summaries of the places after it. Layer 1's score between what a query has ($x$) and what a key has ($y$) is
 # $\;x W_Q^{1\top} \cdot y W_K^{1\top} / \sqrt d$; what it says of something found, $y W_V^{1\top} W_O^{1\top} \cdot E_a$; and the summary speaks to the
-# head of the model directly, $R_b \cdot E_a$. A bright diagonal: same token, more; a dark one: same token, less.
+# head of the model directly, $R_b \cdot E_a$. A red diagonal: same token, more; a blue one: same token, less. (Layer 1's LayerNorm enters by its weight only, and biases are left out; the means of
+# rows and columns are taken off. Signs and patterns are those of real scores, sizes are not.)
 
 
 # %%

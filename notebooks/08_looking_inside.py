@@ -58,8 +58,7 @@ assert np.allclose(patterns.sum(-1), 1)
 assert not np.triu(patterns, 1).any()
 
 # %% [markdown]
-# One of them large. Layer 0, head 1 passes over the small words: "the", "by", "and" and the comma get next to nothing, the words that carry the
-# story get the rest, and a noun most of all when the token that looks is itself a "the". It will turn up again.
+# One of them large. Layer 0, head 1 is choosy when a " the" looks: "the", "by", "and" and the comma get next to nothing, and the later ones give most to " fire". It will turn up again.
 
 # %%
 title = "layer 0, head 1: the share that each row gives each column"
@@ -180,11 +179,12 @@ for line, (model, said) in zip(axes, (("by hand", known), ("in the box", found))
         picture(score, *map(range, score.shape), f"{name}, {model}", ax, vmin=0, vmax=1)
         ax.set(xlabel="head", ylabel="layer")
 best = np.unravel_index(found["induction"].argmax(), (L, H))
-print(f"layer {best[0]}, head {best[1]}: {found['induction'].max():.3f}; evenly {1 / 22.5:.3f}")
+even = (1 / np.arange(16, 29)).mean()
+print(f"layer {best[0]}, head {best[1]}: {found['induction'].max():.3f}; evenly {even:.3f}")
 assert found["induction"].max() < 0.2 and found["previous token"].max() < 0.5
 
 # %% [markdown]
-# **It has none.** (An even spread over the 16 to 28 tokens that a token of the second copy sees would score about 1/22.) Its best "induction head" does little better than a head that spreads its attention evenly, and no head looks mainly at the previous
+# **It has none.** (An even spread over the 16 to 28 tokens that a token of the second copy sees would score about 1/21.) Its best "induction head" does little better than a head that spreads its attention evenly, and no head looks mainly at the previous
 # token. It is small, and saw 18 million tokens of training; induction heads came in other people's runs after billions (Olsson et al.,
 # [arXiv:2209.11895](https://arxiv.org/abs/2209.11895)). Its loss says the same: reading the tokens a second time does not make it guess them.
 
@@ -305,7 +305,7 @@ assert back[1, -1] > 0.5  # before layer 1 most of it is at the end already
 assert np.abs(back[:, :5]).max() < 1e-9  # nothing before the word can know
 
 # %% [markdown]
-# One jump, in layer 0: from the word straight to the last token. By which head? Put in what a single head says, at all places:
+# Most of it jumps in layer 0, from the word straight to the last token; the rest follows later, mainly in layers 3 and 4. By which head? Put in what a single head says, at all places:
 
 # %%
 by_head = np.zeros((L, H))
@@ -323,7 +323,7 @@ assert carrier == (0, 1) and by_head[carrier] > 0.5
 assert looks.argmax() == 5 and gone < high / 2
 
 # %% [markdown]
-# It is the head of the large picture, the one that from a "the" looks at nouns. So this model copies without induction: a head of the first layer
+# It is the head of the large picture, the one that from a "the" passes over small words. So this model copies without induction: a head of the first layer
 # gathers what stood there so far, and the rest of the model makes that likelier again. It does not ask what came *after* "saw the" last time. An
 # induction head would; this is the poor man's way, and in a novel no bad bet. This was one pair of sentences: try others.
 
@@ -400,7 +400,7 @@ assert np.allclose(guesses[-1][1], clean_logits, atol=1e-9)
 
 # %% [markdown]
 # The embeddings mostly say the token itself, for the table is read as it was written: that is what tying does. (A "?" is half a character: the row
-# is one of bytes.) From the first block on the model speaks of what comes next, and gets it right more and more.
+# is one of bytes.) From the first block on the model speaks of what comes next, and from layer 1 on gets it right more and more.
 
 # %%
 itself = [(at_layer[0].argmax(-1) == clean[0]).mean() for _, at_layer in guesses]
@@ -413,7 +413,7 @@ assert nll[-1] == min(nll)
 # %% [markdown]
 # ### Exercise 2: the lens
 #
-# What the model would say if the stream ended as `x`: the last LayerNorm, `model.params["final_layer_norm"]`, then each token's score, the product
+# What the model would say if the stream ended as `x`: the last LayerNorm, `ops.layer_norm(x, **model.params["final_layer_norm"])`, then each token's score, the product
 # with its row of `model.params["embed_tokens"]["weight"]`, $(V, D)$. (The package's answer: `lens.unembed`.)
 
 

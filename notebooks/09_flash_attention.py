@@ -265,7 +265,7 @@ assert np.allclose(O[5:], alone, rtol=1e-12)  # as if the pads were not there
 #
 # Two things need a whole row: $P$, and the sum in the middle. $P$ we can make again, tile by tile, from $L$. And the sum needs no row at all:
 #
-# $$D_i = \sum_k P_{ik}\,dP_{ik} = \sum_k P_{ik} \sum_d dO_{id} V_{kd} = \sum_d dO_{id} \sum_k P_{ik} V_{kd} = \sum_d dO_{id}\, O_{id}$$
+# $$D_i = \sum_j P_{ij}\,dP_{ij} = \sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij} V_{jc} = \sum_c dO_{ic}\, O_{ic}$$
 
 # %%
 show(flash.attention_bwd)
@@ -465,7 +465,7 @@ assert 2 * whole < h200[1] / h200[0] < 2 * tiled
 
 # %% [markdown]
 # On a GPU the bend of the limits lies far to the right: an H200 could do some 200 FLOPs while a byte arrives. Plain attention as a whole stands on
-# the slope there, at a twelfth of what the arithmetic could do; flash attention at 2048 tokens stands beyond the bend. (Nothing was run on one
+# the slope there, at a thirteenth of what the arithmetic could do; flash attention at 2048 tokens stands beyond the bend. (Nothing was run on one
 # here.)
 #
 # A processor's core bends earlier. Taken as a whole, plain attention need not wait for memory; but it is three steps one after the other,

@@ -176,7 +176,7 @@ assert found["rows"] > 0.2
 # %% [markdown]
 # Large columns take the scale for themselves: the other 250 are left two of 127 steps. Small columns are rounded to nothing, and what they are
 # multiplied with is large. The cure costs almost nothing: bring uneven columns to one size first, by powers of two, which lose no bit, and keep the
-# powers in a third leaf, `columns`. A product then multiplies $x$ by them before it begins.
+# powers in a third array beside `weight` and `scale`, `columns`. A product then multiplies $x$ by them before it begins.
 
 # %%
 show(quantize.quantize_matrix, quantize.column_sizes)
@@ -207,9 +207,10 @@ check(my_column_sizes, quantize.column_sizes, (W * factor,), (W / factor,))
 # %% [markdown]
 # ## What the weights are multiplied with
 #
-# A product of whole numbers needs whole numbers on both sides, so $x$ is rounded, too, as it comes. Most engines give each token 8 bits on one
-# scale. Large channels are in $x$, and no `columns` helps there: the scale must fit the largest. This project rounds $x$ to **16 bits**, 384
-# numbers on a scale.
+# A product of whole numbers needs whole numbers on both sides, so $x$ is rounded, too, as it comes. Many engines round a token's numbers to 8 bits, with one scale for all of them or one for each block of 32. Where large channels of $x$ meet small
+# columns, `columns` evens both out, if $x$ is rounded after it was multiplied by them, as the kernel does. Where the columns are of ordinary size,
+# nothing evens $x$, and the scale must fit the largest: the table below rounds $x$ first, so that it shows this case. This project rounds $x$ to
+# **16 bits**, 384 numbers on a scale.
 #
 # Now in the whole model, with float32 weights, and with six large channels made in every LayerNorm. `linear` of a backend is all that is replaced:
 
@@ -388,8 +389,7 @@ for kind in ("int8", "int4"):
 # %% [markdown]
 # ## What is saved
 #
-# Decoding reads every weight for every token, so its time is the weights' bytes over the memory's bandwidth: fewer bytes are faster as much as they
-# are smaller. A scale of 4 bytes for a row is next to nothing; int4's float16 for each 32 makes 4.5 bits of 4. Positions, biases and LayerNorms
+# Decoding reads every weight for every token, so its time is the weights' bytes over the memory's bandwidth: half the bytes take half the time. A scale of 4 bytes for a row is next to nothing; int4's float16 for each 32 makes 4.5 bits of 4. Positions, biases and LayerNorms
 # stay floats.
 
 # %%

@@ -187,7 +187,7 @@ assert sum(s.flops for s in decode) == flops_of_a_token(lm.config, 8)
 # ### opt-350m
 #
 # The odd one: its LayerNorms stand after the sums, there is none at the end, and `project_in` and `project_out` bring 512 to 1024 and back. A
-# random model of that kind, three layers deep and small, counts as the formulas say. So do FLOPs in int8; its bytes, all but one leaf:
+# random model of that kind, three layers deep and small, counts as the formulas say. The int8 model's FLOPs are equal, too; so are its bytes, except for one array, `columns`:
 
 # %%
 sizes = {"num_hidden_layers": 3, "hidden_size": 64, "ffn_dim": 256, "word_embed_proj_dim": 32}
@@ -343,8 +343,8 @@ assert bound[0][0] == 512  # the power of two after 989/3.35 = 295
 assert bound[128] == bound[512] == bound[2000] == []
 
 # %% [markdown]
-# Already with 128 tokens before, decoding waits for memory at any batch: the curve flattens not because of arithmetic but because in the end the
-# caches are all that is read, $4 L D S$ FLOPs for as many bytes. This is why so much is done about keys and values: fewer bits, shared prefixes,
+# Already with 128 tokens before, decoding waits for memory at any batch: in the end the caches are all that is read, $4LDS$ bytes a row, for $2\cdot$parameters $+ 4LDS$ FLOPs: 198 FLOPs a byte at 128 tokens, less than
+# the 295 that an H100 could do. (Below some 85 tokens it would be arithmetic.) This is why so much is done about keys and values: fewer bits, shared prefixes,
 # pages without gaps.
 
 # %%
@@ -394,7 +394,7 @@ for case in (f"opt-6.7b --prompt 200 --gen 100 --dtype int4 {laptop}",
     main(["plan", "--model", *case.split()])
     print()
 work = plan.decode(configs["6.7b"], 1, 200, 100, "float32", "int4")
-per_token = work.seconds(20e9, 200e9) / 99
+per_token = work.seconds(20e9, 200e9) / 99  # the first of the 100 comes with the prompt
 print(f"6.7b in int4 on the laptop: {1 / per_token:.1f} tokens/s at most")
 assert np.isclose(per_token, work.bytes / 99 / 20e9)
 

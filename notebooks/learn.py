@@ -100,6 +100,8 @@ def difference(found: Any, wanted: Any) -> str:
         return f"the shape is {found.shape}, {wanted.shape} is wanted" + ("; it is right when its last two axes are swapped" if turned else "")
     if close(found, wanted):
         return ""
+    if found.size == 1:
+        return f"it is {found.item():.6g}, and {wanted.item():.6g} is wanted" if found.dtype.kind in "fiu" else f"it is {found.item()!r}"
     if found.dtype.kind not in "fciu" or not np.issubdtype(wanted.dtype, np.number):
         return f"{int((found != wanted).sum())} of {found.size} values are wrong"
     if (unlike := np.isfinite(found) != np.isfinite(wanted)).any():
@@ -119,8 +121,8 @@ def close(found: np.ndarray, wanted: np.ndarray) -> bool:
 
 def how_far(found: np.ndarray, wanted: np.ndarray) -> str:
     off = np.abs(found - wanted) > ENOUGH * np.abs(wanted).max()
-    said = f"off by up to {np.abs(found - wanted).max() / np.abs(wanted).max():.2g} of the largest value"
-    said += f", in {int(off.sum())} of {off.size} numbers" if off.size > 1 else ""
+    said = f"off by up to {np.abs(found - wanted).max() / np.abs(wanted).max():.2g} times the largest value"
+    said += f", in {int(off.sum())} of {off.size} numbers"
     with np.errstate(all="ignore"):
         ratios, shifts = (found / wanted)[np.abs(wanted) > 1e-6], found - wanted
     if ratios.size and np.ptp(ratios) < 1e-6 * abs(ratios.mean()):

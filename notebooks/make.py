@@ -34,7 +34,9 @@ def executed(source: Path) -> nbformat.NotebookNode:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of the kernel: BLAS threads that wait for busy cores take several times as long
     notebook = jupytext.read(source)
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
+    quiet = ["--IPKernelApp.log_level=40"]
+    where = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where, extra_arguments=quiet).execute()
     for i, cell in enumerate(notebook.cells):  # nothing that changes from run to run: no ids, no times, no word that kernels were compiled
         cell.id = f"cell-{i}"
         cell.metadata = {}
