@@ -213,7 +213,7 @@ assert np.array_equal(whole.reshape(40, 8), weights["embed_tokens.weight"])
 
 # %%
 program = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(description)]
-for name, argument in program[4:20]:
+for name, argument in program[4:24]:
     print(f"{name:<12} {'' if argument is None else argument}")
 imports = {argument for name, argument in program if name == "GLOBAL"}
 print(sorted(imports))

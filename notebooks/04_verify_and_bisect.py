@@ -65,7 +65,7 @@ assert error < 1e-12
 #
 # ## Hidden state by hidden state
 #
-# Equal logits for one kind of OPT say little about the others: opt-350m has its norms elsewhere, and projections at both ends; Galactica has gelu
+# Equal logits for one kind of OPT say little about the others: opt-350m has its norms elsewhere, and projections at both ends; Galactica, Meta's OPT for science, has gelu
 # and no biases. And equal logits could hide two mistakes. So every hidden state is compared, for each kind.
 
 # %%
@@ -111,7 +111,7 @@ assert right[-1].name == "lm_head"
 
 # %% [markdown]
 # The first line: for 2·12 ids, rows of 64 numbers are looked up; no arithmetic. A `Wᵀ` of a (64, 64) matrix on 24 tokens is 2·24·64·64 FLOPs, and
-# 24·64 more for the bias: 0.198 million. The two big ones of a block are `fc1` and `fc2`, at twice that width (in OPT four times).
+# 24·64 more for the bias: 0.198 million. The two big ones of a block are `fc1` and `fc2`, twice that width here, four times in the published sizes. (A FLOP is one addition or multiplication; scores count only the pairs that a mask leaves.)
 #
 # `trace.record_torch` makes the same list of PyTorch's pass, by hooks on its modules. `compare` aligns two lists by name, and names the first step
 # that differs by more than rounding.
@@ -226,7 +226,7 @@ assert max(errors[:first]) < 1e-12
 # ### Exercise 1: the first
 #
 # Given the values of all steps of two passes, two lists of arrays, say the number of the first step at which they differ by more than $10^{-10}$ of
-# the largest value of the first list's step. The starter names the worst. (The package's own is `trace.compare`.)
+# the largest absolute value of the first list's step. The starter names the worst. (The package's own is `trace.compare`.)
 
 
 # %%
@@ -308,7 +308,7 @@ assert 1e-10 < c.first.error < 1e-6  # float32's last digits
 # ### Exercise 2: what to compare
 #
 # At padding, programs differ and are allowed to: nobody reads what stands there. Write the measure that `opt-np verify` uses: the largest
-# difference over the largest value of *theirs*, both at real tokens only. `real` is true at tokens. (The package's own is `verify.relative_error`.)
+# difference over the largest absolute value of *theirs*, both at real tokens only. `real` is true at tokens. (The package's own is `verify.relative_error`.)
 
 
 # %%
@@ -328,7 +328,7 @@ check(my_error, verify.relative_error, *cases)
 # ## What `opt-np verify` does
 #
 # All of this, on your machine and for your model: `opt-np verify facebook/opt-125m`. The tensors as both libraries read them; every point of the
-# forward pass in float64, for six batches (pads on either side, a hole in the mask, a cache filled in pieces, many tokens); the fused operations
+# forward pass in float64, for six batches (plain, pads on either side, a hole in the mask, keys and values kept from step to step with and without pads, many tokens); the fused operations
 # that really run; the rounding of float32; and numbers that others published. Here for a small random model in a folder:
 
 # %%

@@ -96,7 +96,7 @@ assert np.allclose(dp["weight"], np.einsum("bto,bti->oi", dy, x))  # the formula
 # $\hat x = (x - \bar x)\,r$ with $r = (\mathrm{var} + \epsilon)^{-1/2}$, and $y = \hat x \odot w + b$. For weight and bias as before:
 # $dw = \sum_n dy_n \odot \hat x_n$, $db = \sum_n dy_n$; and $d\hat x = dy \odot w$. Then for one row of $D$ numbers:
 #
-# 1. $x_i$ moves its own $\hat x_i$ by $r$, all means by $1/D$, and $r$, since $\partial\,\mathrm{var} / \partial x_i = 2 (x_i - \bar x) / D$.
+# 1. $x_i$ enters $\hat x_i$ directly, with the factor $r$; the mean, with $1/D$; and $r$, through the variance, since $\partial\,\mathrm{var} / \partial x_i = 2 (x_i - \bar x) / D$.
 # 2. So $\partial r / \partial x_i = -\tfrac12 r^3 \cdot 2 (x_i - \bar x) / D = -r^2 \hat x_i / D$.
 # 3. $\partial \hat x_j / \partial x_i = r (\delta_{ij} - 1/D) + (x_j - \bar x)\,\partial r / \partial x_i = r\,(\delta_{ij} - 1/D - \hat x_j \hat x_i / D)$.
 # 4. Summed with $d\hat x_j$: $\;dx = r\,\big(d\hat x - \mathrm{mean}(d\hat x) - \hat x\;\mathrm{mean}(d\hat x \odot \hat x)\big)$.
@@ -141,9 +141,9 @@ check(my_layer_norm_dx, spec=layer_norm_dx)
 # %% [markdown]
 # ## The mlp
 #
-# $a = W_1 h + b_1$, $\;u = \max(a, 0)$, $\;y = W_2 u + b_2$. Twice linear, and between them the kink: where $a > 0$ the gradient passes, where
+# $a = h W_1^\top + b_1$, $\;u = \max(a, 0)$, $\;y = u W_2^\top + b_2$. Twice linear, and between them the kink: where $a > 0$ the gradient passes, where
 # $a < 0$ nothing moves the loss. ($a = 0$ has no derivative; it is taken as 0.) Galactica's gelu is $x\,\Phi(x)$, so by the product rule
-# $\Phi(x) + x\,\varphi(x)$, with the normal density $\varphi$.
+# $\Phi(x) + x\,\varphi(x)$, with the normal distribution function $\Phi$ and its density $\varphi$. (Galactica is Meta's OPT for science.)
 
 # %%
 show(grad.activation_bwd, grad.mlp_bwd)
@@ -178,6 +178,9 @@ for function in ("relu", "gelu"):
 # 4. $s$ is linear in $q$ and in $k$: $\;dq = c \sum_i ds_i k_i$, $\;dk_i = c\,ds_i\,q$, summed over the queries.
 #
 # A hidden key has $P_i = 0$, so $ds_i = 0$: the future gets no gradient, and nobody has to see to it.
+#
+# In the code, `L` is $\log \sum_j e^{s_j}$ of each query, kept from the forward pass, so that $P = e^{s - L}$ can be made again. Where dropout appears
+# (zeroing numbers at random in training), it is off here.
 
 # %%
 show(ops.attention_bwd)
@@ -348,7 +351,7 @@ check(my_embed_bwd, spec=grad.embed_bwd)
 #
 # $$p \leftarrow p - \eta\lambda\,p - \eta\;\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + 10^{-8}}$$
 #
-# The divisions by $1 - \beta^t$ undo that $m$ and $v$ began at 0. Weight decay, $\lambda$, is for matrices only.
+# $\eta$ is the learning rate, $\beta_1, \beta_2$ how much the running means keep. The divisions by $1 - \beta^t$ undo that $m$ and $v$ began at 0. Weight decay, $\lambda$, is for matrices only.
 
 # %%
 show(optim.adamw_step)

@@ -41,12 +41,12 @@ print(test_ids[:3])
 assert all(np.array_equal(row[p:], row[:-p]) for row, p in zip(test_ids, period, strict=True))
 
 # %% [markdown]
-# What can be hoped for? On the repetition a loss of 0. In the first round the only help is that no token comes twice: after $t$ tokens $16 - t$ are
-# left, $\ln(16 - t)$ nats, and blind guessing costs $\ln 16$.
+# What can be hoped for? On the repetition a loss of 0. In the first round the only help is that no token comes twice: after $t$ tokens $16 - t$ are left, $\ln(16 - t)$ nats; from place 8 on $\ln(17 - t)$, for the round may be over. Blind guessing costs $\ln 16$.
 
 # %%
 blind = np.log(V)
-floor = np.broadcast_to(np.log(V - np.minimum(place, V - 1)), new.shape)[new].mean()
+left = V - np.minimum(place, V - 1) + (place >= 8)
+floor = np.broadcast_to(np.log(left), new.shape)[new].mean()
 
 
 def losses(model, ids=test_ids, hooks=()):

@@ -333,7 +333,10 @@ assert looks.argmax() == 5 and gone < high / 2
 # The last logit is the head's product with the last stream, and the stream is a sum of what each part has put there. Given the size that the last
 # LayerNorm divides by, everything after is linear, so the logit itself is a sum, one term for each part:
 #
-# $$\mathrm{logit}_v = E_v \cdot \mathrm{LN}\Big(\sum_i x_i\Big) = \sum_i E_v \cdot \Big(w \odot \frac{x_i - \bar x_i}{\sigma}\Big) + E_v \cdot b$$
+# $$\mathrm{logit}_v = E_v \cdot \mathrm{LN}\Big(\sum_i x_i\Big) = \Big[\sum_i E_v \cdot \Big(w \odot \frac{x_i - \bar x_i}{\sigma}\Big)\Big] + E_v \cdot b$$
+#
+# $x_i$ is what part $i$ wrote, $\bar x_i$ the mean of its numbers, $\sigma$ the deviation of the whole stream, $w$ and $b$ the last LayerNorm's, and
+# $E_v$ token $v$'s row of the table.
 
 # %%
 show(lens.normed)

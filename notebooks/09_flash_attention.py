@@ -4,6 +4,9 @@
 # Plain attention makes a matrix of T × T scores for every head, and throws it away. FlashAttention computes the same result, forward and backward,
 # and never holds more than a small tile of it. At the end you will have derived it, broken it, checked its gradients, seen it run on the
 # processor's vectors, and know which of a machine's two limits it moves attention away from.
+#
+# The papers: FlashAttention ([arXiv:2205.14135](https://arxiv.org/abs/2205.14135)) and FlashAttention-2
+# ([arXiv:2307.08691](https://arxiv.org/abs/2307.08691)). $d$ is the width of a head throughout, `Dh` in the code.
 
 # %%
 import os
@@ -56,7 +59,7 @@ assert not any(name.endswith(("attn_scores", "attn_weights")) for name in by_lay
 
 # %% [markdown]
 # At 64 tokens the scores are the smaller part; at 2048 they are 8 times as large as all the rest, for heads of 64, and 4 times for heads of 128, as
-# 6.7b and 175b have them: $HT^2/4TD = T/4d_h$. And they are written, read, written as weights and read again. The last assertion says that a
+# 6.7b and 175b have them: $HT^2/4TD = T/4d$. And they are written, read, written as weights and read again. The last assertion says that a
 # *fused* attention has no such arrays. How can that be? A softmax needs the whole row: its maximum and its sum.
 
 # %% [markdown]

@@ -399,7 +399,8 @@ print(f"6.7b in int4 on the laptop: {1 / per_token:.1f} tokens/s at most")
 assert np.isclose(per_token, work.bytes / 99 / 20e9)
 
 # %% [markdown]
-# These are limits; what this package reaches of them on a real processor, and against other engines, is in
+# (On the CPU backend keys and values are float32, and a device's memory is planned as if that backend ran there, for there is no other yet; what is
+# "lost to malloc" was freed and not given back.) These are limits; what this package reaches of them on a real processor, and against other engines, is in
 # [docs/performance.md](../docs/performance.md).
 #
 # That was the last notebook. To go through the whole model once more, knowing all this, return to [the first](01_opt_in_one_sitting.ipynb).
