@@ -16,7 +16,8 @@ from opt_np.quantize import is_quantized_matrix
 GB = 1e9
 # What malloc keeps of arrays that were made into others and freed, as measured: bytes, and of whole numbers a share of the weights.
 SLACK = {"float64": 25_000_000, "float32": 25_000_000, "float16": 0, "bfloat16": 0}
-WHOLE_SLACK = {"int8": 0.05, "int4": 0.15}
+WHOLE_SLACK = {"int8": 0.05, "int4": 0.13}
+KEPT = 2**25  # bytes: larger arrays malloc gives back as soon as they are freed
 HUGE_PAGE = 2**21  # bytes that Linux hands out at once for large arrays
 # Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits and in float32.
 DEVICES = {"h200": (141e9, 4.8e12, 989e12, 67e12), "h100": (80e9, 3.35e12, 989e12, 67e12)}
@@ -70,7 +71,7 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
         working = N * (5 * D + F)
     working += 3 * batch * cfg.vocab_size * number
     one = costs.matrix_bytes((1, largest), costs.BYTES[dtype], kind)
-    loading = 2 * one if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; or packed
+    loading = one + min(one, KEPT) if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; or packed
     cache, of_prompt = (costs.cache_bytes(cfg, batch, tokens, 8 if dtype == "float64" else cache_number) for tokens in (prompt + gen, prompt))
     touched = cache if backend == "numpy" else min(cache, of_prompt + 2 * cfg.num_hidden_layers * HUGE_PAGE)
     weights = costs.weight_bytes(cfg, dtype, kind)
