@@ -279,7 +279,8 @@ for n in pads:
     assert np.abs(ops.softmax(masked.logits[0, -1]) - wanted).max() < 1e-12
 ax.plot(pads, distances, "o-", label="without a mask")
 ax.plot(pads, [0] * len(pads), "o-", label="with a mask")
-ax.set(xlabel="pads on the left", ylabel="half the sum of |ΔP|", title="how far the prediction moves")
+ax.set(xlabel="pads on the left", ylabel="half the sum of |ΔP|")
+ax.set_title("how far the prediction moves")
 ax.legend()
 assert distances[0] < 1e-12
 assert min(distances[1:]) > 0.05
