@@ -143,7 +143,7 @@ def generate(prompt: str, explain: int | None = None, **options: Any) -> None:
     from opt_np.settings import resolve
 
     language_model, tokenizer = load(**{name: options.pop(name) for name in HOW_TO_LOAD})
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = given(prompt)
     ids, cfg = [tokenizer.encode(text)], language_model.config
     if options.get("early_stopping") in ("true", "false"):
         options["early_stopping"] = options["early_stopping"] == "true"
@@ -180,7 +180,7 @@ def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
     language_model, tokenizer = load(**how_to_load)
-    ids = tokenizer.encode(sys.stdin.read() if text == "-" else text)
+    ids = tokenizer.encode(given(text))
     rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
     if out:
         np.save(out, rows)
@@ -389,6 +389,11 @@ def bench(**args: Any) -> None:
     run(**args)
 
 
+def given(text: str) -> str:
+    """A text of the command line, or standard input for "-"."""
+    return sys.stdin.read() if text == "-" else text
+
+
 def find_model(model: str | None) -> str | Path:
     if model is None and not SHIPPED.is_dir():
         raise ValueError(f"no --model given, and the shipped one is not at {SHIPPED} (it comes with the source, not with the package); name a folder")
@@ -404,12 +409,15 @@ def load(
     model: str | None, revision: str | None, strict: bool, backend: str, dtype: str, quantize: str | None, stream_layers: bool
 ) -> tuple[Any, Any]:
     """The language model and its tokenizer; a GPT-2 is loaded as an OPT."""
-    from opt_np import gpt2
+    from opt_np import hub
+    from opt_np.checkpoint import read_json
     from opt_np.classes import OPTForCausalLM
     from opt_np.tokenizer import OPTTokenizer
 
     name = find_model(model)
-    if gpt2.is_gpt2(name, revision):
+    if read_json(hub.find(name, revision, tokenizer=False).config / "config.json").get("model_type") == "gpt2":
+        from opt_np import gpt2
+
         if quantize or stream_layers:
             raise ValueError(f"{name} is a GPT-2; --quantize and --stream-layers are for OPT: convert it with save_pretrained first")
         return gpt2.load(name, revision, dtype, backend, strict)

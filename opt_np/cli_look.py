@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from opt_np.cli import HOW_TO_LOAD, add_command, add_model, add_stream_layers, find_model, load
+from opt_np.cli import HOW_TO_LOAD, add_command, add_model, add_stream_layers, find_model, given, load
 
 
 def add(commands: Any) -> None:
@@ -45,7 +44,7 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
     if out:
         explore.check_out(out)
     language_model, tokenizer = load(**how)
-    text = sys.stdin.read() if text == "-" else text
+    text = given(text)
     ids = [tokenizer.encode(text)]
     if not ids[0]:
         raise ValueError("the text has no tokens; there is nothing to trace")
@@ -144,7 +143,7 @@ def text_of(text: str | None, file: str | None) -> str:
     if (text is None) == (file is None):
         raise ValueError("give one text: in quotes, or - for standard input, or --file FILE")
     if file is None:
-        content = sys.stdin.read() if text == "-" else str(text)
+        content = given(str(text))
     else:
         try:
             content = Path(file).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
@@ -217,7 +216,7 @@ def explore(text: str, out: str, **how_to_load: Any) -> None:
     language_model, tokenizer = load(**how_to_load)
     folder = Path(find_model(how_to_load["model"]))
     name = folder.resolve().name if folder.exists() else str(folder)  # of a hub id, all of it
-    size = write(out, page(language_model, tokenizer, sys.stdin.read() if text == "-" else text, name))
+    size = write(out, page(language_model, tokenizer, given(text), name))
     print(f"{out}: {size / 1e6:.1f} MB, to be opened in any browser")
 
 

@@ -34,11 +34,6 @@ NAMES = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "final_layer_n
          "attn.c_proj": "self_attn.out_proj", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}  # fmt: skip
 
 
-def is_gpt2(name: str | Path, revision: str | None = None) -> bool:
-    """Whether config.json says so. Raises CheckpointError as hub.find."""
-    return checkpoint.read_json(hub.find(name, revision, tokenizer=False).config / "config.json").get("model_type") == "gpt2"
-
-
 def load(name: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
          strict: bool = False) -> tuple[OPTForCausalLM, OPTTokenizer]:  # fmt: skip
     """A GPT-2 folder or hub id, such as openai-community/gpt2, as an OPTForCausalLM and its tokenizer.

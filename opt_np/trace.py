@@ -121,9 +121,7 @@ class Recorder:
     def note(self, name: str, value: Any, work: Work) -> None:
         array = np.asarray(value)
         equation = costs.equation(name, self.cfg, fused=self.names is not None)
-        checksum = f"{zlib.crc32(np.ascontiguousarray(array).data):08x}"
-        self.steps.append(Step(name, equation, tuple(array.shape), array.dtype.name, work.flops, work.weights, work.read, work.written, checksum,
-                               array.copy() if self.values else None))  # fmt: skip
+        self.steps.append(Step(name, equation, tuple(array.shape), array.dtype.name, *work, checksum(array), array.copy() if self.values else None))
 
 
 class Work(NamedTuple):
@@ -137,21 +135,20 @@ class Work(NamedTuple):
 
 def embed_work(y: Any, ids: Any, weight: Any, scale: Any = None, columns: Any = None) -> Work:
     """Only the rows that are looked up are read."""
-    rows = ids.size * sum(size_of(a) // a.shape[0] for a in (weight, scale) if a is not None)
+    rows = ids.size * sum(nbytes(a) // a.shape[0] for a in (weight, scale) if a is not None)
     return Work(0, rows, ids.nbytes, y.nbytes)
 
 
 def linear_work(y: Any, x: Any, weight: Any, bias: Any = None, scale: Any = None, columns: Any = None) -> Work:
     """A multiplication and an addition for each number of the matrix and each row of x, and the bias."""
-    matrix = sum(size_of(a) for a in (weight, bias, scale, columns) if a is not None)
-    return Work(y.size * (2 * x.shape[-1] + (bias is not None)), matrix, x.nbytes, y.nbytes)
+    return Work(y.size * (2 * x.shape[-1] + (bias is not None)), nbytes(weight, bias, scale, columns), x.nbytes, y.nbytes)
 
 
 def layer_norm_work(y: Any, x: Any, weight: Any = None, bias: Any = None) -> Work:
     """Sums, differences, squares, the quotient; weight and bias where there are any."""
     D = x.shape[-1]
     flops = x.size // D * ((7 if weight is not None else 5) * D + 5)
-    return Work(flops, sum(size_of(a) for a in (weight, bias) if a is not None), x.nbytes, y.nbytes)
+    return Work(flops, nbytes(weight, bias), x.nbytes, y.nbytes)
 
 
 def activation_work(y: Any, x: Any, function: str) -> Work:
@@ -198,13 +195,13 @@ def seen_pairs(scores: Any) -> int:
 
 
 def nbytes(*arrays: Any) -> int:
-    """Bytes of several arrays together."""
-    return sum(a.nbytes for a in arrays)
+    """Bytes of several arrays together, a backend's packed matrices among them; None has none."""
+    return sum(int(a.nbytes) for a in arrays if a is not None)
 
 
-def size_of(weight: Any) -> int:
-    """Bytes of a weight, an array or a backend's packed matrix."""
-    return int(weight.nbytes)
+def checksum(array: np.ndarray) -> str:
+    """The CRC-32 of an array's values, in C order."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).data):08x}"
 
 
 # Looking at a trace
@@ -357,8 +354,7 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
             return
         value = value[0] if isinstance(value, tuple) else value
         array = value.detach().cpu().to(value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32).numpy().copy()
-        checksum = f"{zlib.crc32(array.data):08x}"
-        steps.append(Step(name, "", tuple(array.shape), str(value.dtype).removeprefix("torch."), 0, 0, 0, 0, checksum, array))
+        steps.append(Step(name, "", tuple(array.shape), str(value.dtype).removeprefix("torch."), 0, 0, 0, 0, checksum(array), array))
 
     if taps.LAYER.format(i=0) not in dict(oracle.named_modules()):
         raise ValueError(f"{type(oracle).__name__} is no OPTForCausalLM of transformers: it has no {taps.LAYER.format(i=0)}")
