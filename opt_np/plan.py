@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None, backend: str = "numpy",
            cache_number: int = 4) -> Memory:  # fmt: skip
-    """What a process that generates needs; the weights come from files in 16 bits, as Meta's are.
+    """What a process that generates needs; the weights come from files in 16 bits with the embeddings first, as Meta's are (last, they cost more).
 
     NumPy makes a float32 matrix of one of whole numbers at each use, and the activation a second array. The CPU backend packs each matrix after all
     were read; its pages lie layer after layer, each of which the system hands out in large pieces.

@@ -36,6 +36,44 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 """
 
 
+# A process's memory: in all, and its own, which is without the pages of mapped files that can be dropped at any time; and the most of both.
+WATCHED = """
+import threading, time
+
+def memory():
+    pages, resident, shared = map(int, open("/proc/self/statm").read().split()[:3])
+    return resident * 4096, (resident - shared) * 4096
+
+class Watch:
+    def __enter__(self):
+        self.before = self.peak = memory()
+        self.done, self.thread = False, threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.done:
+            self.peak = tuple(map(max, self.peak, memory()))
+            time.sleep(0.002)
+
+    def grown(self):
+        return tuple(now - before for now, before in zip(memory(), self.before))
+
+    def most(self):
+        return tuple(peak - before for peak, before in zip(self.peak, self.before))
+
+    def __exit__(self, *_):
+        self.done = True
+        self.thread.join()
+"""
+
+
+def tensors(cfg: OPTConfig) -> dict[str, np.ndarray]:
+    """Float16 noise for every tensor, in the order of a published checkpoint, embeddings first: what is held while loading depends on it."""
+    noise = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(np.float16)
+    return {name: np.resize(noise, shape) for name, shape in parameter_shapes(cfg).items()}
+
+
 def checkpoint(folder: Path, cfg: OPTConfig, dtype: str) -> Path:
     """A shard for each layer, and one for the rest."""
     noise = np.random.default_rng(0).normal(0, 0.02, 2**22).astype(dtype)

@@ -6,47 +6,31 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
+from large import WATCHED, tensors
 
 from opt_np import OPTConfig, checkpoint
-from opt_np.config import parameter_shapes
 from opt_np.tree import unflatten
 
-# Loads in a process of its own, everything imported before, and looks at its resident memory every 5 ms.
+# Loads in a process of its own, everything imported before, and looks at its resident memory.
 PROGRAM = """
-import sys, threading, time
+import sys
 import ml_dtypes, safetensors, opt_np.classes, opt_np.pickle_bin
 from opt_np import checkpoint
 from opt_np.tree import flatten
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-before, peak, done = resident(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.005)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-params, _ = checkpoint.load(sys.argv[1])
-done = True
-watcher.join()
+with Watch() as watch:
+    params, _ = checkpoint.load(sys.argv[1])
 weights = sum(a.nbytes for a in flatten(params).values())
-after = (resident() - before) / weights
-print(f"grows by {after:.3f} x the {weights / 1e9:.2f} GB of float32 weights, {(peak - before) / weights:.3f} x at its peak")
+after, peak = watch.grown()[0] / weights, watch.most()[0] / weights
+print(f"grows by {after:.3f} x the {weights / 1e9:.2f} GB of float32 weights, {peak:.3f} x at its peak")
 """
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The 1.3b shape in float16, as safetensors and as a .bin that names the tied matrix twice."""
     cfg = OPTConfig.from_size("1.3b")
-    noise = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(np.float16)
-    flat = {name: np.resize(noise, shape) for name, shape in parameter_shapes(cfg).items()}
+    flat = tensors(cfg)
     checkpoint.save(folder / "safetensors", unflatten(flat), cfg)
     state = {f"model.decoder.{name}": torch.from_numpy(a) for name, a in flat.items()}
     (folder / "bin").mkdir()
@@ -58,4 +42,7 @@ def checkpoints(folder: Path) -> list[Path]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         for path in checkpoints(Path(temporary)):
-            print(path.name, subprocess.run([sys.executable, "-c", PROGRAM, str(path)], capture_output=True, text=True, check=True).stdout.strip())
+            print(
+                path.name,
+                subprocess.run([sys.executable, "-c", WATCHED + PROGRAM, str(path)], capture_output=True, text=True, check=True).stdout.strip(),
+            )

@@ -9,17 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import large
 
 from opt_np import OPTConfig, checkpoint, plan
-from opt_np.config import parameter_shapes
 from opt_np.tree import unflatten
 
 CASES = [("numpy", "float32", None, 8, 512, 128), ("numpy", "float32", None, 1, 64, 64), ("numpy", "float32", "int8", 1, 128, 32),
          ("cpu", "float32", None, 8, 512, 128), ("cpu", "float32", None, 1, 64, 64), ("cpu", "float16", None, 4, 256, 64),
          ("cpu", "float32", "int8", 8, 512, 128), ("cpu", "float32", "int4", 1, 64, 64)]  # fmt: skip
 PROGRAM = """
-import sys, threading, time
+import sys
 import numpy as np
 from opt_np import OPTForCausalLM, checkpoint, generate, hub, pickle_bin
 folder, backend, dtype, kind, B, prompt, gen, tiny = sys.argv[1:]
@@ -28,33 +27,17 @@ warm.generate([[5] * int(prompt)] * int(B), max_new_tokens=3, min_new_tokens=3)
 np.ones((256, 256), np.float32) @ np.ones((256, 256), np.float32)
 del warm
 
-def resident():  # what is the process's own; pages of the file that are mapped can be dropped at any time
-    total, of_files = map(int, open("/proc/self/statm").read().split()[1:3])
-    return (total - of_files) * 4096
-
-before, peak, done = resident(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = OPTForCausalLM.from_pretrained(folder, dtype=dtype, backend=backend, quantize=None if kind == "None" else kind)
-loaded = resident() - before
-ids = np.random.default_rng(0).integers(4, 50000, (int(B), int(prompt)))
-model.generate(ids, max_new_tokens=int(gen), min_new_tokens=int(gen))
-done = True
-watcher.join()
-print(loaded, peak - before)
+with Watch() as watch:
+    model = OPTForCausalLM.from_pretrained(folder, dtype=dtype, backend=backend, quantize=None if kind == "None" else kind)
+    loaded = watch.grown()[1]
+    ids = np.random.default_rng(0).integers(4, 50000, (int(B), int(prompt)))
+    model.generate(ids, max_new_tokens=int(gen), min_new_tokens=int(gen))
+print(loaded, watch.most()[1])
 """
 
 
 def random_checkpoint(folder: Path, cfg: OPTConfig) -> Path:
-    noise = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(np.float16)
-    checkpoint.save(folder, unflatten({name: np.resize(noise, shape) for name, shape in parameter_shapes(cfg).items()}), cfg)
+    checkpoint.save(folder, unflatten(large.tensors(cfg)), cfg)
     return folder
 
 
@@ -64,10 +47,11 @@ def main(sizes: list[str]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             cfg = OPTConfig.from_size(size)
             folder = random_checkpoint(Path(temporary) / "model", cfg)
-            tiny = random_checkpoint(Path(temporary) / "tiny", OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=1))
+            small = OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=1, num_attention_heads=1)
+            tiny = random_checkpoint(Path(temporary) / "tiny", small)
             for backend, dtype, kind, B, prompt, gen in CASES:
                 words = [str(word) for word in (folder, backend, dtype, kind, B, prompt, gen, tiny)]
-                out = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True).stdout
+                out = subprocess.run([sys.executable, "-c", large.WATCHED + PROGRAM, *words], capture_output=True, text=True, check=True).stdout
                 loaded, peak = map(int, out.split())
                 m = plan.memory(cfg, B, prompt, gen, dtype, kind, backend)
                 case = f"{size} {backend} {kind or dtype}, {B} x ({prompt} + {gen})"
