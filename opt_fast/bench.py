@@ -76,7 +76,6 @@ class Job:
 
 
 def add_options(parser: Any) -> None:
-    parser.add_argument("what", choices=("cpu",), help="what to measure: the engines for CPUs")
     parser.add_argument("--size", choices=SIZES, default="125m", help="shape of the model; tiny is for trying this command")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads of each engine")
@@ -91,8 +90,7 @@ def run(what: str, size: str, rounds: int, threads: int, jobs: Iterable[str], en
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
-    if plot and not (find_spec("matplotlib") and Path(plot).parent.is_dir() and plot.endswith((".png", ".svg", ".pdf"))):
-        raise ValueError(f"--plot {plot}: it needs matplotlib, a folder that exists, and a name that ends in .png, .svg or .pdf")
+    check_plot(plot)
     if not (engines := [name for name in ENGINES if name in engines and installed(name)]):
         raise ValueError("none of the engines is here; pip install 'opt-np[bench]' brings them")
     shape = peers.shape(size)
@@ -114,6 +112,11 @@ def run(what: str, size: str, rounds: int, threads: int, jobs: Iterable[str], en
     print(json.dumps(result), flush=True)
     if plot:
         draw(plot, result, wanted)
+
+
+def check_plot(file: str | None) -> None:
+    if file and not (find_spec("matplotlib") and Path(file).parent.is_dir() and file.endswith((".png", ".svg", ".pdf"))):
+        raise ValueError(f"--plot {file}: it needs matplotlib, a folder that exists, and a name that ends in .png, .svg or .pdf")
 
 
 def say(words: str) -> None:

@@ -182,7 +182,7 @@ class Ragged:
         if cache is None:
             self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size)
         else:
-            row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.dtype(np.float32))[0])
+            row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.empty(0, np.float32))[0])
             ends = layout.past + real.shape[1] - real[:, ::-1].argmax(1)
             self.rows = attention_cpu.rows_of(first, counts, np.flatnonzero(some) * row, ends[some], step, layout.visible[some])
             b, t = np.nonzero(real)
@@ -197,7 +197,7 @@ class Ragged:
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Layer i's new keys and values to their places in the cache, zeros between.  k: (N, H, Dh);  v: (N, H, Dh)"""
         assert self.cache is not None
-        keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k.dtype)
+        keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k)
         for a in (keys, values):
             a[:, -self.real.shape[1] :][~self.real] = 0
         attention_cpu.write(k, v, keys, values, self.slots)

@@ -36,7 +36,7 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
         if not fit(layers, cfg):
             return None
         cache.program = Program(layers, cfg, B, np.dtype(np.float32))
-    arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), np.dtype(np.float32)) for i in range(len(layers))]
+    arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), x) for i in range(len(layers))]
     row, step = steps(arrays[0][0])
     rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, visible)
     bases = np.array([[address(keys), address(values)] for keys, values in arrays])

@@ -14,6 +14,7 @@ import numpy as np
 from opt_np import checkpoint, embeddings, grad, hub, model, taps
 from opt_np import explain as explaining
 from opt_np import generate as decoding
+from opt_np.arrays import host
 from opt_np.checkpoint import CheckpointError
 from opt_np.config import OPTConfig
 from opt_np.init import init_head
@@ -97,7 +98,7 @@ class OPTPreTrained:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, model.safetensors and generation_config.json where there was one; HF loads them to the same numbers."""
-        checkpoint.save(folder, self.params, self.config)
+        checkpoint.save(folder, getattr(self.ops, "unpack", unchanged)(self.params), self.config)
         if self.generation_config:
             checkpoint.write_text(Path(folder) / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
 
@@ -122,6 +123,12 @@ class OPTPreTrained:
         h = model.last_hidden_state(self.params, input_ids, self.config, cache, attention_mask, self.ops, position_ids,
                                     collecting(attentions, tap), hidden, padding)  # fmt: skip
         return h, Output(past_key_values=cache, hidden_states=as_tuple(hidden), attentions=as_tuple(attentions))
+
+    def _loss(self, name: str, logits: Any, *labels: Any) -> Any:
+        """The loss of this name in grad.py, or the backend's own, through which autograd goes."""
+        found = getattr(getattr(self.ops, "losses", grad), name)(logits, *labels)
+        found = found[0] if isinstance(found, tuple) else found  # grad.py's may bring the gradient along
+        return np.float64(found) if isinstance(found, float) else found
 
 
 class OPTModel(OPTPreTrained):
@@ -152,7 +159,7 @@ class OPTForCausalLM(OPTPreTrained):
         h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap,
                               padding=labels is not None)  # fmt: skip
         logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)
-        loss = None if labels is None else np.float64(grad.shifted_cross_entropy(np.asarray(logits), np.asarray(labels)))
+        loss = None if labels is None else self._loss("shifted_cross_entropy", logits, host(labels))
         return replace(out, logits=logits, loss=loss)
 
     def run_with_cache(self, input_ids: Any, names_filter: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
@@ -196,9 +203,9 @@ class OPTForSequenceClassification(OPTPreTrained):
                  output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
         """input_ids: (B, T);  attention_mask: (B, T);  labels: (B) or (B, L)  ->  .logits (B, L), .loss"""
         h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
-        at = grad.pooled_rows(np.asarray(input_ids), self.config.pad_token_id)
+        at = grad.pooled_rows(host(input_ids), self.config.pad_token_id)
         logits = self.ops.linear(h[np.arange(len(at)), at], **self.params["score"])  # (B, W) -> (B, L)
-        loss = None if labels is None else np.float64(grad.classification_loss(np.asarray(logits), labels, self.config.extra.get("problem_type"))[0])
+        loss = None if labels is None else self._loss("classification_loss", logits, host(labels), self.config.extra.get("problem_type"))
         return replace(out, logits=logits, loss=loss)
 
 
@@ -215,7 +222,7 @@ class OPTForQuestionAnswering(OPTPreTrained):
         logits = self.ops.linear(h, **self.params["qa_outputs"])  # (B, T, W) -> (B, T, 2)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = np.float64(grad.question_loss(np.asarray(logits), np.stack([np.ravel(start_positions), np.ravel(end_positions)], axis=1))[0])
+            loss = self._loss("question_loss", logits, np.stack([np.ravel(host(a)) for a in (start_positions, end_positions)], axis=1))
         return replace(out, start_logits=logits[..., 0], end_logits=logits[..., 1], loss=loss)
 
 
@@ -231,6 +238,10 @@ def collecting(attentions: list | None, tap: Any) -> Any:
         return value
 
     return keep
+
+
+def unchanged(params: dict) -> dict:
+    return params
 
 
 def as_tuple(items: list | None) -> tuple | None:

@@ -177,11 +177,13 @@ def add_logits(commands: Any) -> None:
 def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     import numpy as np
 
+    from opt_np.arrays import host
+
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
     language_model, tokenizer = load(**how_to_load)
     ids = tokenizer.encode(given(text))
-    rows = np.asarray(language_model([ids]).logits)[0]  # (T, V)
+    rows = host(language_model([ids]).logits)[0]  # (T, V)
     if out:
         np.save(out, rows)
     log_p = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
@@ -378,15 +380,21 @@ def train(**args: Any) -> None:
 
 
 def add_bench(commands: Any) -> None:
-    from opt_fast.bench import add_options
+    from opt_fast import bench as cpu
+    from opt_fast import bench_attention as attention
 
-    add_options(add_command(commands, "bench", bench, "Measure speed and memory against the engines people use, once all agree on the results."))
+    p = add_command(commands, "bench", bench, "Measure speed against what people use, once all agree on the results.")
+    kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
+    cpu.add_options(add_command(kinds, "cpu", bench, "Measure speed and memory against the engines for CPUs, once all agree on the results."))
+    attention.add_options(add_command(kinds, "attention", bench, "Measure our attention on a GPU against torch's, once all are right."))
+    own = p.format_help
+    p.format_help = lambda: "\n".join([own(), *(kind.format_help() for kind in kinds.choices.values())])  # type: ignore[method-assign]
 
 
-def bench(**args: Any) -> None:
-    from opt_fast.bench import run
+def bench(what: str, **args: Any) -> None:
+    from opt_fast import bench, bench_attention
 
-    run(**args)
+    (bench if what == "cpu" else bench_attention).run(what, **args)
 
 
 def given(text: str) -> str:

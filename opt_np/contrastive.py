@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opt_np.arrays import host
 from opt_np.ops import softmax
 from opt_np.processors import highest, process
 from opt_np.reader import Reading, Said
@@ -56,5 +57,5 @@ def picker(request: Request) -> Any:
 
 def directions(h: Any) -> np.ndarray:
     """Vectors of length 1.  h: (N, T, W)  ->  (N, T, W)"""
-    h = np.asarray(h)
+    h = host(h)
     return h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), np.finfo(h.dtype).tiny)

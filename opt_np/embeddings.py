@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_np.arrays import host
 from opt_np.model import id_array, last_hidden_state, mask_array
 
 POOLINGS = ("mean", "last", "weighted", "max")
@@ -33,7 +34,7 @@ def embed(model: Any, input_ids: Any, attention_mask: Any = None, layer: int | S
     states: list | None = None if wanted == [-1] else []  # the last is there anyway
     last = last_hidden_state(model.params, input_ids, model.config, attention_mask=attention_mask, ops=model.ops, hidden_states=states)
     kept = tokens_kept(id_array(input_ids), attention_mask, model.config.bos_token_id if skip_bos else None)
-    found = [pool(np.asarray(last if states is None else states[i]), kept, pooling) for i in wanted]
+    found = [pool(host(last if states is None else states[i]), kept, pooling) for i in wanted]
     found = [unit(rows) for rows in found] if normalize else found
     return found[0] if one else found
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from opt_np import costs
+from opt_np.arrays import host
 from opt_np.classes import collecting
 from opt_np.config import OPTConfig
 from opt_np.lens import logit_lens
@@ -55,12 +56,12 @@ def gather(model: Any, tokenizer: Any, text: str) -> dict[str, Any]:
         raise ValueError("the text has no tokens, and this tokenizer puts none before it: give a text")
     check_size(model.config, len(ids))
     attentions: list[Any] = []
-    layers = {name: predicted(np.asarray(logits)[0], ids, name) for name, logits in logit_lens(model, [ids], tap=collecting(attentions, None))}
+    layers = {name: predicted(host(logits)[0], ids, name) for name, logits in logit_lens(model, [ids], tap=collecting(attentions, None))}
     arrays = {name: np.stack([found[name] for found in layers.values()]) for name in next(iter(layers.values()))}
     used = {*ids, *arrays["top_ids"].ravel().tolist()}
     return {
         **arrays,
-        "attention": np.stack([np.asarray(P)[0] for P in attentions]),
+        "attention": np.stack([host(P)[0] for P in attentions]),
         "text": text,
         "ids": np.array(ids),
         "tokens": token_strings(tokenizer, ids),
@@ -214,7 +215,7 @@ def circuitsvis(attentions: Sequence[Any], layer: int, row: int = 0) -> np.ndarr
     circuitsvis.attention.attention_heads(attention=explore.circuitsvis(out.attentions, 3), tokens=explore.token_strings(tokenizer, ids)), where out
     is model([ids], output_attentions=True).
     """
-    return np.asarray(attentions[layer])[row]
+    return host(attentions[layer])[row]
 
 
 def bertviz(attentions: Sequence[Any], row: int = 0) -> list[np.ndarray]:
@@ -223,4 +224,4 @@ def bertviz(attentions: Sequence[Any], row: int = 0) -> list[np.ndarray]:
     bertviz.head_view([torch.from_numpy(P) for P in explore.bertviz(out.attentions)], explore.token_strings(tokenizer, ids)), where out is
     model([ids], output_attentions=True); so does model_view.
     """
-    return [np.asarray(P)[row][None] for P in attentions]
+    return [host(P)[row][None] for P in attentions]

@@ -108,18 +108,20 @@ def mlp_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict, dict]:
     return dh, dfc1, dfc2
 
 
-def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); without an rng, x itself.  x: (*N)  ->  (*N), what was kept"""
+def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, tuple | None]:
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); without an rng, x itself.  x: (*N)  ->  (*N), saved"""
     if rng is None or rate == 0:
         return x, None
-    kept = (rng.random(x.shape, np.float32) >= rate).astype(x.dtype)
-    kept *= 1 / (1 - rate)
-    return x * kept, kept
+    saved = rng.random(x.shape, np.float32) >= rate, 1 / (1 - rate)
+    return dropout_bwd(x, saved), saved
 
 
-def dropout_bwd(dy: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """dy: (*N)  ->  (*N)"""
-    return dy if kept is None else dy * kept
+def dropout_bwd(dy: np.ndarray, saved: tuple | None) -> np.ndarray:
+    """The same numbers are dropped and scaled as in the forward pass.  dy: (*N)  ->  (*N)"""
+    if saved is None:
+        return dy
+    kept, scale = saved
+    return dy * kept * scale
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------------------------
@@ -135,21 +137,21 @@ def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: flo
         O, L = ops.attention_lse(q, k, v, scale, where)
         return O, (q, k, v, scale, where, ops, O, L, None, None)
     P = ops.attention_probs(q, k, scale, where)
-    thinned, kept = dropout_fwd(P, rate, rng)
-    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, ops, None, None, P, kept)
+    thinned, dropped = dropout_fwd(P, rate, rng)
+    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, ops, None, None, P, dropped)
 
 
 def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ops.attention_bwd, or the same with what dropout kept standing between the weights and the values.
+    """ops.attention_bwd, or the same with dropout standing between the weights and the values.
 
     dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    q, k, v, scale, where, ops, O, L, P, kept = saved
+    q, k, v, scale, where, ops, O, L, P, dropped = saved
     if P is None:
         return ops.attention_bwd(dO, q, k, v, O, L, scale, where)
     dO, q, k, v = (a.swapaxes(1, 2) for a in (dO, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
-    dv = (P * kept).swapaxes(2, 3) @ dO
-    dP = (dO @ v.swapaxes(2, 3)) * kept
+    dv = dropout_bwd(P, dropped).swapaxes(2, 3) @ dO
+    dP = dropout_bwd(dO @ v.swapaxes(2, 3), dropped)
     dscores = P * (dP - (dP * P).sum(-1, keepdims=True)) * scale
     return (dscores @ k).swapaxes(1, 2), (dscores.swapaxes(2, 3) @ q).swapaxes(1, 2), dv.swapaxes(1, 2)
 

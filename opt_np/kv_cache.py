@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from opt_np.arrays import empty
+
 AT_ONCE = 512  # tokens for which room is made before they come, at least: a text that ends early should not have cost room for all that was allowed
 
 
@@ -13,7 +15,7 @@ class KVCache:
     """Keys and values per layer, (B, S, H, Dh), unscaled; grows by doubling, so that adding a token copies nothing most of the time.
 
     `length` is the number of positions held. `capacity`, if known, is what it will hold at most, and room for it is made early. Equals HF's
-    DynamicCache in content.
+    DynamicCache in content. Holds torch tensors as well: it makes arrays of the kind that it is given.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -26,15 +28,15 @@ class KVCache:
 
         k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, S, H, Dh), (B, S, H, Dh)
         """
-        keys, values = self.room(i, k.shape, k.dtype)
+        keys, values = self.room(i, k.shape, k)
         keys[:, self.length :], values[:, self.length :] = k, v
         return keys, values
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"program": None}  # a copy makes its own
 
-    def room(self, i: int, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """Layer i's keys and values with room at their end for new ones of this shape, (B, T, H, Dh), still to be written.
+    def room(self, i: int, shape: tuple[int, ...], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's keys and values with room at their end for new ones of this shape, (B, T, H, Dh), still to be written, in the dtype of `like`.
 
         -> (B, S, H, Dh), (B, S, H, Dh)
         """
@@ -45,15 +47,15 @@ class KVCache:
                     f"this cache holds {self.length} positions of {len(self._layers)} layers, and was filled by another model; start a new one"
                 )
             capacity = self._layers[0][0].shape[1] if i else S + min(max(self.capacity - S, 0), max(S, AT_ONCE))
-            self._layers.append(tuple(np.empty((shape[0], capacity, *shape[2:]), dtype) for _ in range(2)))  # type: ignore[arg-type]
+            self._layers.append(tuple(empty((shape[0], capacity, *shape[2:]), like) for _ in range(2)))
         keys, values = self._layers[i]
         B, _, *heads = keys.shape
         if shape[0] != B or [*shape[2:]] != heads:
             raise ValueError(
                 f"this cache holds {B} rows with heads {tuple(heads)}; the new keys are {shape[0]} rows with {tuple(shape[2:])}: start a new one"
             )
-        if keys.dtype != dtype:
-            raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {dtype}: another backend or dtype needs a cache of its own")
+        if keys.dtype != like.dtype:
+            raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {like.dtype}: another backend or dtype needs a cache of its own")
         if keys.shape[1] < S:  # in all layers, whose rows lie equally far apart; one by one, so that only one is held twice
             for layer, (k, v) in enumerate(self._layers):
                 self._layers[layer] = self._grown(k, S), self._grown(v, S)
@@ -88,13 +90,13 @@ class KVCache:
     def _copied(self, a: np.ndarray, rows: Any) -> np.ndarray:
         """Rows with what they hold and a little room: beams are copied at every step, and room costs time where the system clears large pages."""
         held = a[rows, : self.length]
-        copy = np.empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a.dtype)
+        copy = empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a)
         copy[:, : self.length] = held
         return copy
 
     def _grown(self, a: np.ndarray, S: int) -> np.ndarray:
         B, capacity, H, Dh = a.shape
         doubled = min(2 * capacity, self.capacity) if self.capacity >= S else 2 * capacity
-        bigger = np.empty((B, max(S, doubled), H, Dh), a.dtype)
+        bigger = empty((B, max(S, doubled), H, Dh), a)
         bigger[:, : self.length] = a[:, : self.length]
         return bigger

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from opt_np import taps
+from opt_np.arrays import host
 from opt_np.model import final, lm_logits, mask_array, no_tap
 from opt_np.ops import LAYER_NORM_EPS
 
@@ -50,7 +51,7 @@ def attribution(model: Any, input_ids: Any, tokens: Any, position: int = -1, hea
     tokens, vocab = np.atleast_1d(tokens), model.config.vocab_size
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"tokens is {tokens.tolist()}; it lists ids from 0 to {vocab - 1}, as tok.encode(text, add_special_tokens=False) gives them")
-    directions = np.asarray(model.ops.embed(tokens, **model.params.get("lm_head", model.params["embed_tokens"])))  # (K, W)
+    directions = host(model.ops.embed(tokens, **model.params.get("lm_head", model.params["embed_tokens"])))  # (K, W)
     return {name: piece @ directions.T for name, piece in residual_pieces(model, input_ids, position, heads, **inputs).items()}
 
 
@@ -64,7 +65,7 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
     _, cache = taps.run_with_cache(model, input_ids, lambda path: path.endswith(PIECES), logits_to_keep=1, **inputs)
 
     def at(name: str) -> np.ndarray:
-        value = np.asarray(cache[name])
+        value = host(cache[name])
         return value[rows if len(value) > 1 else 0, column]  # positions may be looked up once for all rows
 
     B = at("blocks.0.hook_resid_pre").shape[0]
@@ -76,7 +77,7 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
             out_proj = layer["self_attn"]["out_proj"]
             pieces |= {f"layer {i} head {h}": result[:, 0] for h, result in taps.head_results(z, out_proj, model.ops)}
             if "bias" in out_proj:
-                pieces[f"layer {i} attention bias"] = np.broadcast_to(np.asarray(out_proj["bias"]), (B, cfg.hidden_size))
+                pieces[f"layer {i} attention bias"] = np.broadcast_to(host(out_proj["bias"]), (B, cfg.hidden_size))
         else:
             pieces[f"layer {i} attention"] = at(f"{here}.self_attn")
         if not cfg.do_layer_norm_before:
@@ -87,7 +88,7 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
     if cfg.has_final_layer_norm:
         pieces = normed(pieces, at(f"{here}.resid_post"), params.get("final_layer_norm", {}), "final norm bias")
     if "project_out" in params:
-        pieces = {name: np.asarray(model.ops.linear(np.ascontiguousarray(piece), **params["project_out"])) for name, piece in pieces.items()}
+        pieces = {name: host(model.ops.linear(np.ascontiguousarray(piece), **params["project_out"])) for name, piece in pieces.items()}
     return pieces
 
 
@@ -106,6 +107,6 @@ def columns(input_ids: Any, position: Any, attention_mask: Any) -> np.ndarray:
 
 def normed(pieces: Pieces, x: np.ndarray, p: dict, bias: str) -> Pieces:
     """The pieces of LayerNorm(x), where the pieces of x add up to x: each centred, divided as x is, and weighted; and the bias.  x: (B, D)"""
-    weight = np.asarray(p.get("weight", np.ones((), x.dtype))) / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
+    weight = host(p.get("weight", np.ones((), x.dtype))) / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
     found = {name: (piece - piece.mean(-1, keepdims=True)) * weight for name, piece in pieces.items()}
-    return found | ({bias: np.broadcast_to(np.asarray(p["bias"]), x.shape)} if "bias" in p else {})
+    return found | ({bias: np.broadcast_to(host(p["bias"]), x.shape)} if "bias" in p else {})

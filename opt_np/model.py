@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opt_np import ops as numpy_ops
+from opt_np.arrays import host
 from opt_np.config import POSITION_OFFSET, OPTConfig
 from opt_np.kv_cache import KVCache
 
@@ -41,7 +42,7 @@ class Layout(NamedTuple):
 def id_array(input_ids: Any) -> np.ndarray:
     """Lists or an array as an array; raises ValueError for rows of different lengths."""
     try:
-        return np.asarray(input_ids)
+        return host(input_ids)
     except ValueError:
         lengths = [len(row) for row in input_ids]
         raise ValueError(
@@ -51,7 +52,7 @@ def id_array(input_ids: Any) -> np.ndarray:
 
 def mask_array(attention_mask: Any) -> np.ndarray:
     """bool, int or float 0 and 1 as int64; raises ValueError for other values."""
-    mask = np.asarray(attention_mask)
+    mask = host(attention_mask)
     if not np.isin(mask, (0, 1)).all():
         raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
     return mask.astype(np.int64)

@@ -155,7 +155,7 @@ def is_quantized_matrix(name: str, ndim: int) -> bool:
 def num_parameters(params: dict) -> int:
     """Numbers of the model; scales are not counted, and int4's two in a byte are."""
     flat = {name: a for name, a in flatten(params).items() if not name.endswith((".scale", ".columns"))}
-    return sum(a.size * (2 if a.dtype == np.uint8 else 1) for a in flat.values())
+    return sum(math.prod(a.shape) * (2 if str(a.dtype).endswith("uint8") else 1) for a in flat.values())
 
 
 def relative_error(weight: np.ndarray, leaves: dict[str, np.ndarray]) -> float:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_np.arrays import host
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 from opt_np.model import last_hidden_state, lm_logits
@@ -55,7 +56,7 @@ class Reader:
         if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
             start, cache = ids.shape[1] - longest, KVCache()
         h = last_hidden_state(self.params, ids[::copies, start + cache.length :], self.cfg, cache, mask[::copies, start:], self.ops)
-        logits = np.asarray(lm_logits(self.params, h, self.ops, logits_to_keep=1))[:, -1].astype(np.float32, copy=False)
+        logits = host(lm_logits(self.params, h, self.ops, logits_to_keep=1))[:, -1].astype(np.float32, copy=False)
         if copies > 1:
             rows = np.repeat(np.arange(len(logits)), copies)
             self.cache.reorder(rows)

@@ -19,6 +19,7 @@ import numpy as np
 
 from opt_np import grad
 from opt_np import ops as numpy_ops
+from opt_np.arrays import host
 from opt_np.config import OPTConfig
 from opt_np.model import embeddings, final, id_array, last_hidden_state, layout, lm_logits, mask_array, no_tap
 from opt_np.processors import highest, log_softmax
@@ -108,7 +109,7 @@ def blocks(n: int, V: int) -> Iterator[slice]:
 
 def logits_of(model: Any, h: Any) -> np.ndarray:
     """The head, in float64 from there on.  h: (N, W)  ->  (N, V).  Raises ValueError where they are no numbers."""
-    logits = np.asarray(lm_logits(model.params, h[None], model.ops))[0].astype(np.float64)
+    logits = host(lm_logits(model.params, h[None], model.ops))[0].astype(np.float64)
     if not np.isfinite(logits.max(-1)).all():
         raise ValueError("the model's logits are NaN or infinite, so that nothing has a probability; --strict or strict=True names such weights")
     return logits

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_np.arrays import host
 from opt_np.config import OPTConfig
 from opt_np.model import Tap
 from opt_np.ops import LAYER_NORM_EPS
@@ -209,7 +210,7 @@ class Cache(dict):
 
     def derive(self, name: str, source: str) -> Any:
         """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds, the bias aside."""
-        x = np.asarray(self[source])
+        x = host(self[source])
         if not name.endswith("hook_result"):
             return np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
         out_proj = self.model.params["layers"][int(re.findall(r"\d+", name)[0])]["self_attn"]["out_proj"]
@@ -258,4 +259,4 @@ def head_results(z: np.ndarray, out_proj: dict, ops: Any) -> Iterator[tuple[int,
     for head in range(z.shape[2]):
         alone = np.zeros_like(z)
         alone[:, :, head] = z[:, :, head]
-        yield head, np.asarray(ops.linear(alone.reshape(*z.shape[:2], -1), **matrix))
+        yield head, host(ops.linear(alone.reshape(*z.shape[:2], -1), **matrix))

@@ -22,9 +22,12 @@ import numpy as np
 
 from opt_np import grad
 from opt_np import ops as numpy_ops
+from opt_np.arrays import host
 from opt_np.config import OPTConfig
+from opt_np.init import HEADS
 from opt_np.model import forward, last_hidden_state
 from opt_np.tokenizer import OPTTokenizer
+from opt_np.tree import map_leaves
 
 KINDS: dict[str, Any] = {"label": str | int | float, "answer_start": int}  # of the keys that are not text
 
@@ -140,7 +143,7 @@ def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: s
     for start in range(0, len(tokens), context - 1):
         window = tokens[start : start + context - 1]
         logits = forward(params, np.array([[tokenizer.bos_token_id, *window[:-1]]]), cfg, ops=ops)[0]  # (T, V)
-        nats += grad.cross_entropy(logits, window)[0]
+        nats += grad.cross_entropy(host(logits), window)[0]
     return nats, len(tokens), len(text.encode())
 
 
@@ -188,11 +191,12 @@ class Examples:
     def evaluate(self, params: dict, cfg: OPTConfig, ops: ModuleType) -> dict[str, float]:
         """Loss and the task's measures over the evaluation rows."""
         losses, answers, wanted = [], [], []
+        head = map_leaves(host, {name: params[name] for name in HEADS if name in params})  # it is small, and NumPy computes it for every backend
         for first in range(0, len(self.eval_rows), self.batch_size):
             ids, labels, mask = self.stack(self.eval_rows[first : first + self.batch_size])
-            h = last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops, padding=True)
-            losses.append(self.head(h, params, ids, labels, cfg, None, ops)[0] * len(ids))
-            answers += list(self.answer(h, params, ids, mask, cfg, ops))
+            h = host(last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops, padding=True))
+            losses.append(self.head(h, head, ids, labels, cfg)[0] * len(ids))
+            answers += list(self.answer(h, head, ids, mask, cfg))
             wanted += labels.tolist()
         return {"eval_loss": sum(losses) / len(wanted), **self.measures(answers, wanted)}
 
@@ -213,9 +217,9 @@ class Classification(Examples):
             raise DataError(f"the label {example['label']!r} is not in the training data ({', '.join(self.labels)})")
         return self.tokenizer.encode(example["text"])[: self.context], self.labels.index(str(example["label"]))
 
-    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, ops: ModuleType) -> np.ndarray:
+    def answer(self, h: np.ndarray, head: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
         pooled = h[np.arange(len(h)), grad.pooled_rows(ids, cfg.pad_token_id)]
-        return ops.linear(pooled, **params["score"]).argmax(-1)
+        return numpy_ops.linear(pooled, **head["score"]).argmax(-1)
 
     def measures(self, answers: list[int], wanted: list[int]) -> dict[str, float]:
         """Accuracy, and F1 averaged over the classes."""
@@ -256,9 +260,9 @@ class QuestionAnswering(Examples):
         ends = [len(question) + inside[0], len(question) + inside[-1]]
         return ids, tuple(e if e < len(ids) else self.context for e in ends)  # type: ignore[return-value]
 
-    def answer(self, h: np.ndarray, params: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, ops: ModuleType) -> np.ndarray:
+    def answer(self, h: np.ndarray, head: dict, ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig) -> np.ndarray:
         """The best span with start ≤ end.  -> (B, 2)"""
-        start, end = np.moveaxis(np.where(mask[..., None], ops.linear(h, **params["qa_outputs"]), -np.inf), -1, 0)  # (B, T) each
+        start, end = np.moveaxis(np.where(mask[..., None], numpy_ops.linear(h, **head["qa_outputs"]), -np.inf), -1, 0)  # (B, T) each
         total = start[:, :, None] + end[:, None, :]  # (B, start, end)
         total[:, np.tri(ids.shape[1], k=-1, dtype=bool)] = -np.inf
         return np.stack(np.divmod(total.reshape(len(ids), -1).argmax(-1), ids.shape[1]), -1)

@@ -19,6 +19,7 @@ import numpy as np
 
 from opt_np import costs, taps
 from opt_np import model as modelling
+from opt_np.arrays import host
 from opt_np.model import Tap
 
 ALLOWED = {"float64": 1e-10, "float32": 1e-4}  # of the largest value of a step: rounding stays far below this
@@ -119,7 +120,7 @@ class Recorder:
         return None
 
     def note(self, name: str, value: Any, work: Work) -> None:
-        array = np.asarray(value)
+        array = host(value)
         equation = costs.equation(name, self.cfg, fused=self.names is not None)
         self.steps.append(Step(name, equation, tuple(array.shape), array.dtype.name, *work, checksum(array), array.copy() if self.values else None))
 
@@ -191,7 +192,7 @@ WORK: dict[str, Callable[..., Work]] = {
 
 def seen_pairs(scores: Any) -> int:
     """The pairs of a query and a key that it sees, counted in the scores themselves.  scores: (B, H, T, S)"""
-    return int((np.asarray(scores) != -math.inf).sum())
+    return int((host(scores) != -math.inf).sum())
 
 
 def nbytes(*arrays: Any) -> int:

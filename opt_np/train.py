@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from opt_np import checkpoint
+from opt_np.arrays import host
 from opt_np.classes import choose_backend, load_ops
 from opt_np.config import OPTConfig
 from opt_np.grad import loss_and_grads
@@ -22,7 +24,7 @@ from opt_np.init import init_head, init_params
 from opt_np.optim import SCHEDULES, adamw_init, adamw_step, clip_by_global_norm, learning_rate
 from opt_np.tasks import Classification, DataError, LanguageModelling, QuestionAnswering, read_examples, read_texts
 from opt_np.tokenizer import OPTTokenizer
-from opt_np.tree import flatten, unflatten
+from opt_np.tree import flatten, map_leaves, unflatten
 
 STATE = "train_state.safetensors"  # parameters, moments and step in one file: one rename moves the run forward
 BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
@@ -44,7 +46,7 @@ MAY_CHANGE = {
 
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
-CHOICES = {"backend": ("auto", "numpy", "cpu"), "task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
+CHOICES = {"backend": ("auto", "numpy", "cpu", "cuda"), "task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ class Run:
     def ops(self) -> ModuleType:
         return load_ops(self.backend)
 
+    def own(self, function: Callable) -> Callable:
+        """The backend's own function of this name and meaning, where it has one: torch's tensors learn by autograd."""
+        return getattr(self.ops, function.__name__, function)
+
 
 def train(options: Options) -> dict[str, Any]:
     """Trains until options.steps and returns the log's last line. Writes OUT/log.jsonl, a checkpoint, and the state to resume from.
@@ -159,14 +165,14 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
     items = sum(run.task.items(labels) for _, labels, _ in batches)
     loss, grads = 0.0, None
     for j, (ids, labels, mask) in enumerate(batches):
-        rng = np.random.default_rng([options.seed, step, j])
-        part, part_grads = loss_and_grads(run.params, ids, labels, run.cfg, mask, head=run.task.head, num_items=items, rng=rng, ops=run.ops)
+        rng = run.own(np.random.default_rng)([options.seed, step, j])
+        part, part_grads = run.own(loss_and_grads)(run.params, ids, labels, run.cfg, mask, run.task.head, items, rng, run.ops)
         loss, grads = loss + part, part_grads if grads is None else add_(grads, part_grads)
-    norm = clip_by_global_norm(grads, options.max_grad_norm or math.inf)
+    norm = run.own(clip_by_global_norm)(grads, options.max_grad_norm or math.inf)
     if not math.isfinite(norm):
         raise ValueError(f"step {step + 1}: the loss is {loss:.4g}, the gradient's norm {norm}; the last checkpoint stands. Lower --learning-rate")
     lr = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps, options.schedule)
-    adamw_step(run.params, grads, run.optimizer, lr, BETAS, weight_decay=options.weight_decay)
+    run.own(adamw_step)(run.params, grads, run.optimizer, lr, BETAS, weight_decay=options.weight_decay)
     tokens = sum(ids.size if mask is None else int(mask.sum()) for ids, _, mask in batches)
     return {"step": step + 1, "loss": loss, "learning_rate": lr, "grad_norm": norm, "tokens": tokens}
 
@@ -197,7 +203,13 @@ def new_run(out: Path, options: Options) -> Run:
     params = checkpoint.with_head_only(params, HEAD_OF[options.task], options.model, f"--task {options.task}")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    return Run(params, adamw_init(params), cfg, tokenizer, task, choose_backend(options.backend))
+    backend = choose_backend(options.backend)
+    return Run(at_home(params, backend), at_home(adamw_init(params), backend), cfg, tokenizer, task, backend)
+
+
+def at_home(tree: dict, backend: str) -> dict:
+    """Parameters or moments where the backend learns: a GPU has them in its memory, the others as they are."""
+    return load_ops(backend).pack(tree) if backend == "cuda" else tree
 
 
 def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
@@ -240,7 +252,8 @@ def save(out: Path, run: Run, options: Options) -> None:
     """The state to resume from, then the checkpoint; each file is replaced whole."""
     from safetensors.numpy import save_file
 
-    state = flatten({"params": run.params, "m": run.optimizer["m"], "v": run.optimizer["v"]})
+    params = map_leaves(host, run.params)
+    state = flatten({"params": params, "m": map_leaves(host, run.optimizer["m"]), "v": map_leaves(host, run.optimizer["v"])})
     metadata = {
         "step": str(run.optimizer["step"]),
         "config": json.dumps(run.cfg.to_dict()),
@@ -248,7 +261,7 @@ def save(out: Path, run: Run, options: Options) -> None:
         "checksum": str(run.task.checksum()),
     }
     checkpoint.write_atomically(out / STATE, lambda path: save_file(state, path, metadata))
-    checkpoint.save(out, run.params, run.cfg, options.save_dtype)
+    checkpoint.save(out, params, run.cfg, options.save_dtype)
 
 
 def resumed_run(out: Path, options: Options) -> Run:
@@ -269,7 +282,8 @@ def resumed_run(out: Path, options: Options) -> Run:
     task = make_task(options, tokenizer, cfg)
     if metadata["checksum"] != str(task.checksum()):
         raise ValueError(f"{out} was trained on other data; resume it with the same --text or --data")
-    return Run(state["params"], {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}, cfg, tokenizer, task, backend)
+    optimizer = {"step": int(metadata["step"]), "m": state["m"], "v": state["v"]}
+    return Run(at_home(state["params"], backend), at_home(optimizer, backend), cfg, tokenizer, task, backend)
 
 
 class Log:

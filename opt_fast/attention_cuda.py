@@ -1,0 +1,277 @@
+"""Attention over torch tensors: the tiled kernels on a GPU, and the same in plain torch for tensors that are elsewhere, with autograd through both.
+
+On a GPU, float16 and bfloat16 with heads of 64, 80 or 128 go through the tensor cores (kernels/flash_fwd_mma.cu); what these do not take, float32
+among it, a few queries of decoding, and the backward pass go through the Numba kernels (attention_numba.py). RUNGS names each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+TILED = tuple(range(16, 129, 16))  # head sizes that Numba's tiles take
+FEW = 16  # queries that are decoding: too few to fill a tile, so the keys are split instead
+
+
+class Seen(NamedTuple):
+    """Which keys a batch may see, on its device."""
+
+    visible: Tensor  # (B, S) bool
+    ranges: Tensor | None  # (B, 5) int32, as the kernels read them, see ranges_of; None where a row has holes
+
+
+def attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = None) -> tuple[Tensor, Tensor]:
+    """As opt_np.ops.attention_lse; autograd goes through the first result.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H) of float32 at least
+
+    Raises ValueError for shapes, dtypes or devices that do not fit each other, and for a scale that is not positive. Backward: attention_bwd.
+    """
+    check(q, k, v, scale)
+    visible = getattr(layout, "visible", None)
+    seen = None if visible is None else on_device(visible, q.shape[1], q.device)
+    return Attention.apply(q, k, v, scale, seen)
+
+
+def attention_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
+                  layout: Any = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As opt_np.ops.attention_bwd.
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    visible = getattr(layout, "visible", None)
+    return backward(dO, q, k, v, O, L, scale, None if visible is None else on_device(visible, q.shape[1], q.device))
+
+
+class Attention(torch.autograd.Function):
+    """The forward and the backward pass, as autograd wants them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
+        O, L = forward(q, k, v, scale, seen)
+        ctx.save_for_backward(q, k, v, O, L)
+        ctx.scale, ctx.seen = scale, seen
+        ctx.mark_non_differentiable(L)
+        return O, L
+
+    @staticmethod
+    def backward(ctx: Any, dO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, O, L = ctx.saved_tensors
+        return *backward(dO, q, k, v, O, L, ctx.scale, ctx.seen), None, None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
+    """By the kernel that suits these tensors.  ->  (B, T, H, Dh), (B, T, H)"""
+    if not on_gpu(q):
+        return plain(q, k, v, scale, seen)
+    from opt_fast import attention_numba
+
+    if q.shape[1] <= FEW:
+        return through_numba(attention_numba.decode, q, k, v, scale, seen)
+    if RUNGS["mma"].refuses(q) or (seen is not None and seen.ranges is None):
+        return through_numba(attention_numba.v3, q, k, v, scale, seen)
+    return mma(q, k, v, scale, None if seen is None else seen.ranges)
+
+
+def backward(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As attention_bwd, by the kernel that suits these tensors."""
+    if not on_gpu(q):
+        return plain_bwd(dO, q, k, v, O, L, scale, seen)
+    from opt_fast import attention_numba
+
+    visible = None if seen is None else seen.visible
+    dq, dk, dv = attention_numba.v3_bwd(known(dO), known(q), known(k), known(v), known(O), L, scale, visible)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def on_gpu(q: Tensor) -> bool:
+    """Whether there is a kernel for these tensors."""
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] in TILED
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Raises ValueError for arguments that no kernel may be given."""
+    B, _, H, Dh = q.shape
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (B, H, Dh):
+        raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they are (B, T, H, Dh), (B, S, H, Dh) and (B, S, H, Dh)")
+    if len({(a.dtype, a.device) for a in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v are {', '.join(f'{a.dtype} on {a.device}' for a in (q, k, v))}; attention wants one dtype on one device")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be positive, and is Dh**-0.5 in OPT")
+
+
+# ---- which keys are seen -----------------------------------------------------------------------------------------------------------------
+
+_last: tuple[np.ndarray, int, torch.device, Seen] | None = None
+
+
+def on_device(visible: np.ndarray, T: int, device: torch.device) -> Seen:
+    """A layout's mask where the kernels want it; every layer of a pass asks for the same, so the last answer is kept.  visible: (B, S)"""
+    global _last
+    if _last is None or _last[1:3] != (T, device) or not np.array_equal(_last[0], visible):
+        ranges = ranges_of(visible, T)
+        seen = Seen(torch.as_tensor(visible, device=device), None if ranges is None else torch.as_tensor(ranges, device=device))
+        _last = visible.copy(), T, device, seen
+    return _last[3]
+
+
+def ranges_of(visible: np.ndarray, T: int) -> np.ndarray | None:
+    """For each row [0, T, its first key, its keys, the key before which its first query stands]; None where hidden keys stand between visible ones.
+
+    visible: (B, S)  ->  (B, 5) int32
+    """
+    S = visible.shape[1]
+    keys, first = visible.sum(1), visible.argmax(1)
+    if (visible & ~((np.arange(S) >= first[:, None]) & (np.arange(S) < (first + keys)[:, None]))).any():
+        return None
+    return np.stack([np.zeros_like(keys), np.full_like(keys, T), first, keys, S - T - first], axis=1).astype(np.int32)
+
+
+# ---- the kernels -------------------------------------------------------------------------------------------------------------------------
+
+BR, THREADS = 128, 128  # of kernels/flash_fwd_mma.cu
+
+
+def mma(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_fwd_mma.cu: float16 or bfloat16, Dh 64, 80 or 128.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    from opt_fast import nvrtc
+
+    B, T, H, Dh = q.shape
+    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if O.numel():
+        shared = mma_shared_bytes(Dh)
+        found = nvrtc.kernel(q.get_device(), "flash_fwd_mma.cu", "flash_fwd_mma", shared, DH=Dh, BF16=int(q.dtype == torch.bfloat16))
+        q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
+        arguments = mma_arguments(q, k, v, O, L, scale, ranges)
+        with torch.cuda.device(q.device):
+            nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, (-(-T // BR), H, B), THREADS, shared, *arguments)
+    return O, L.swapaxes(1, 2)
+
+
+def mma_shared_bytes(Dh: int) -> int:
+    """What a block of the kernel needs: a tile of Q, and two each of K and V, whose rows are 8 numbers longer than a head."""
+    return 2 * (BR + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)
+
+
+def mma_arguments(q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
+    """What the kernel takes, in its order; a batch's stride has 64 bits, a token's and a head's 32."""
+    pointers = [*(a.data_ptr() for a in (q, k, v, O, L)), 0 if ranges is None else ranges.data_ptr()]
+    strides = [width(step) for a in (q, k, v, O) for width, step in zip((np.int64, np.int32, np.int32), a.stride()[:3], strict=True)]
+    return [*pointers, np.int32(q.shape[1]), np.int32(k.shape[1]), np.float32(scale), *strides]
+
+
+def aligned(a: Tensor) -> Tensor:
+    """The tensor, or a copy, whose rows begin at multiples of 16 bytes: cp.async reads nothing else."""
+    steps = a.stride()
+    fits = steps[-1] == 1 and all(step % 8 == 0 for step in steps[:-1]) and a.data_ptr() % 16 == 0 and 0 <= steps[1] < 2**24
+    return a if fits else a.clone(memory_format=torch.contiguous_format)
+
+
+def known(a: Tensor) -> Tensor:
+    """The tensor in a dtype that Numba's kernels read."""
+    return a.float() if a.dtype == torch.bfloat16 else a
+
+
+def through_numba(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
+    O, L = kernel(known(q), known(k), known(v), scale, None if seen is None else seen.visible)
+    return O.to(q.dtype), L
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One kernel of the ladder: called with q, k, v and scale it returns O and L."""
+
+    run: Callable[..., tuple[Tensor, Tensor]]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...] = ()  # () for any
+    capability: tuple[int, int] = (0, 0)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self.run(q, k, v, scale)
+
+    def refuses(self, q: Tensor) -> str:
+        """Why it cannot compute with these tensors; nothing if it can."""
+        if not q.is_cuda:
+            return f"it computes on a GPU, and these tensors are on {q.device}"
+        if q.dtype not in self.dtypes:
+            return f"it computes in {' and '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, and these tensors are {q.dtype}"
+        if self.head_dims and q.shape[-1] not in self.head_dims:
+            return f"it takes heads of {', '.join(map(str, self.head_dims))}, and these are of {q.shape[-1]}"
+        if (found := torch.cuda.get_device_capability(q.device)) < self.capability:
+            have, need = (".".join(map(str, version)) for version in (found, self.capability))
+            return f"it needs compute capability {need}, and {torch.cuda.get_device_name(q.device)} has {have}"
+        return ""
+
+
+def numba_rung(name: str) -> Rung:
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        from opt_fast import attention_numba
+
+        return getattr(attention_numba, name)(q, k, v, scale)
+
+    return Rung(run, (torch.float32, torch.float16), () if name == "v1" else TILED)
+
+
+RUNGS = {
+    "numba v1": numba_rung("v1"),
+    "numba v2": numba_rung("v2"),
+    "numba v3": numba_rung("v3"),
+    "mma": Rung(mma, HALVES, (64, 80, 128), (8, 0)),
+}
+
+
+# ---- the same in plain torch -------------------------------------------------------------------------------------------------------------
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
+    """opt_np.ops.attention_lse in torch, scores whole, in float32 at least: for tensors that are not on a GPU, and as a reference.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    s = scores(q, k, scale, seen)
+    L = torch.logsumexp(s, -1)  # (B, H, T)
+    O = probabilities(s) @ wide(v).swapaxes(1, 2)
+    return O.swapaxes(1, 2).to(q.dtype), L.swapaxes(1, 2)
+
+
+def plain_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
+              seen: Seen | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """opt_np.ops.attention_bwd in torch, as `plain`."""
+    P = torch.exp(scores(q, k, scale, seen) - L.clamp(min=torch.finfo(L.dtype).min).swapaxes(1, 2)[..., None])
+    dO, O, q_, k_, v_ = (wide(a).swapaxes(1, 2) for a in (dO, O, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
+    dscores = P * (dO @ v_.swapaxes(2, 3) - (dO * O).sum(-1, keepdim=True)) * scale
+    found = (dscores @ k_, dscores.swapaxes(2, 3) @ q_, P.swapaxes(2, 3) @ dO)
+    dq, dk, dv = (a.swapaxes(1, 2).to(q.dtype) for a in found)
+    return dq, dk, dv
+
+
+def scores(q: Tensor, k: Tensor, scale: float, seen: Seen | None = None) -> Tensor:
+    """As opt_np.ops.attention_scores, in float32 at least.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
+    T, S = q.shape[1], k.shape[1]
+    found = (wide(q) * scale).swapaxes(1, 2) @ wide(k).permute(0, 2, 3, 1)
+    hidden = torch.ones((T, S), dtype=torch.bool, device=q.device).triu(S - T + 1)
+    if seen is not None:
+        hidden = hidden | ~seen.visible[:, None, None]  # (B, 1, T, S)
+    return found.masked_fill(hidden, -math.inf)
+
+
+def probabilities(s: Tensor) -> Tensor:
+    """As opt_np.ops.softmax: a row of -inf becomes zeros.  s: (*N, S)  ->  (*N, S)"""
+    P = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min))
+    return P / P.sum(-1, keepdim=True).clamp(min=1)
+
+
+def wide(a: Tensor) -> Tensor:
+    """In float32, if it was in fewer bits."""
+    return a.float() if a.dtype in HALVES else a

@@ -1,0 +1,580 @@
+"""Tiled attention on a GPU against torch's: opt-np bench attention
+
+What the device can do comes first, measured in the same process. Then every lane, ours and torch's, is held against float64 by FlashAttention's rule,
+on the shapes that will be timed; only then it is timed: by events of the device, with its cache emptied before each call, in interleaved rounds.
+Times are the device's own: the host launches ahead while the device empties its cache. A table for people, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_fast.bench import check_plot, machine, middle, say, spread
+from opt_np.config import OPTConfig
+
+GRIDS = ("flash", "opt")
+MODELS = ("125m", "350m", "1.3b", "2.7b", "6.7b")
+DTYPES = ("float16", "bfloat16", "float32")
+HEAD_DIMS = (64, 80, 128)
+# What is asked for where nothing is said. FlashAttention's grid: 16k tokens in a batch, and as many heads as go into 2048 (25 of 80).
+# A CPU gets what is over in a second: there it is the command that is tried, not the machine.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"dtypes": ("float16", "bfloat16"), "head_dims": HEAD_DIMS, "lengths": (512, 1024, 2048, 4096, 8192, 16384), "grids": GRIDS},
+    "cpu": {"dtypes": ("float32",), "head_dims": (64,), "lengths": (64, 128), "grids": ("flash",)},
+}
+TOKENS, WIDTH = {"cuda": 16384, "cpu": 256}, {"cuda": 2048, "cpu": 256}
+MATMUL, READ = {"cuda": 8192, "cpu": 512}, {"cuda": 2**31, "cpu": 2**26}  # rows of the product; bytes
+BACKENDS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+ON_CPU = ("flash", "math")  # the others are CUDA's
+MATH_ROOM = 10e9  # bytes of scores in float32, beyond which MATH, which holds them all, does not take part
+WARM_UP = 50  # calls, in which a kernel is chosen and the clocks rise
+REPEATS, BUDGET = 20, 0.2  # calls of a lane in a round, and seconds that they may take together; one at least
+HEAD_START = 300e-6  # seconds for which the device is busy with its cache while the host launches what is timed
+BLOCK = 1024  # queries of a block of the reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Causal attention of S queries over S keys."""
+
+    grid: str  # "flash", or the model whose shape it is
+    dtype: str
+    B: int
+    S: int
+    H: int
+    Dh: int
+
+    @property
+    def title(self) -> str:
+        return f"{'' if self.grid == 'flash' else self.grid + ': '}{self.dtype}, B {self.B}, S {self.S}, {self.H} heads of {self.Dh}"
+
+    @property
+    def flops(self) -> float:
+        """Two products, of which causality needs one half; the diagonal is not counted, as in FlashAttention's own benchmark."""
+        return 4 * self.B * self.H * self.S * self.S * self.Dh / 2
+
+    @property
+    def scale(self) -> float:
+        return self.Dh**-0.5
+
+
+@dataclass(frozen=True)
+class Lane:
+    call: Callable[..., Any]  # (q, k, v, scale) -> O, all (B, T, H, Dh)
+    refuses: Callable[[Any], str]  # why it cannot compute tensors such as q, or ''
+    ours: bool = False
+
+
+def add_options(parser: Any) -> None:
+    def words(key: str) -> str:
+        told = {device: " ".join(map(str, default[key])) for device, default in DEFAULTS.items()}
+        return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
+
+    parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda", help="cpu is for trying this command")
+    parser.add_argument("--grid", dest="grids", nargs="+", choices=GRIDS, metavar="GRID",
+                        help="flash: FlashAttention's, 16k tokens, 2048 wide; opt: OPT's own, batch 1, S 2048 " + words("grids"))  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)} " + words("dtypes"))
+    parser.add_argument("--head-dims", nargs="+", type=int, metavar="N", help="numbers of a head, in both grids " + words("head_dims"))
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="S of the flash grid " + words("lengths"))
+    parser.add_argument("--lanes", nargs="+", metavar="LANE", help="numba-v1, mma, torch-cudnn and so on (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="interleaved rounds")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random inputs (default: another one each time)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the flash grid, as a .png, .svg or .pdf")
+    parser.add_argument("--json", dest="json_file", metavar="FILE", help="also write the line of JSON there")
+
+
+def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None, plot: str | None = None, json_file: str | None = None,
+        **asked: Any) -> None:  # fmt: skip
+    """What is not `asked` for, of grids, dtypes, head_dims and lengths, is the device's default.
+
+    Raises ValueError for what cannot be measured, and where a lane computes something else than attention.
+    """
+    check_options(rounds, asked["head_dims"] or (), asked["lengths"] or (), plot, json_file)
+    need_device(device)
+    every = cases(device, **DEFAULTS[device] | {key: values for key, values in asked.items() if values})
+    chosen = choose(all_lanes(device), lanes)
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+    clock = Clock(device)
+    say("measuring what the device can do")
+    limits = measure_limits(dict.fromkeys(case.dtype for case in every), clock)
+    say(limits_told(limits))
+    result: dict[str, Any] = {"what": what, "seed": seed, "rounds": rounds, "machine": described(clock), "limits": limits}
+    result["state_before"] = nvidia_smi(clock)
+    checked, result["cases"] = check_all(every, chosen, device, seed), []
+    for case, found in zip(every, checked, strict=True):
+        say(f"timing {case.title}")
+        seconds = measure(case, {name: chosen[name] for name in found["errors"]}, found["left_out"], clock, rounds, seed)
+        result["cases"].append(summary(case, seconds, chosen, limits["matmul"][case.dtype]) | found)
+    result["state_after"] = nvidia_smi(clock)
+    print("\n".join(table(result)))
+    print(line := json.dumps(result), flush=True)
+    if json_file:
+        Path(json_file).write_text(line + "\n", encoding="utf-8")
+    if plot:
+        draw(plot, result)
+
+
+def check_options(rounds: int, head_dims: Iterable[int], lengths: Iterable[int], plot: str | None, json_file: str | None) -> None:
+    for name, values in (("rounds", [rounds]), ("head-dims", head_dims), ("lengths", lengths)):
+        for value in values:
+            if value < 1:
+                raise ValueError(f"--{name} is {value}; it must be at least 1")
+    check_plot(plot)
+    if json_file and not Path(json_file).parent.is_dir():
+        raise ValueError(f"--json {json_file}: {Path(json_file).parent} is no folder")
+
+
+def need_device(device: str) -> None:
+    if not find_spec("torch"):
+        raise ValueError("attention is measured against torch's, and torch cannot be imported; pip install 'opt-np[bench]' brings it")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU alone"
+        raise ValueError(f"torch {torch.__version__}, built {build}, finds no GPU; --device cpu tries this command on small shapes")
+
+
+# ---- what there is to do -----------------------------------------------------------------------------------------------------------------
+
+
+def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], grids: Iterable[str]) -> list[Case]:
+    """All shapes, a dtype after the other."""
+    shapes = []
+    if "flash" in grids:
+        shapes = [("flash", max(1, TOKENS[device] // S), S, max(1, WIDTH[device] // Dh), Dh) for Dh in head_dims for S in lengths]
+    if "opt" in grids:
+        for size in MODELS:
+            cfg = OPTConfig.from_size(size)
+            S = cfg.max_position_embeddings if device == "cuda" else max(DEFAULTS["cpu"]["lengths"])
+            shapes += [(f"opt-{size}", 1, S, cfg.num_attention_heads, cfg.head_dim)] * (cfg.head_dim in head_dims)
+    if not shapes:
+        raise ValueError(f"no model of the opt grid has heads of {', '.join(map(str, head_dims))}; they have {', '.join(map(str, HEAD_DIMS))}")
+    return [Case(grid, dtype, B, S, H, Dh) for dtype in dtypes for grid, B, S, H, Dh in shapes]
+
+
+def all_lanes(device: str) -> dict[str, Lane]:
+    """Ours, in the order of the ladder, then torch's by their names."""
+    return our_lanes() | {f"torch {name}": torch_lane(name) for name in (BACKENDS if device == "cuda" else ON_CPU)}
+
+
+def our_lanes() -> dict[str, Lane]:
+    try:
+        from opt_fast.attention_cuda import RUNGS
+    except ImportError as error:
+        say(f"ours are left out: {error}; pip install 'opt-np[cuda]' brings what they need")
+        return {}
+    return {name: Lane(partial(first_of, rung), rung.refuses, ours=True) for name, rung in RUNGS.items()}
+
+
+def first_of(rung: Any, *args: Any) -> Any:
+    """O, without L."""
+    return rung(*args)[0]
+
+
+def torch_lane(name: str) -> Lane:
+    """One of the kernels behind torch's scaled_dot_product_attention, and no other: torch raises RuntimeError where it cannot run."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = getattr(SDPBackend, BACKENDS[name])
+
+    def call(q: Any, k: Any, v: Any, scale: float) -> Any:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # torch wants (B, H, T, Dh): views, as models make them
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+    def refuses(q: Any) -> str:
+        B, T, H, _ = q.shape
+        scores = 4 * B * H * T * T
+        return f"holds {scores / 1e9:.0f} GB of scores, and {MATH_ROOM / 1e9:.0f} GB are allowed" if name == "math" and scores > MATH_ROOM else ""
+
+    return Lane(call, refuses)
+
+
+def choose(every: dict[str, Lane], asked: Iterable[str] | None) -> dict[str, Lane]:
+    """The lanes asked for, in their own order; on the command line a blank in a name is a dash."""
+    if asked is None:
+        return every
+    typed = {name.replace(" ", "-"): name for name in every}
+    if unknown := [word for word in asked if word.replace(" ", "-") not in typed]:
+        raise ValueError(f"--lanes {' '.join(unknown)}: there is no such lane here; there are {', '.join(typed)}")
+    return {name: every[name] for word, name in typed.items() if word in {w.replace(" ", "-") for w in asked}}
+
+
+def inputs(case: Case, device: str, seed: int) -> tuple[Any, Any, Any]:
+    """q, k and v, (B, S, H, Dh), normal numbers; drawn anew for each case and each seed."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(hash((seed, case.B, case.S, case.H, case.Dh)) % 2**63)
+    shape = (case.B, case.S, case.H, case.Dh)
+    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype)) for _ in range(3))
+    return q, k, v
+
+
+# ---- checking ----------------------------------------------------------------------------------------------------------------------------
+
+
+def check_all(every: list[Case], lanes: dict[str, Lane], device: str, seed: int) -> list[dict[str, Any]]:
+    """For each case, what `check` finds; each reason to leave a lane out is told once."""
+    found, told = [], set()
+    for case in every:
+        found.append(check(case, lanes, device, seed))
+        for told_now in found[-1]["left_out"].items():
+            if told_now not in told:
+                say("{} is left out: {}".format(*told_now) + f" (from {case.title} on)")
+                told.add(told_now)
+        say(f"{case.title}: {', '.join(found[-1]['errors']) or 'no lane'} within the rule")
+    if not any(one["errors"] for one in found):
+        raise ValueError(f"no lane of {', '.join(lanes)} can compute any of these shapes")
+    return found
+
+
+def check(case: Case, lanes: dict[str, Lane], device: str, seed: int) -> dict[str, Any]:
+    """{"errors": {lane: {"error": …, "allowed": …}}, "left_out": {lane: why}}; what is called is what will be timed, batch and all.
+
+    Raises ValueError for a lane that breaks FlashAttention's rule: a fast wrong answer is no result.
+    """
+    (q, k, v), rows = inputs(case, device, seed + 1), sorted({0, case.B - 1})  # float64 is for the first and the last of the batch
+    expected, plain_error, noise = reference(q[rows], k[rows], v[rows], case.scale)
+    errors, left_out = {}, {}
+    for name, lane in lanes.items():
+        out, reason = (None, why) if (why := lane.refuses(q)) else attempt(lane, q, k, v, case.scale)
+        if out is None:
+            left_out[name] = reason
+            continue
+        error = float((out[rows].double() - expected).abs().max())
+        allowed = 2 * plain_error + noise
+        if not (error <= allowed and bool(out.isfinite().all())):
+            raise ValueError(f"{case.title}: {name} is off by {error:.2e}, and {allowed:.2e} is allowed, twice the {plain_error:.2e} of attention "
+                             f"written out in {case.dtype} and {noise:.2e}; nothing was timed, and --lanes can leave it out")  # fmt: skip
+        errors[name] = {"error": error, "allowed": allowed}
+    return {"errors": errors, "left_out": left_out}
+
+
+def reference(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, float, float]:
+    """Attention in float64, how far the same formula in q's dtype is from it, and the rounding of the result itself, as FlashAttention-3 takes it."""
+    expected = plain(q.double(), k.double(), v.double(), scale)
+    near = expected.to(q.dtype)
+    noise = 2 * float((near + 0.3 - 0.3 - near).abs().max())
+    return expected, float((plain(q, k, v, scale).double() - expected).abs().max()), noise
+
+
+def plain(q: Any, k: Any, v: Any, scale: float) -> Any:
+    """softmax(scale·q kᵀ) v written out in the inputs' dtype, causal; a head and a block of its queries at a time, for the sake of memory.
+
+    q: (B, T, H, Dh);  k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, T, H, Dh)
+    """
+    import torch
+
+    B, T, H, _ = q.shape
+    O = torch.empty_like(q)
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        for b in range(B):
+            for h in range(H):
+                scores = (q[b, start:stop, h] @ k[b, :stop, h].T) * scale
+                O[b, start:stop, h] = torch.softmax(scores.masked_fill_(future, -math.inf), -1) @ v[b, :stop, h]
+    return O
+
+
+def attempt(lane: Lane, q: Any, k: Any, v: Any, scale: float) -> tuple[Any, str]:
+    """O, or None and why: no memory, or inputs that this kernel of torch's is not made for, in torch's own words."""
+    import torch
+
+    poison(q)
+    with warnings.catch_warnings(record=True, action="always") as heard:
+        try:
+            out = lane.call(q, k, v, scale)
+            wait(q.device.type)
+            return out, ""
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except ImportError as error:
+            reason = f"{error}; pip install 'opt-np[cuda]' brings it"
+        except RuntimeError as error:
+            if lane.ours:
+                raise
+            said = [str(warning.message).partition(" (Triggered")[0] for warning in heard]
+            reasons = [words for words in said if "not used because" not in words and "runtime disabled" not in words]
+            reason = ". ".join([str(error).splitlines()[0].rstrip("."), *reasons[:1]])
+    wait(q.device.type)  # an error that stays with the device is none of a lane's own: here it would come up again, and end the run
+    free_cached(q.device.type)
+    return None, reason
+
+
+def poison(q: Any) -> None:
+    """Leaves NaN in the memory that the allocator will give out next, so that what a kernel does not write is seen."""
+    import torch
+
+    [torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan, device=q.device)]
+
+
+# ---- timing ------------------------------------------------------------------------------------------------------------------------------
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def free_cached(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+class Clock:
+    """Seconds that the device takes for calls, each with nothing of its inputs in the second-level cache."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device, self.times = device, 1
+        self.properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device()) if device == "cuda" else None
+        cache = getattr(self.properties, "L2_cache_size", 0) or 2**23
+        self.written = torch.empty(4 * cache, dtype=torch.int8, device=device)
+        if device == "cuda":
+            self.seconds(self.empty_cache, 3)
+            self.times = math.ceil(HEAD_START / float(np.median(self.seconds(self.empty_cache, 10))))
+
+    def empty_cache(self) -> None:
+        """Writes four times what the cache holds, and again until HEAD_START has passed: so long the host is ahead, and a launch costs no time."""
+        for _ in range(self.times):
+            self.written.zero_()
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> list[float]:
+        """Of each of so many calls; on a GPU by events before and behind it, which the host reads once all is done."""
+        if self.device == "cpu":
+            return [self.second(call) for _ in range(repeats)]
+        import torch
+
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for start, end in events:
+            self.empty_cache()
+            start.record()
+            call()
+            end.record()
+        wait(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+    def second(self, call: Callable[[], Any]) -> float:
+        self.empty_cache()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def estimate(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call, roughly. The host's clock, which sees more, must not see much more: else the events miss the work.
+
+        Raises ValueError where it does, each time of five: the first may be the first call ever, and the host may be busy.
+        """
+        for _ in range(5):
+            wait(self.device)
+            start = time.perf_counter()
+            call()
+            wait(self.device)
+            outside = time.perf_counter() - start
+            (inside,) = self.seconds(call, 1)
+            if self.device == "cpu" or outside <= 2 * inside + 2e-3:
+                return inside
+        raise ValueError(f"events tell {1e3 * inside:.3g} ms, the host's clock {1e3 * outside:.3g} ms: does it run on torch's current stream?")
+
+
+def measure_limits(dtypes: Iterable[str], clock: Clock) -> dict[str, Any]:
+    """FLOP/s of a square product of random numbers in each dtype, and bytes/s of a reduction, which reads only: medians."""
+    import torch
+
+    n, found = MATMUL[clock.device], {}
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, device=clock.device, dtype=getattr(torch, dtype)) for _ in range(2))
+        clock.seconds(partial(torch.matmul, a, b), WARM_UP)
+        found[dtype] = clock.seconds(partial(torch.matmul, a, b), REPEATS)
+    x = torch.randn(READ[clock.device] // 4, device=clock.device)
+    clock.seconds(x.amax, WARM_UP)
+    read = clock.seconds(x.amax, REPEATS)
+    return {
+        "width": n, "matmul_seconds": found, "matmul": {dtype: 2 * n**3 / float(np.median(seconds)) for dtype, seconds in found.items()},
+        "read": 4 * len(x), "read_seconds": read, "bandwidth": 4 * len(x) / float(np.median(read)),
+    }  # fmt: skip
+
+
+def measure(case: Case, lanes: dict[str, Lane], left_out: dict[str, str], clock: Clock, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Of each lane, the median seconds of its calls in each round; the lanes take turns. One that finds no memory now joins those left out."""
+    import torch
+
+    if not lanes:
+        return {}
+    q, k, v = inputs(case, clock.device, seed)
+    calls = {name: partial(lane.call, q, k, v, case.scale) for name, lane in lanes.items()}
+    repeats: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with warnings.catch_warnings(action="ignore"):  # they have been heard, in the check
+        for i in range(1 + rounds):
+            for name in list(calls):
+                try:
+                    if i == 0:  # how long it takes, roughly
+                        repeats[name] = max(1, min(REPEATS, int(BUDGET / estimate(name, case, calls[name], clock))))
+                    else:
+                        seconds[name].append(float(np.median(clock.seconds(calls[name], repeats[name]))))
+                except torch.OutOfMemoryError:
+                    left_out[name] = "out of memory"
+                    say(f"{name} is left out of {case.title}: out of memory")
+                    del calls[name], seconds[name]
+                    free_cached(clock.device)
+    return seconds
+
+
+def estimate(name: str, case: Case, call: Callable[[], Any], clock: Clock) -> float:
+    try:
+        return clock.estimate(call)
+    except ValueError as error:
+        raise ValueError(f"{case.title}: {name}: {error}") from None
+
+
+# ---- telling -----------------------------------------------------------------------------------------------------------------------------
+
+
+def summary(case: Case, seconds: dict[str, list[float]], lanes: dict[str, Lane], matmul: float) -> dict[str, Any]:
+    """TFLOP/s of each lane as (median, min, max), its share of the matmul's, and how often our best goes into torch's seconds of the same round."""
+    tflops = {name: middle([case.flops / s / 1e12 for s in times]) for name, times in seconds.items()}
+    ours = max((name for name in seconds if lanes[name].ours), key=lambda name: tflops[name][0], default=None)
+    theirs = [name for name in seconds if not lanes[name].ours] if ours else []
+    ratio = {name: middle([b / a for a, b in zip(seconds[ours or ""], seconds[name], strict=True)]) for name in theirs}
+    percent = {name: 100e12 * told[0] / matmul for name, told in tflops.items()}
+    return {**asdict(case), "flops": case.flops, "seconds": seconds, "tflops": tflops, "percent_of_matmul": percent, "ours": ours, "ratio": ratio}
+
+
+def described(clock: Clock) -> dict[str, Any]:
+    """bench.machine, and the GPU."""
+    import torch
+
+    found = machine(torch.get_num_threads()) | {"device": clock.device, "float32_products": torch.get_float32_matmul_precision()}
+    if clock.device == "cpu":
+        return found
+    names = {"gpu": clock.properties.name, "memory": clock.properties.total_memory, "multiprocessors": clock.properties.multi_processor_count}
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found | names | {"versions": found["versions"] | versions}
+
+
+def nvidia_smi(clock: Clock) -> dict[str, str]:
+    """Driver, clocks, power and temperature of the GPU in use; nothing where nvidia-smi does not answer."""
+    keys = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    if clock.device == "cpu":
+        return {}
+    words = ["nvidia-smi", f"--id=GPU-{getattr(clock.properties, 'uuid', '0')}", f"--query-gpu={','.join(keys)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in answer[0].split(",")] if answer else []
+    return dict(zip(keys, values, strict=True)) if len(values) == len(keys) else {}
+
+
+def limits_told(limits: dict[str, Any]) -> str:
+    products = ", ".join(f"{flops / 1e12:.3g} TFLOP/s of {dtype}" for dtype, flops in limits["matmul"].items())
+    return f"limits: {limits['bandwidth'] / 1e9:.4g} GB/s read from memory; products of {limits['width']} x {limits['width']}, {products}"
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    where = result["machine"]
+    unit = "TFLOP/s" if where["device"] == "cuda" else "GFLOP/s"
+    lines = [
+        *header(where, result["state_before"]),
+        limits_told(result["limits"]),
+        f"median (min to max) of {result['rounds']} interleaved rounds; % of the product in this dtype; ratios of seconds in the same round",
+        "causal FLOPs, 4 B H S S D / 2; the cache is emptied before each call; time on the device, without the launch"
+        if where["device"] == "cuda"
+        else "causal FLOPs, 4 B H S S D / 2; on a CPU, to try this command: no result",
+        f"torch reads views of the same memory, (B, S, H, D), as models hold it; math takes part up to {MATH_ROOM / 1e9:.0f} GB of scores in float32",
+    ]
+    for found in result["cases"]:
+        lines += ["", Case(**{key: found[key] for key in Case.__dataclass_fields__}).title]
+        for lane, told in found["tflops"].items():
+            rate, low, high = (tflops * (1 if unit == "TFLOP/s" else 1e3) for tflops in told)
+            ratio = f"{found['ours']} is {spread(found['ratio'][lane])} x as fast" if lane in found["ratio"] else ""
+            reached = f"{rate:8.2f} {unit} ({low:.2f} to {high:.2f})"
+            lines.append(f"  {lane:15} {reached:40} {found['percent_of_matmul'][lane]:3.0f} %  {ratio}")
+        lines += [f"  {lane:15} left out: {reason}" for lane, reason in found["left_out"].items()]
+    return [line.rstrip() for line in lines]
+
+
+def header(where: dict[str, Any], state: dict[str, str]) -> list[str]:
+    versions = where["versions"]
+    if where["device"] == "cpu":
+        return [f"attention on {where['threads']} threads of {where['cpu']}, torch {versions.get('torch')}"]
+    driver = f"driver {state['driver_version']}, " if state else ""
+    lines = [f"attention on {where['gpu']}, {driver}CUDA {versions['cuda']}, torch {versions.get('torch')}, cuDNN {versions['cudnn']}"]
+    if state:
+        lines.append(f"after the products {state['clocks.sm']} of {state['clocks.max.sm']}, {state['power.draw']} of {state['power.limit']}, "
+                     f"{state['temperature.gpu']} °C")  # fmt: skip
+    return lines
+
+
+def draw(file: str, result: dict[str, Any]) -> None:
+    """TFLOP/s against S in the flash grid: a column for each head dimension, a row for each dtype, a line for each lane, the product above them."""
+    from matplotlib.figure import Figure
+
+    found = [case for case in result["cases"] if case["grid"] == "flash" and case["tflops"]]
+    if not found:
+        say("nothing to draw: the plot shows the flash grid, and none of it was measured")
+        return
+    dtypes, head_dims = (list(dict.fromkeys(case[key] for case in found)) for key in ("dtype", "Dh"))
+    lanes = list(dict.fromkeys(lane for case in found for lane in case["tflops"]))
+    matmul = {dtype: flops / 1e12 for dtype, flops in result["limits"]["matmul"].items()}
+    slowest = min(told[0] for case in found for told in case["tflops"].values())
+    figure = Figure(figsize=(1.2 + 4.2 * len(head_dims), 1.4 + 3.4 * len(dtypes)), layout="constrained")
+    grid = figure.subplots(len(dtypes), len(head_dims), squeeze=False, sharex=True, sharey="row")
+    for (i, dtype), (j, Dh) in ((row, column) for row in enumerate(dtypes) for column in enumerate(head_dims)):
+        panel(grid[i, j], [case for case in found if (case["dtype"], case["Dh"]) == (dtype, Dh)], lanes, matmul[dtype])
+        grid[i, j].set_title(f"{dtype}, heads of {Dh}", fontsize=10)
+        grid[i, j].tick_params(labelbottom=True)
+        if slowest < max(matmul.values()) / 50:  # or the ladder's first rungs would lie on the floor
+            grid[i, j].set_yscale("log")
+            grid[i, j].yaxis.set_major_formatter("{x:g}")
+        else:
+            grid[i, j].set_ylim(bottom=0)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("TFLOP/s, causal forward")
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens in a sequence, S")
+    handles = dict(pair for axes in grid.flat for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3 if len(head_dims) == 1 else 5, frameon=False)
+    figure.suptitle(result["machine"].get("gpu") or result["machine"]["cpu"])
+    figure.savefig(file, dpi=150)
+
+
+def panel(axes: Any, found: list[dict[str, Any]], lanes: list[str], matmul: float) -> None:
+    """Ours in full lines, torch's in broken ones, each with its spread."""
+    from matplotlib import colormaps
+
+    for i, lane in enumerate(lanes):
+        points = [(case["S"], *case["tflops"][lane]) for case in found if lane in case["tflops"]]
+        if not points:
+            continue
+        S, middle_, low, high = zip(*points, strict=True)
+        theirs = lane.startswith("torch ")
+        colour = colormaps["tab10"](i)
+        axes.plot(S, middle_, "--" if theirs else "-", marker="s" if theirs else "o", markersize=4, color=colour, label=lane)
+        axes.fill_between(S, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.axhline(matmul, color="black", linewidth=1, linestyle=":", label="product of matrices")
+    lengths = sorted({case["S"] for case in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{S // 1024}k" if S % 1024 == 0 else str(S) for S in lengths])
+    axes.grid(alpha=0.3)

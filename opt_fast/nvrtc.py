@@ -1,0 +1,98 @@
+"""CUDA C++ compiled when it is first needed: NVRTC through cuda.core, no compiler to install, no GPU needed to compile.
+
+The machine code is kept on disk, by source, flags, compiler and device, under ~/.cache/opt_fast (XDG_CACHE_HOME moves it).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from opt_np.checkpoint import write_atomically
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+def compile(file: str, arch: str, **macros: int) -> tuple[bytes, str]:
+    """The machine code of kernels/`file` for "sm_90" or another device, and ptxas's report: registers, shared memory, spills.
+
+    Raises RuntimeError with the compiler's words.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    defined = [(name, str(value)) for name, value in macros.items()] or None
+    options = ProgramOptions(name=file, arch=arch, std="c++17", include_path=str(KERNELS), define_macro=defined, ptxas_options="-v")
+    report = StringIO()
+    try:
+        code = Program((KERNELS / file).read_text(), "c++", options).compile("cubin", logs=report).code
+    except Exception as error:  # cuda.core's own kinds of error are private
+        raise RuntimeError(f"{file} does not compile for {arch}: {error}") from None
+    return bytes(code), report.getvalue()
+
+
+def cubin(file: str, arch: str, **macros: int) -> bytes:
+    """As `compile`, from the disk where it has been compiled before."""
+    path = cache_folder() / f"{Path(file).stem}-{arch}-{key(file, arch, macros)}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        code, _ = compile(file, arch, **macros)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_bytes(code))
+    except OSError:  # a home that cannot be written to costs a compilation at every start
+        pass
+    return code
+
+
+def key(file: str, arch: str, macros: dict[str, int]) -> str:
+    """What the machine code depends on, in 16 letters; the headers count whether `file` includes them or not."""
+    from cuda.bindings import nvrtc
+
+    parts = [file, arch, repr(sorted(macros.items())), repr(nvrtc.nvrtcVersion()[1:])]
+    parts += [path.read_text() for path in [KERNELS / file, *sorted(KERNELS.glob("*.cuh"))]]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opt_fast"
+
+
+@functools.cache
+def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any:
+    """A kernel on a GPU, allowed `shared` bytes of dynamic shared memory a block."""
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
+
+    gpu = Device(device)
+    gpu.set_current()  # the context that torch computes in
+    major, minor = gpu.compute_capability
+    found = ObjectCode.from_cubin(cubin(file, f"sm_{major}{minor}", **macros)).get_kernel(name)
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(limit, shared, found.handle, driver.CUdevice(device))
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name} needs {shared} bytes of shared memory a block, which this GPU does not give: {error.name}")
+    return found
+
+
+def launch(found: Any, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any) -> None:
+    """Starts a kernel on a stream, given by its handle; integers are pointers or 64 bits wide, narrower numbers come as NumPy's scalars."""
+    from cuda.core import LaunchConfig, Stream
+    from cuda.core import launch as start
+
+    start(Stream.from_handle(stream), LaunchConfig(grid=grid, block=block, shmem_size=shared), found, *arguments)
+
+
+def missing() -> str:
+    """What is not installed that compiling needs, in words; nothing where all is there."""
+    for module, package in (("cuda.core", "cuda-core"), ("cuda.bindings.nvrtc", "cuda-bindings")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{package} does not import ({error}); pip install 'opt-np[kernels]' brings it"
+    return ""

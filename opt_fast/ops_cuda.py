@@ -1,0 +1,150 @@
+"""The operations of opt_np.ops over torch tensors, on torch's current stream: the same names, arguments and meaning, for backend="cuda".
+
+`pack` moves the parameters to the GPU; from there every operation computes where its tensors are, on a CPU too, in float16, bfloat16, float32 or
+float64, and autograd goes through all of them. Attention is attention_cuda.py's, products and LayerNorm are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opt_fast import attention_cuda, train_cuda
+from opt_fast.attention_cuda import attention_bwd, attention_lse
+from opt_np import reader as reading
+from opt_np.ops import LAYER_NORM_EPS, group_size
+from opt_np.tree import map_leaves
+
+__all__ = ["attention_bwd", "attention_lse"]  # which stand elsewhere
+losses, default_rng = train_cuda, train_cuda.Random
+loss_and_grads, clip_by_global_norm, adamw_step = train_cuda.loss_and_grads, train_cuda.clip_by_global_norm, train_cuda.adamw_step
+
+
+def device() -> torch.device:
+    """Where parameters go. Raises ValueError where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"backend 'cuda' needs a GPU, and torch {torch.__version__} sees none here; backend='cpu' or 'numpy' computes without")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def description() -> str:
+    """As opt_np.ops.description: the GPU."""
+    return f"{torch.cuda.get_device_name(device())}, torch {torch.__version__}"
+
+
+def pack(params: dict, release: bool = False) -> dict:
+    """A tree like `params` of tensors on the GPU; with `release`, arrays leave the given tree as they are copied. Raises ValueError without a GPU."""
+    return pack_on(params, device(), release)
+
+
+def pack_on(node: Any, where: torch.device | str, release: bool = False) -> Any:
+    """`pack` to a device of one's choice."""
+    if isinstance(node, dict):
+        return {name: pack_on(node.pop(name) if release else node[name], where, release) for name in list(node)}
+    if isinstance(node, list):
+        return [pack_on(item, where, release) for item in node]
+    return tensor(node, where) if isinstance(node, np.ndarray) else node
+
+
+def unpack(params: dict) -> dict:
+    """The tree as NumPy arrays of the same dtypes, to be saved."""
+    return map_leaves(lambda leaf: array(leaf) if isinstance(leaf, Tensor) else leaf, params)
+
+
+def tensor(a: np.ndarray, where: torch.device | str) -> Tensor:
+    """A copy on a device; bfloat16 goes by its bits, for torch does not know ml_dtypes' type."""
+    if a.dtype.name == "bfloat16":
+        return torch.tensor(a.view(np.int16), device=where).view(torch.bfloat16)
+    return torch.tensor(a, device=where)
+
+
+def array(t: Tensor) -> np.ndarray:
+    """The way back."""
+    t = t.detach().cpu()
+    if t.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return t.numpy()
+
+
+def embed(ids: Any, weight: Tensor, scale: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """As opt_np.ops.embed.  ids: (*N);  weight: (V, D)  ->  (*N, D)"""
+    at = torch.as_tensor(ids, device=weight.device)
+    return F.embedding(at, weight) if scale is None else dequantized(weight[at], scale[at], columns)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """As opt_np.ops.linear; tools that look inside give it NumPy's arrays as well.  x: (*N, I);  weight: (O, I);  bias: (O)  ->  (*N, O)"""
+    if isinstance(x, np.ndarray):
+        x = tensor(x, weight.device).to(torch.float32 if scale is not None else weight.dtype)
+    return F.linear(x, weight if scale is None else dequantized(weight, scale, columns).to(x.dtype), bias)
+
+
+def dequantized(weight: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
+    """As opt_np.ops.dequantized, in float32.  weight: (*N, I) int8, or (*N, I/2) uint8"""
+    if weight.dtype == torch.int8:
+        w = weight * scale.float()[..., None]
+    else:
+        I = 2 * weight.shape[-1]
+        w = torch.stack([weight & 15, weight >> 4], -1).reshape(*weight.shape[:-1], I).float() - 8
+        w = w * scale.float().repeat_interleave(group_size(I, scale.shape[-1]), -1)[..., :I]
+    return w if columns is None else w * columns
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """As opt_np.ops.matmul.  a: (M, K);  b: (K, N)  ->  (M, N)"""
+    return a @ b
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """As opt_np.ops.layer_norm.  x: (*N, D);  weight: (D);  bias: (D)  ->  (*N, D)"""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+
+def activation(x: Tensor, function: str) -> Tensor:
+    """As opt_np.ops.activation.  x: (*N, F)  ->  (*N, F)"""
+    return F.relu(x) if function == "relu" else F.gelu(x, approximate="tanh" if function == "gelu_new" else "none")
+
+
+def mlp(h: Tensor, fc1: dict[str, Any], fc2: dict[str, Any], function: str) -> Tensor:
+    """As opt_np.ops.mlp.  h: (*N, D)  ->  (*N, D)"""
+    return linear(activation(linear(h, **fc1), function), **fc2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = None) -> Tensor:
+    """As opt_np.ops.attention.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
+    """
+    return attention_lse(q, k, v, scale, layout)[0]
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float, layout: Any = None) -> Tensor:
+    """As opt_np.ops.attention_scores, for looking.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
+    visible = getattr(layout, "visible", None)
+    seen = None if visible is None else attention_cuda.on_device(visible, q.shape[1], q.device)
+    return attention_cuda.scores(q, k, scale, seen).to(q.dtype)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """As opt_np.ops.softmax, for looking.  scores: (*N, S)  ->  (*N, S)"""
+    return attention_cuda.probabilities(attention_cuda.wide(scores)).to(scores.dtype)
+
+
+def attention_probs(q: Tensor, k: Tensor, scale: float, layout: Any = None, rows: Any = None) -> Tensor:
+    """As opt_np.ops.attention_probs.  q: (B, T, H, Dh);  k: (B, S, H, Dh);  rows: (R)  ->  (B, H, T, S), or (B, H, R, S)"""
+    probs = softmax(attention_scores(q, k, scale, layout))
+    return probs if rows is None else probs[:, :, rows]
+
+
+class reader(reading.Reader):  # the name that generate asks a backend for
+    """As opt_np.reader.Reader, without a thought of gradients."""
+
+    @torch.no_grad()
+    def __call__(self, asked: reading.Reading) -> reading.Said:
+        return super().__call__(asked)

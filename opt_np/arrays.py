@@ -1,0 +1,20 @@
+"""The two things that NumPy's arrays and torch's tensors do not do alike; everywhere else the same lines serve both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def empty(shape: tuple[int, ...], like: Any) -> Any:
+    """An array, or a torch tensor on the same device, of the dtype of `like`, still to be written."""
+    return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+
+
+def host(x: Any) -> np.ndarray:
+    """x as a NumPy array; a torch tensor comes from its device, without its gradient, and bfloat16, which NumPy has not, as float32."""
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()

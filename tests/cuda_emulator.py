@@ -1,0 +1,236 @@
+"""Runs a CUDA C++ kernel, the file that NVRTC compiles for a GPU, on a CPU: cuda_on_cpu/ holds CUDA's words and instructions in plain C++ for g++.
+
+A kernel's warps and lanes run in an order drawn from a seed; what the hardware leaves undefined is an error that names the place. It proves indexing,
+masks, barriers and numbers, not speed. cuda_on_cpu.h lists what a kernel may use.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import operator
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
+# The sanitizers' traps end in the emulator's own errors and need no library. CUDA code reads and writes the same bytes as whatever it likes.
+FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-shared", "-fPIC", "-x", "c++", "-include", "cuda_on_cpu.h"),
+    *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-threadsafe-statics", "-U_FORTIFY_SOURCE"),
+    *("-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"),
+    *("-fno-crossjumping", "-fno-tree-tail-merge"),  # each trap keeps its line
+)
+SHARED = re.compile(r"(extern\s+)?__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w ]+?)\s+(\w+)\s*((?:\[[^]]*\]\s*)*);")
+LAUNCHER = """
+#line 1 "launcher"
+extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_signature() {{ return cuda_on_cpu::signature(&{name}); }}
+extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch(const cuda_on_cpu::Launch* launch, const void** site) {{
+  return cuda_on_cpu::launch<&{name}>(&{name}, *launch, site);
+}}
+"""
+SCALARS: dict[str, Any] = {
+           "float32": ctypes.c_float, "float64": ctypes.c_double, "bool": ctypes.c_bool, "int8": ctypes.c_int8, "uint8": ctypes.c_uint8,
+           "int16": ctypes.c_int16, "uint16": ctypes.c_uint16, "int32": ctypes.c_int32, "uint32": ctypes.c_uint32, "int64": ctypes.c_int64,
+           "uint64": ctypes.c_uint64}  # fmt: skip
+
+
+class KernelError(RuntimeError):
+    """What a kernel did that the hardware forbids or leaves undefined."""
+
+
+class Dim(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
+
+
+class Region(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("argument", ctypes.c_uint))
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (("grid", Dim), ("block", Dim), ("shared_bytes", ctypes.c_uint), ("region_count", ctypes.c_uint), ("regions", ctypes.c_void_p),
+                ("values", ctypes.c_void_p), ("seed", ctypes.c_uint64), ("races", ctypes.c_int), ("early", ctypes.c_int))  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled here, for a test's skip; None where they can."""
+    if sys.platform != "linux":
+        return "the emulator's memory and signals are Linux's"
+    return None if shutil.which("g++") else "no g++ to compile kernels with"
+
+
+@functools.cache
+def folder() -> Path:
+    """Where this process keeps what it compiled."""
+    path = tempfile.mkdtemp(prefix="cuda_on_cpu_")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+def compile_for_cpu(path: str | os.PathLike, name: str, macros: Mapping[str, Any] | None = None) -> Kernel:
+    """The kernel `name` of a .cu file, a template's with its arguments; macros as -D. Raises RuntimeError with the compiler's words."""
+    source = SHARED.sub(shared_in_cpp, Path(path).read_text(encoding="utf-8"))
+    return compiled(source, str(path), name, tuple(f"-D{key}={value}" for key, value in (macros or {}).items()))
+
+
+def shared_in_cpp(declaration: re.Match) -> str:
+    """A declaration of shared memory in C++; any other form stays, and does not compile."""
+    extern, type_, name, sizes = declaration.groups()
+    if extern:
+        return f"{type_}* const {name} = reinterpret_cast<{type_}*>(cuda_on_cpu::dynamic_shared());"
+    return f"static {type_} (&{name}){sizes} = cuda_on_cpu::fixed<{type_}{sizes}>();"
+
+
+@functools.cache
+def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kernel:
+    library = folder() / (hashlib.sha256(repr((source, path, name, macros)).encode()).hexdigest() + ".so")
+    text = f'#line 1 "{path}"\n{source}{LAUNCHER.format(name=name)}'
+    # From standard input, so that "mma.cuh" is this folder's; other headers may stand beside the kernel.
+    command = ["g++", *FLAGS, *macros, "-iquote", str(Path(path).resolve().parent), "-", "-o", str(library), "-ldl"]
+    result = subprocess.run(command, input=text, cwd=HERE, text=True, capture_output=True)
+    if result.returncode:
+        raise RuntimeError(f"{path} does not compile for the CPU:\n{result.stderr}")
+    return Kernel(library, Path(path).name, name)
+
+
+class Kernel:
+    """A compiled kernel: kernel(grid, block, shared_bytes, *arguments) runs it over the grid, block by block."""
+
+    def __init__(self, library: Path, file: str, name: str):
+        self.file, self.name, self.path = file, name, library
+        self.library = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: one launch at a time
+        self.library.cuda_on_cpu_signature.restype = self.library.cuda_on_cpu_launch.restype = ctypes.c_char_p
+        self.library.cuda_on_cpu_allocate.restype = ctypes.c_void_p
+        self.library.cuda_on_cpu_allocate.argtypes = (ctypes.c_size_t,)
+        self.library.cuda_on_cpu_only_read.argtypes = self.library.cuda_on_cpu_free.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self.types = self.library.cuda_on_cpu_signature().decode().split()
+
+    def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], shared_bytes: int, *arguments: Any, seed: int = 0, races: bool = True,
+                 early: bool = False) -> None:  # fmt: skip
+        """Arguments are NumPy arrays or None for pointers, numbers, and ctypes structures; arrays that are not writeable must not be written.
+
+        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's. cp.async lands when it is waited for or, `early`,
+        when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
+        """
+        if len(arguments) != len(self.types):
+            raise TypeError(f"{self.name} has {len(self.types)} parameters: {', '.join(self.types)}; {len(arguments)} were given")
+        memories = [Memory(self.library, owner, arrays) for owner, arrays in owners(arguments)]
+        try:
+            values = [self.value(i, type_, x, memories) for i, (type_, x) in enumerate(zip(self.types, arguments, strict=True))]
+            self.launch(three(grid), three(block), shared_bytes, values, regions(arguments, memories), seed, races, early)
+        finally:
+            damaged = [memory for memory in memories if not memory.close()]
+        if damaged:
+            raise KernelError(f"{self.name}: some thread wrote just outside {', '.join(map(str, damaged))}")
+
+    def launch(self, grid: Dim, block: Dim, shared_bytes: int, values: list, regions: Any, seed: int, races: bool, early: bool) -> None:
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        site = ctypes.c_void_p()
+        launch = Launch(grid, block, shared_bytes, len(regions), ctypes.addressof(regions), ctypes.addressof(pointers), seed, races, early)
+        message = self.library.cuda_on_cpu_launch(ctypes.byref(launch), ctypes.byref(site))
+        if message is not None:
+            raise KernelError(f"{self.name}: {message.decode()}{self.line(site.value)}")
+
+    def value(self, i: int, type_: str, x: Any, memories: list[Memory]) -> Any:
+        """One argument as the kernel's parameter has it."""
+        if type_.endswith("*"):
+            if x is not None and not isinstance(x, np.ndarray):
+                raise TypeError(f"{self.name}: argument {i} is {type(x).__name__}; {type_} takes an array or None")
+            if x is not None and type_ != "*" and x.itemsize != np.dtype(type_[:-1]).itemsize:
+                raise TypeError(f"{self.name}: argument {i} is an array of {x.dtype}; the parameter is {type_}")
+            return ctypes.c_void_p(None if x is None else address_of(x, memories))
+        if type_ == "struct":
+            return x
+        if type_.startswith("float"):
+            return SCALARS[type_](float(x))
+        number = operator.index(x.value if isinstance(x, ctypes._SimpleCData) else x)
+        if SCALARS[type_](number).value != number:
+            raise TypeError(f"{self.name}: argument {i} is {number}, too large for {type_}")
+        return SCALARS[type_](number)
+
+    def line(self, site: int | None) -> str:
+        """Where in the kernel's file an instruction stands, where addr2line can tell."""
+        if site is None or not shutil.which("addr2line"):
+            return ""
+        lines = subprocess.run(["addr2line", "-i", "-e", str(self.path), hex(site - 1)], text=True, capture_output=True).stdout.split("\n")
+        found = [line.split(" ")[0].rpartition("/")[2] for line in lines if re.search(rf"(^|/){re.escape(self.file)}:\d", line)]
+        return f" ({' from '.join(found)})" if found else ""
+
+
+class Memory:
+    """A copy of an array between closed pages, so that a kernel's reach beyond its arrays is an error."""
+
+    def __init__(self, library: Any, owner: np.ndarray, writeable: bool):
+        self.library, self.owner, self.writeable = library, owner, writeable
+        self.host, end = np.lib.array_utils.byte_bounds(owner)
+        self.bytes = end - self.host
+        pages = -(-self.bytes // 4096) * 4096
+        first = self.library.cuda_on_cpu_allocate(pages)
+        if not first:
+            raise MemoryError(f"no {pages} bytes for a copy of an array")
+        self.pages = np.ctypeslib.as_array((ctypes.c_ubyte * pages).from_address(first))
+        self.first, self.offset = first, pages - -(-self.bytes // 16) * 16  # as far behind as whole pieces of 16 bytes let it
+        self.begin = first + self.offset
+        self.pages[:] = 0xFF
+        ctypes.memmove(self.begin, self.host, self.bytes)
+        if not writeable:
+            self.library.cuda_on_cpu_only_read(first, pages)
+
+    def __str__(self) -> str:
+        return f"an array {self.owner.dtype}{self.owner.shape}"
+
+    def close(self) -> bool:
+        """Gives back what the kernel wrote; False where it wrote beside the array."""
+        whole = bool((self.pages[: self.offset] == 0xFF).all() and (self.pages[self.offset + self.bytes :] == 0xFF).all())
+        if self.writeable:
+            ctypes.memmove(self.host, self.begin, self.bytes)
+        self.library.cuda_on_cpu_free(self.first, len(self.pages))
+        del self.pages
+        return whole
+
+
+def owner_of(x: np.ndarray) -> np.ndarray:
+    """The array that a view is of: what a GPU's allocation would be."""
+    while isinstance(x.base, np.ndarray):
+        x = x.base
+    return x
+
+
+def owners(arguments: Sequence[Any]) -> list[tuple[np.ndarray, bool]]:
+    """Each array behind the arguments once, and whether one of them may be written."""
+    found: dict[int, tuple[np.ndarray, bool]] = {}
+    for x in arguments:
+        if isinstance(x, np.ndarray):
+            owner = owner_of(x)
+            found[id(owner)] = owner, x.flags.writeable or found.get(id(owner), (owner, False))[1]
+    return list(found.values())
+
+
+def memory_of(x: np.ndarray, memories: list[Memory]) -> Memory:
+    return next(memory for memory in memories if memory.owner is owner_of(x))
+
+
+def address_of(x: np.ndarray, memories: list[Memory]) -> int:
+    memory = memory_of(x, memories)
+    return memory.begin + x.ctypes.data - memory.host
+
+
+def regions(arguments: Sequence[Any], memories: list[Memory]) -> Any:
+    """What cp.async may read."""
+    found = [(memory_of(x, memories), i) for i, x in enumerate(arguments) if isinstance(x, np.ndarray)]
+    return (Region * len(found))(*(Region(memory.begin, memory.begin + memory.bytes, i) for memory, i in found))
+
+
+def three(n: int | Sequence[int]) -> Dim:
+    """As <<< >>> takes it: missing dimensions are 1."""
+    return Dim(*(([n] if isinstance(n, int) else [*n]) + [1, 1])[:3])

@@ -1,0 +1,667 @@
+// CUDA C++ for g++: a block's threads as fibres, so that a kernel's own source runs on a CPU, warp by warp. ../cuda_emulator.py compiles it.
+//
+// What a kernel may use; anything else does not compile:
+//   __global__ __device__ __host__ __forceinline__ __launch_bounds__ __restrict__ __align__(n), #pragma unroll (both change nothing here)
+//   extern __shared__ __align__(16) T name[];    any T and name, in a function or outside
+//   __shared__ T name[n];                        in a function, one name; cuda_emulator.py rewrites these two forms of __shared__
+//   threadIdx blockIdx blockDim gridDim; uint2 uint3 uint4 int2 int4 float2 float4 dim3 and their make_…
+//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __ldg; what mma.cuh has
+//   fmaxf fminf fabsf fmaf expf exp2f logf log2f sqrtf, __expf __logf __log2f __fdividef rsqrtf, min, max, INFINITY,
+//   __float_as_int __int_as_float __float_as_uint __uint_as_float
+//
+// The rules of the machine, each with its error: every lane of a warp meets the same warp-wide instruction, and no lane has left; all threads of a
+// block meet at __syncthreads; pointers are aligned and inside the caller's arrays or the shared memory; an index stays inside its array.
+// Which warp and which lane runs next is drawn from a seed, and shared memory begins as NaN: a barrier left out shows in the results.
+#pragma once
+
+#include <cfloat>
+#include <csetjmp>
+#include <csignal>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+extern "C" {  // what of <cmath> a kernel may call; the header itself and <vector> would take half of the time of compiling one
+float expf(float), exp2f(float), logf(float), log2f(float), sqrtf(float), fabsf(float);
+float fminf(float, float), fmaxf(float, float), fmaf(float, float, float);
+double fabs(double), ldexp(double, int), nearbyint(double);
+int ilogb(double);
+}
+#define INFINITY __builtin_inff()
+
+#define __global__ inline  // so that only the kernel that is asked for is compiled
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct uint2 { unsigned x, y; } __align__(8);
+struct uint3 { unsigned x, y, z; };
+struct uint4 { unsigned x, y, z, w; } __align__(16);
+struct int2 { int x, y; } __align__(8);
+struct int4 { int x, y, z, w; } __align__(16);
+struct float2 { float x, y; } __align__(8);
+struct float4 { float x, y, z, w; } __align__(16);
+using dim3 = uint3;
+
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+// ---- the machine ------------------------------------------------------------------------------------------------------------------------
+
+namespace cuda_on_cpu {
+
+constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+constexpr unsigned SHARED_BASE = 1024;  // where dynamic shared memory begins for PTX: an address of 0 is nobody's
+constexpr unsigned SHARED_MOST = 227 * 1024, FIXED_MOST = 48 * 1024;  // bytes of a block on compute capability 9.0
+constexpr size_t PAGE = 4096, STACK = 64 * 1024, GUARD = 1 << 20;
+
+using Perform = void (*)(void* const* operands);  // one warp-wide instruction, given its 32 lanes' operands
+
+template <class T>
+struct Array {  // the little of std::vector that is needed, for plain structures
+  T* items;
+  size_t count, room;
+
+  void resize(size_t n) {  // new ones are zeros
+    if (n > room) {
+      items = static_cast<T*>(realloc(items, 2 * n * sizeof(T)));
+      memset(static_cast<void*>(items + room), 0, (2 * n - room) * sizeof(T));
+      room = 2 * n;
+    }
+    count = n;
+  }
+  void push_back(const T& x) {
+    resize(count + 1);
+    items[count - 1] = x;
+  }
+  T& operator[](size_t i) { return items[i]; }
+  T* begin() { return items; }
+  T* end() { return items + count; }
+};
+
+struct Copy {  // a cp.async that has not landed yet
+  unsigned shared;
+  const void* global;
+  bool real;
+  unsigned group;
+};
+
+struct Thread {
+  void* stack_pointer;
+  ucontext_t context;  // where the processor is not x86-64
+  uint3 index;
+  unsigned id;
+  bool exited;
+  const char* waits_at;  // nullptr while it can run
+  Perform perform;       // nullptr at __syncthreads
+  void* operands;
+  const void* site;  // the code that asked for the instruction
+  unsigned groups;   // committed so far
+  Array<Copy> copies;
+};
+
+struct Access {
+  unsigned thread, barriers, warp_barriers;
+};
+
+struct Chunk {  // what 16 bytes of shared memory have seen of cp.async and ldmatrix
+  bool written;
+  int landing;  // the thread whose cp.async has not been waited for, or -1
+  Access writer;
+  Array<Access> readers;
+};
+
+struct Region {  // one for each array
+  const char *begin, *end;
+  unsigned argument;
+};
+
+static Thread threads[MOST_THREADS], scheduler;
+static Thread* current;
+static unsigned count, shared_bytes, barriers, warp_barriers[MOST_THREADS / WARP];
+static char *stacks, *shared_memory, *fixed_memory;
+static size_t fixed_bytes;  // of __shared__ T name[n], as far as the kernel has met them
+static Array<Chunk> chunks;
+static bool races, early;
+static const Region* regions;
+static unsigned region_count;
+static uint64_t state;
+static void (*body)();  // the kernel with its arguments
+static sigjmp_buf escape;
+static char message[1024];
+static const void* failed_at;
+
+inline unsigned drawn(unsigned n) {  // splitmix64: below n
+  uint64_t z = state += 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return unsigned((z ^ (z >> 31)) >> 33) % n;
+}
+
+// The one way out, from a fibre, from the scheduler or from a signal: nothing on any stack needs to be taken down.
+[[noreturn]] __attribute__((noinline, format(printf, 3, 4))) inline void fail(const Thread& t, const void* site, const char* format, ...) {
+  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread (%u, %u, %u), warp %u, lane %u: ", blockIdx.x, blockIdx.y, blockIdx.z,
+                   t.index.x, t.index.y, t.index.z, t.id / WARP, t.id % WARP);
+  va_list values;
+  va_start(values, format);
+  vsnprintf(message + n, sizeof message - n, format, values);
+  va_end(values);
+  failed_at = site;
+  siglongjmp(escape, 1);
+}
+
+// ---- fibres -----------------------------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+#define CUDA_ON_CPU_SWITCH
+extern "C" void cuda_on_cpu_switch(void** from, void* to) __attribute__((visibility("hidden")));
+asm(R"(
+.text
+.hidden cuda_on_cpu_switch
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+inline void switch_to(Thread& from, Thread& to) { cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer); }
+#else  // some 10 times slower: swapcontext asks the operating system for the signal mask each time
+inline void switch_to(Thread& from, Thread& to) { swapcontext(&from.context, &to.context); }
+#endif
+
+inline void fibre() {
+  body();
+  current->exited = true;
+  switch_to(*current, scheduler);
+}
+
+inline void start(Thread& t) {
+  char* stack = stacks + t.id * STACK;
+#if defined(CUDA_ON_CPU_SWITCH)
+  void** top = reinterpret_cast<void**>(stack + STACK) - 2;  // a function finds its stack 8 bytes off a multiple of 16
+  *top = reinterpret_cast<void*>(fibre);
+  t.stack_pointer = top - 6;
+#else
+  getcontext(&t.context);
+  t.context.uc_stack.ss_sp = stack + PAGE;
+  t.context.uc_stack.ss_size = STACK - PAGE;
+  makecontext(&t.context, fibre, 0);
+#endif
+  t.exited = false;
+  t.waits_at = nullptr;
+  t.groups = 0;
+  t.copies.count = 0;
+}
+
+// Stops here until all lanes of the warp (perform) or all threads of the block (nullptr) stop at the same instruction.
+__attribute__((noinline)) inline void together(const char* name, Perform perform, void* operands) {
+  current->waits_at = name;
+  current->perform = perform;
+  current->operands = operands;
+  current->site = __builtin_return_address(0);
+  switch_to(*current, scheduler);
+}
+
+// ---- the scheduler ----------------------------------------------------------------------------------------------------------------------
+
+enum Warp { RUNS, AT_BARRIER, GONE };
+
+inline void run_lanes(Thread* lanes) {  // each up to its next warp-wide instruction, in an order of the seed's
+  unsigned first = drawn(WARP), step = 2 * drawn(WARP / 2) + 1;
+  for (unsigned i = 0; i < WARP; ++i) {
+    Thread& t = lanes[(first + i * step) % WARP];
+    if (t.exited) continue;
+    current = &t;
+    threadIdx = t.index;
+    switch_to(scheduler, t);
+  }
+}
+
+// All lanes have stopped: they do together what they all stopped at, or it is an error.
+inline Warp settle(Thread* lanes) {
+  Thread *waits = nullptr, *other = nullptr, *gone = nullptr;
+  for (unsigned i = 0; i < WARP; ++i) {
+    if (lanes[i].exited) gone = &lanes[i];
+    else if (!waits) waits = &lanes[i];
+    else if (lanes[i].perform != waits->perform) other = &lanes[i];
+  }
+  if (!waits) return GONE;
+  if (gone) fail(*waits, waits->site, "waits at %s, which lane %u never reaches: it has exited", waits->waits_at, gone->id % WARP);
+  if (other) fail(*waits, waits->site, "waits at %s while lane %u of its warp waits at %s", waits->waits_at, other->id % WARP, other->waits_at);
+  if (!waits->perform) return AT_BARRIER;
+  void* operands[WARP];
+  for (unsigned i = 0; i < WARP; ++i) operands[i] = lanes[i].operands;
+  waits->perform(operands);
+  for (unsigned i = 0; i < WARP; ++i) lanes[i].waits_at = nullptr;
+  return RUNS;
+}
+
+// A warp runs for a while, 1 to 1024 instructions, so that warps drift apart as far as barriers let them.
+inline Warp run_for_a_while(Thread* lanes) {
+  Warp warp = RUNS;
+  for (unsigned n = 1u << drawn(11); n > 0 && warp == RUNS; --n) {
+    run_lanes(lanes);
+    warp = settle(lanes);
+  }
+  return warp;
+}
+
+[[noreturn]] inline void fail_at_barrier(const Warp* warps, unsigned n) {
+  unsigned left = 0, waits = 0;
+  while (warps[left] != GONE) ++left;
+  while (waits < n && warps[waits] != AT_BARRIER) ++waits;
+  Thread& t = threads[waits * WARP];
+  fail(t, t.site, "deadlock: waits at __syncthreads, which warp %u never reaches: it has exited", left);
+}
+
+inline void run_block() {
+  unsigned n = count / WARP, running = n, gone = 0;
+  Warp warps[MOST_THREADS / WARP] = {};
+  while (running > 0) {
+    unsigned w = drawn(n);
+    if (warps[w] != RUNS) continue;
+    warps[w] = run_for_a_while(threads + w * WARP);
+    running -= warps[w] != RUNS;
+    gone += warps[w] == GONE;
+    if (running > 0 || gone == n) continue;
+    if (gone > 0) fail_at_barrier(warps, n);
+    ++barriers;
+    for (unsigned i = 0; i < n; ++i) warps[i] = RUNS;
+    running = n;
+  }
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------------------------------------
+
+inline char* reserve(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
+}
+
+inline char* dynamic_shared() {  // the same place for every launch; what lies beyond a launch's bytes is closed
+  if (!shared_memory) shared_memory = reserve(SHARED_MOST + GUARD);
+  return shared_memory;
+}
+
+// A place for one __shared__ T name[n]: the same for all threads, as only one block is there at a time.
+template <class T>
+T& fixed() {
+  size_t place = fixed_bytes, end = place + (sizeof(T) + 15) / 16 * 16;
+  if (end > FIXED_MOST || end + shared_bytes > SHARED_MOST)
+    fail(*current, __builtin_return_address(0), "%zu fixed and %u dynamic bytes of shared memory; %u and %u in all are the most", end, shared_bytes,
+         FIXED_MOST, SHARED_MOST);
+  fixed_bytes = end;
+  return *reinterpret_cast<T*>(fixed_memory + place);
+}
+
+inline size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+// Where PTX's 16 bytes of shared memory are.
+inline char* shared_row(const Thread& t, const void* site, const char* name, unsigned address) {
+  if (address % 16) fail(t, site, "%s: the shared address %u (%d from the start) is no multiple of 16", name, address, int(address - SHARED_BASE));
+  if (address < SHARED_BASE || address - SHARED_BASE + 16 > shared_bytes)
+    fail(t, site, "%s: the 16 bytes at %d are outside the %u bytes of dynamic shared memory", name, int(address - SHARED_BASE), shared_bytes);
+  return shared_memory + (address - SHARED_BASE);
+}
+
+inline bool registered(const void* p, size_t bytes) {
+  const char* begin = static_cast<const char*>(p);
+  for (unsigned i = 0; i < region_count; ++i)
+    if (regions[i].begin <= begin && begin + bytes <= regions[i].end) return true;
+  return false;
+}
+
+inline Access now(const Thread& t) { return {t.id, barriers, warp_barriers[t.id / WARP]}; }
+
+// Has the other access surely happened? By the same thread, before a barrier of the block, or before one of the warp.
+inline bool happened(const Access& a, const Thread& t) {
+  return a.thread == t.id || a.barriers < barriers || (a.thread / WARP == t.id / WARP && a.warp_barriers < warp_barriers[t.id / WARP]);
+}
+
+inline void check_read(Thread& t, const void* site, unsigned address) {
+  if (!races) return;
+  unsigned place = address - SHARED_BASE;
+  Chunk& chunk = chunks[place / 16];
+  if (chunk.landing >= 0)
+    fail(t, site, "race: reads the shared bytes at %u, where thread %d's cp.async has not been waited for", place, chunk.landing);
+  if (chunk.written && !happened(chunk.writer, t))
+    fail(t, site, "race: reads the shared bytes at %u, which thread %u's cp.async wrote since the last barrier", place, chunk.writer.thread);
+  if (chunk.readers.count && chunk.readers.end()[-1].thread == t.id) --chunk.readers.count;
+  chunk.readers.push_back(now(t));
+}
+
+inline void check_write(Thread& t, const void* site, unsigned address) {
+  if (!races) return;
+  unsigned place = address - SHARED_BASE;
+  Chunk& chunk = chunks[place / 16];
+  if (chunk.landing >= 0) fail(t, site, "race: cp.async writes the shared bytes at %u, and so does thread %d's before it", place, chunk.landing);
+  if (chunk.written && !happened(chunk.writer, t))
+    fail(t, site, "race: cp.async writes the shared bytes at %u, which thread %u's wrote since the last barrier", place, chunk.writer.thread);
+  for (const Access& reader : chunk.readers)
+    if (!happened(reader, t))
+      fail(t, site, "race: cp.async writes the shared bytes at %u, which thread %u read since the last barrier", place, reader.thread);
+  chunk.landing = int(t.id);
+}
+
+inline void land(const Copy& copy) {
+  char* target = shared_memory + (copy.shared - SHARED_BASE);
+  if (copy.real) memcpy(target, copy.global, 16);
+  else memset(target, 0, 16);
+}
+
+inline void landed(Thread& t, const Copy& copy) {
+  if (!races) return;
+  Chunk& chunk = chunks[(copy.shared - SHARED_BASE) / 16];
+  chunk.landing = -1;
+  chunk.written = true;
+  chunk.writer = now(t);
+  chunk.readers.count = 0;  // all of them before this
+}
+
+// ---- faults -----------------------------------------------------------------------------------------------------------------------------
+
+inline void where(char* text, size_t size, const char* p) {
+  if (p < reinterpret_cast<char*>(PAGE)) snprintf(text, size, "through a null pointer or a misaligned one");
+  else if (p >= shared_memory && p < shared_memory + SHARED_MOST + GUARD)
+    snprintf(text, size, "%zd bytes from the start of dynamic shared memory, which has %u", p - shared_memory, shared_bytes);
+  else if (p >= stacks && p < stacks + MOST_THREADS * STACK) snprintf(text, size, "beyond its stack of %zu bytes", STACK);
+  else {
+    snprintf(text, size, "%p, far from every array", static_cast<const void*>(p));
+    for (unsigned i = 0; i < region_count; ++i)
+      if (p >= regions[i].begin - GUARD && p < regions[i].end + GUARD)
+        snprintf(text, size, "%zd bytes from the start of argument %u, which has %zu", p - regions[i].begin, regions[i].argument,
+                 size_t(regions[i].end - regions[i].begin));
+  }
+}
+
+inline void fault(int signal, siginfo_t* info, void* context) {
+  const void* site = nullptr;
+#if defined(__x86_64__)
+  site = reinterpret_cast<char*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]) + 1;  // as if it were a return address
+#endif
+  char text[256] = "";
+  if (signal == SIGSEGV || signal == SIGBUS) where(text, sizeof text, static_cast<const char*>(info->si_addr));
+  if (signal == SIGFPE) fail(*current, site, "divides an integer by zero");
+  if (*text) fail(*current, site, "reads or writes where it may not: %s", text);
+  fail(*current, site, "a misaligned pointer, an index outside its array, or an integer that overflows");  // -fsanitize's trap
+}
+
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+
+struct Faults {  // caught while a kernel runs; then as before
+  struct sigaction before[5];
+  stack_t stack_before;
+
+  void take() {
+    static char stack[64 * 1024];  // a fibre's own may be what has run out
+    stack_t ours = {};
+    ours.ss_sp = stack;
+    ours.ss_size = sizeof stack;
+    sigaltstack(&ours, &stack_before);
+    struct sigaction action = {};
+    action.sa_sigaction = fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &action, &before[i]);
+  }
+
+  void give_back() {
+    for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &before[i], nullptr);
+    sigaltstack(&stack_before, nullptr);
+  }
+};
+
+// ---- a launch ---------------------------------------------------------------------------------------------------------------------------
+
+inline void begin_block(unsigned block) {
+  blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+  memset(dynamic_shared(), 0xFF, pages(shared_bytes));  // NaN, in every float format
+  memset(fixed_memory, 0xFF, fixed_bytes);
+  chunks.resize(shared_bytes / 16);
+  for (Chunk& chunk : chunks) {
+    chunk.written = false;
+    chunk.landing = -1;
+    chunk.readers.count = 0;
+  }
+  barriers = 0;
+  for (unsigned i = 0; i < count; ++i) {
+    threads[i].id = i;
+    threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    warp_barriers[i / WARP] = 0;
+    start(threads[i]);
+  }
+  current = threads;
+}
+
+inline void end_block() {
+  for (size_t i = shared_bytes; i < pages(shared_bytes); ++i)
+    if (shared_memory[i] != char(0xFF))
+      fail(threads[0], nullptr, "some thread wrote %zu bytes from the start of dynamic shared memory, which has %u", i, shared_bytes);
+}
+
+inline const char* refused() {
+  static char text[200];
+  if (count == 0 || count % WARP || count > MOST_THREADS)
+    snprintf(text, sizeof text, "a block of %u threads; it has whole warps of 32 here, and at most %u", count, MOST_THREADS);
+  else if (shared_bytes > SHARED_MOST)
+    snprintf(text, sizeof text, "%u bytes of dynamic shared memory; %u are the most", shared_bytes, SHARED_MOST);
+  else return nullptr;
+  return text;
+}
+
+inline void open_memory() {
+  if (!stacks) {
+    fixed_memory = reserve(FIXED_MOST);
+    memset(fixed_memory, 0xFF, FIXED_MOST);
+    stacks = reserve(MOST_THREADS * STACK);
+    for (unsigned i = 0; i < MOST_THREADS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
+  }
+  size_t opened = pages(shared_bytes);
+  mprotect(dynamic_shared(), SHARED_MOST + GUARD, PROT_NONE);
+  mprotect(dynamic_shared(), opened, PROT_READ | PROT_WRITE);
+}
+
+inline void run_grid() {
+  unsigned n = gridDim.x * gridDim.y * gridDim.z;
+  static Array<unsigned> order;  // not one block may count on another
+  order.resize(n);
+  for (unsigned i = 0; i < n; ++i) order[i] = i;
+  for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[drawn(i)]);
+  for (unsigned block : order) {
+    begin_block(block);
+    run_block();
+    end_block();
+  }
+}
+
+struct Launch {
+  uint3 grid, block;
+  unsigned shared_bytes, region_count;
+  const Region* regions;
+  void* const* values;  // where each argument is
+  uint64_t seed;
+  int races, early;
+};
+
+static void* const* values;
+
+template <class... P, size_t... I>
+void call(void (*kernel)(P...), std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_cv_t<P>*>(values[I])...);
+}
+
+// nullptr, or what is wrong; *site is then where in this library.
+template <auto kernel, class... P>
+const char* launch(void (*)(P...), const Launch& l, const void** site) {
+  gridDim = l.grid, blockDim = l.block, shared_bytes = l.shared_bytes, regions = l.regions, region_count = l.region_count, values = l.values;
+  state = l.seed, races = l.races, early = l.early, count = blockDim.x * blockDim.y * blockDim.z;
+  body = [] { call(kernel, std::index_sequence_for<P...>()); };
+  if (const char* text = refused()) return text;
+  open_memory();
+  static Faults faults;
+  faults.take();
+  bool failed = sigsetjmp(escape, 1);
+  if (!failed) run_grid();
+  faults.give_back();
+  Dl_info library;
+  *site = nullptr;
+  if (failed && failed_at && dladdr(failed_at, &library))
+    *site = reinterpret_cast<void*>(static_cast<const char*>(failed_at) - static_cast<char*>(library.dli_fbase));
+  return failed ? message : nullptr;
+}
+
+// NumPy's name of a parameter's type; a pointer's ends in *.
+template <class T>
+const char* type_name() {
+  using V = std::remove_cv_t<std::remove_pointer_t<T>>;
+  constexpr bool pointer = std::is_pointer_v<T>;
+  if constexpr (std::is_same_v<V, float>) return pointer ? "float32*" : "float32";
+  else if constexpr (std::is_same_v<V, double>) return pointer ? "float64*" : "float64";
+  else if constexpr (std::is_same_v<V, bool>) return pointer ? "bool*" : "bool";
+  else if constexpr (std::is_integral_v<V>) {
+    static char name[16];
+    snprintf(name, sizeof name, "%sint%zu%s", std::is_signed_v<V> ? "" : "u", 8 * sizeof(V), pointer ? "*" : "");
+    return name;
+  } else if constexpr (pointer) return "*";
+  else return "struct";
+}
+
+template <class... P>
+const char* signature(void (*)(P...)) {
+  static char text[1024];
+  *text = 0;
+  for (const char* name : {type_name<P>()..., ""}) strncat(strncat(text, name, sizeof text - strlen(text) - 1), " ", sizeof text - strlen(text) - 1);
+  return text;
+}
+
+}  // namespace cuda_on_cpu
+
+// Pages for a copy of one of the caller's arrays, with closed ones before and behind.
+extern "C" __attribute__((visibility("default"))) char* cuda_on_cpu_allocate(size_t bytes) {
+  using namespace cuda_on_cpu;
+  char* p = reserve(pages(bytes) + 2 * GUARD);
+  if (!p) return nullptr;
+  mprotect(p, GUARD, PROT_NONE);
+  mprotect(p + GUARD + pages(bytes), GUARD, PROT_NONE);
+  return p + GUARD;
+}
+
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_only_read(char* p, size_t bytes) {
+  mprotect(p, cuda_on_cpu::pages(bytes), PROT_READ);
+}
+
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_free(char* p, size_t bytes) {
+  munmap(p - cuda_on_cpu::GUARD, cuda_on_cpu::pages(bytes) + 2 * cuda_on_cpu::GUARD);
+}
+
+// ---- CUDA's functions -------------------------------------------------------------------------------------------------------------------
+
+#define __logf(x) logf(x)  // glibc declares these names and has no functions for them
+#define __log2f(x) log2f(x)
+#define __expf(x) expf(x)
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+
+template <class To, class From>
+inline To cuda_on_cpu_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+
+inline int __float_as_int(float x) { return cuda_on_cpu_bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return cuda_on_cpu_bits<unsigned>(x); }
+inline float __int_as_float(int x) { return cuda_on_cpu_bits<float>(x); }
+inline float __uint_as_float(unsigned x) { return cuda_on_cpu_bits<float>(x); }
+
+template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+template <class T> inline T __ldg(const T* p) { return *p; }
+template <class T> inline T atomicAdd(T* p, T x) {  // fibres do not interrupt each other
+  T before = *p;
+  *p += x;
+  return before;
+}
+
+__forceinline__ void __syncthreads() { cuda_on_cpu::together("__syncthreads", nullptr, nullptr); }
+
+namespace cuda_on_cpu {
+
+struct Shuffle {
+  unsigned mask, from;
+  void* value;
+};
+
+inline void check_mask(unsigned mask, const char* name) {
+  if (mask != 0xFFFFFFFFu)
+    fail(*current, __builtin_return_address(0), "%s: only the mask of all 32 lanes, 0xFFFFFFFF, is understood, not 0x%X", name, mask);
+}
+
+template <class T>
+void shuffle(void* const* operands) {
+  T values[WARP];
+  for (unsigned i = 0; i < WARP; ++i) values[i] = *static_cast<T*>(static_cast<Shuffle*>(operands[i])->value);
+  for (unsigned i = 0; i < WARP; ++i) {
+    const Shuffle& s = *static_cast<Shuffle*>(operands[i]);
+    *static_cast<T*>(s.value) = values[s.from];
+  }
+}
+
+inline void warp_barrier(void* const* operands) { ++warp_barriers[static_cast<Thread*>(operands[0])->id / WARP]; }
+
+}  // namespace cuda_on_cpu
+
+__forceinline__ void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
+  cuda_on_cpu::check_mask(mask, "__syncwarp");
+  cuda_on_cpu::together("__syncwarp", cuda_on_cpu::warp_barrier, cuda_on_cpu::current);
+}
+
+template <class T>
+__forceinline__ T __shfl_sync(unsigned mask, T value, int from) {
+  cuda_on_cpu::check_mask(mask, "__shfl_sync");
+  cuda_on_cpu::Shuffle s = {mask, unsigned(from) % cuda_on_cpu::WARP, &value};
+  cuda_on_cpu::together("__shfl_sync", cuda_on_cpu::shuffle<T>, &s);
+  return value;
+}
+
+template <class T>
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  cuda_on_cpu::check_mask(mask, "__shfl_xor_sync");
+  cuda_on_cpu::Shuffle s = {mask, (cuda_on_cpu::current->id ^ unsigned(lanes)) % cuda_on_cpu::WARP, &value};
+  cuda_on_cpu::together("__shfl_xor_sync", cuda_on_cpu::shuffle<T>, &s);
+  return value;
+}

@@ -1,0 +1,286 @@
+"""kernels/flash_fwd_mma.cu, without a GPU: the file that NVRTC compiles runs on the CPU, warp by warp (cuda_emulator.py), and compiles for each GPU.
+
+On a GPU, where there is one, the same cases run through attention_cuda.
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulator import compile_for_cpu, why_not
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opt_fast import attention_cuda, nvrtc
+from opt_fast.attention_cuda import BR, HALVES, THREADS, mma_arguments, mma_shared_bytes, plain, ranges_of
+
+needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() != "", reason=nvrtc.missing())
+HEAD_DIMS = (64, 80, 128)
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+def emulated(q, k, v, scale, ranges=None, **how):
+    """attention_cuda.mma on the CPU."""
+    B, T, H, Dh = q.shape
+    kernel = compile_for_cpu(nvrtc.KERNELS / "flash_fwd_mma.cu", "flash_fwd_mma", {"DH": Dh, "BF16": int(q.dtype == torch.bfloat16)})
+    O, L = torch.full((B, T, H, Dh), math.nan, dtype=q.dtype), torch.full((B, H, T), math.nan)  # poison: every number must be written
+    arguments = mma_arguments(q, k, v, O, L, scale, ranges)
+    arrays = [a.view(torch.int16).numpy() for a in (q, k, v, O)] + [L.numpy(), None if ranges is None else ranges.numpy()]
+    for array in arrays[:3]:
+        array.flags.writeable = False  # a write to Q, K or V is an error
+    kernel((-(-T // BR), H, B), THREADS, mma_shared_bytes(Dh), *arrays, *arguments[len(arrays) :], **how)
+    return O, L.swapaxes(1, 2)
+
+
+def inputs(B, T, S, H, Dh, dtype, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(B, n, H, Dh, generator=generator) * size).to(dtype) for n in (T, S, S)]
+
+
+def within_the_rule(found, q, k, v, scale, seen=None):
+    """FlashAttention's: an error of at most twice that of the plain formula in the low precision, and the rounding of the result itself."""
+    O, L = found
+    exact, exact_L = plain(q.double(), k.double(), v.double(), scale, seen)
+    s = attention_cuda.scores(q.double(), k.double(), scale, seen).to(q.dtype).double()
+    low = (attention_cuda.probabilities(s).to(q.dtype).double() @ v.double().swapaxes(1, 2)).swapaxes(1, 2).to(q.dtype)
+    allowed = 2 * (low.double() - exact).abs().max() + 2 * ((exact + 0.3).to(q.dtype).double() - 0.3 - exact).abs().max()
+    assert torch.isfinite(O).all()
+    assert (O.double() - exact).abs().max() <= allowed
+    assert torch.equal(torch.isinf(L), torch.isinf(exact_L))
+    some = torch.isfinite(exact_L)
+    assert ((L.double() - exact_L)[some].abs() <= 1e-3 * exact_L[some].abs().clamp(min=1)).all()
+    assert (O[~some] == 0).all()  # a query that sees no key
+    return True
+
+
+# ---- on the CPU --------------------------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (17, 17), (128, 128), (130, 200), (65, 65), (5, 150), (150, 40), (300, 40)])
+def test_it_computes_attention(T, S, Dh, dtype):
+    q, k, v = inputs(1, T, S, 2, Dh, dtype)
+    assert within_the_rule(emulated(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@needs_compiler
+@settings(max_examples=15)
+@given(T=st.integers(1, 140), past=st.integers(-20, 150), H=st.integers(1, 2), Dh=st.sampled_from(HEAD_DIMS), dtype=st.sampled_from(HALVES),
+       seed=st.integers(0, 1000))  # fmt: skip
+def test_any_shape_in_any_order_of_warps(T, past, H, Dh, dtype, seed):
+    q, k, v = inputs(1, T, max(T + past, 1), H, Dh, dtype, seed)
+    found = emulated(q, k, v, Dh**-0.5, seed=seed)
+    assert within_the_rule(found, q, k, v, Dh**-0.5)
+    again = emulated(q, k, v, Dh**-0.5, seed=seed + 1, early=True, races=False)  # copies land when they are asked for
+    assert torch.equal(found[0], again[0])
+    assert torch.equal(found[1], again[1])
+
+
+@needs_compiler
+@settings(max_examples=12)
+@given(T=st.integers(1, 70), past=st.sampled_from([0, 3, 70]), Dh=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1000))
+def test_padding_is_not_seen_and_may_hold_anything(T, past, Dh, seed):
+    """Left, right and both: hidden keys and values are NaN; rows without any key give 0."""
+    rng, S = np.random.default_rng(seed), T + past
+    visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (3, 2)))])
+    q, k, v = inputs(3, T, S, 1, Dh, torch.float16, seed)
+    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+    clean = [torch.where(seen.visible[..., None, None], a, 0) for a in (k, v)]
+    poisoned = [torch.where(seen.visible[..., None, None], a, math.nan) for a in (k, v)]
+    assert within_the_rule(emulated(q, *poisoned, Dh**-0.5, seen.ranges), q, *clean, Dh**-0.5, seen)
+
+
+@needs_compiler
+def test_rows_of_different_lengths_packed_end_to_end():
+    """(ΣT, H, Dh), as variable lengths are packed: one tensor, whose rows the ranges name; each equals a call of its own."""
+    lengths, Dh = [(40, 40), (1, 90), (129, 130)], 64
+    queries, keys = (np.cumsum([0, *(pair[i] for pair in lengths)]) for i in (0, 1))
+    q, k, v = (inputs(1, n, n, 2, Dh, torch.bfloat16, seed=i)[0] for i, n in enumerate((queries[-1], keys[-1], keys[-1])))
+    ranges = torch.tensor([[queries[b], T, keys[b], S, S - T] for b, (T, S) in enumerate(lengths)], dtype=torch.int32)
+    rows = [a.expand(3, -1, -1, -1) for a in (q, k, v)]  # a batch whose rows lie in the same place
+    O, L = emulated(*rows, 0.125, ranges)
+    for b in range(len(lengths)):
+        here, there = slice(queries[b], queries[b + 1]), slice(keys[b], keys[b + 1])
+        alone = emulated(q[:, here], k[:, there], v[:, there], 0.125)
+        assert torch.equal(O[b, here], alone[0][0])
+        assert torch.equal(L[b, here], alone[1][0])
+        assert torch.isnan(O[b, : queries[b]]).all()  # others are not touched
+        assert torch.isnan(O[b, queries[b + 1] :]).all()
+
+
+@needs_compiler
+def test_slices_of_one_projection_are_read_where_they_lie():
+    qkv = torch.randn(2, 70, 3, 2, 80, generator=torch.Generator().manual_seed(3)).half()
+    q, k, v = qkv.unbind(2)
+    assert all(attention_cuda.aligned(a) is a for a in (q, k, v))
+    assert torch.equal(emulated(q, k, v, 0.11)[0], emulated(*(a.contiguous() for a in (q, k, v)), 0.11)[0])
+
+
+def test_what_cp_async_cannot_read_is_copied():
+    whole = torch.zeros(2, 9, 2, 72, dtype=torch.float16)
+    for a in (whole[..., 4:68], torch.zeros(2 * 9 * 2 * 64 + 1, dtype=torch.float16)[1:].view(2, 9, 2, 64), whole[..., :64].transpose(2, 3)[..., :1]):
+        copy = attention_cuda.aligned(a)
+        assert copy is not a
+        assert torch.equal(copy, a)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+    assert attention_cuda.aligned(whole[..., 8:]) is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 200.0), (torch.bfloat16, 1e4), (torch.float16, 1e-4)])
+def test_huge_and_tiny_scores(dtype, size):
+    """Scores of some 1e6 (one key takes all), 1e10, and nearly equal ones: finite, and as the formula says."""
+    q, k, v = inputs(1, 90, 90, 1, 64, dtype)
+    q, k = q * size, k * size
+    O, L = emulated(q, k, v, 0.125)
+    assert torch.isfinite(O).all()
+    assert torch.isfinite(L).all()
+    exact, _ = plain(q.double(), k.double(), v.double(), 0.125)
+    assert (O.double() - exact).abs().max() <= (0.02 if size < 1 else 0.1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_values_of_one_give_one_and_a_prefix_gives_its_own_bits(Dh):
+    q, k, v = inputs(1, 200, 200, 1, Dh, torch.float16)
+    O, _ = emulated(q, k, torch.ones_like(v), 0.125)
+    assert (O - 1).abs().max() <= 2**-10
+    whole, part = emulated(q, k, v, 0.125), emulated(q[:, :77], k[:, :77], v[:, :77], 0.125)
+    assert torch.equal(whole[0][:, :77], part[0])  # what comes later changes no bit
+    assert torch.equal(whole[1][:, :77], part[1])
+
+
+# ---- for the GPU -------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def report(arch, Dh, bf16):
+    return nvrtc.compile("flash_fwd_mma.cu", arch, DH=Dh, BF16=bf16)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_it_compiles_without_spills(arch, Dh, bf16):
+    code, said = report(arch, Dh, bf16)
+    assert code[:4] == b"\x7fELF"
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
+    assert "warning" not in said.lower()
+    assert "C75" not in said
+
+
+@needs_nvrtc
+def test_machine_code_is_kept_by_what_it_depends_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = nvrtc.cubin("flash_fwd_mma.cu", "sm_90", DH=64, BF16=0)
+    monkeypatch.setattr(nvrtc, "compile", lambda *_, **__: pytest.fail("compiled again"))
+    assert nvrtc.cubin("flash_fwd_mma.cu", "sm_90", DH=64, BF16=0) == first
+    keys = {nvrtc.key("flash_fwd_mma.cu", arch, {"DH": Dh, "BF16": bf16}) for arch in TARGETS for Dh in HEAD_DIMS for bf16 in (0, 1)}
+    assert len(keys) == len(TARGETS) * len(HEAD_DIMS) * 2
+    monkeypatch.setattr(nvrtc, "KERNELS", tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
+    for text in ("one", "two"):
+        (tmp_path / "kernels" / "a.cu").write_text("source")
+        (tmp_path / "kernels" / "a.cuh").write_text(text)
+        keys.add(nvrtc.key("a.cu", "sm_90", {}))
+    assert len(keys) == len(TARGETS) * len(HEAD_DIMS) * 2 + 2
+
+
+@needs_nvrtc
+def test_a_home_that_cannot_be_written_to_costs_a_compilation(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc.cubin("flash_fwd_mma.cu", "sm_80", DH=64, BF16=0)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_an_error_in_the_source_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvrtc, "KERNELS", tmp_path)
+    (tmp_path / "wrong.cu").write_text("__global__ void f() { nonsense }")
+    with pytest.raises(RuntimeError, match=r'wrong.cu\(1\): error: identifier "nonsense" is undefined'):
+        nvrtc.compile("wrong.cu", "sm_90")
+
+
+def test_a_rung_says_why_it_refuses():
+    refusal = attention_cuda.RUNGS["mma"].refuses(torch.zeros(1, 1, 1, 64, dtype=torch.float16))
+    assert refusal == "it computes on a GPU, and these tensors are on cpu"
+    fake = SimpleNamespace(is_cuda=True, dtype=torch.float32, shape=(1, 1, 1, 64), device="cuda")
+    assert attention_cuda.RUNGS["mma"].refuses(fake) == "it computes in float16 and bfloat16, and these tensors are torch.float32"
+    fake.dtype, fake.shape = torch.float16, (1, 1, 1, 96)
+    assert attention_cuda.RUNGS["mma"].refuses(fake) == "it takes heads of 64, 80, 128, and these are of 96"
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("Dh", [*HEAD_DIMS, 40])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 700), (16, 300), (97, 128), (128, 97), (257, 1023), (1024, 1024), (2048, 2048)])
+def test_the_gpu_computes_attention(T, S, Dh, dtype):
+    q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
+    assert within_the_rule(attention_cuda.attention_lse(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("T", [1, 150, 500])
+def test_the_gpu_sees_no_padding(T, dtype, holes):
+    rng = np.random.default_rng(T)
+    visible = (
+        rng.random((4, 500)) > 0.5
+        if holes
+        else np.array([(np.arange(500) >= a) & (np.arange(500) < b) for a, b in ((0, 500), (9, 500), (0, 400), (450, 460))])
+    )
+    q, k, v = (a.cuda() for a in inputs(4, T, 500, 2, 64, dtype))
+    hidden = torch.tensor(~visible, device="cuda")[..., None, None]
+    found = attention_cuda.attention_lse(q, k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan), 0.125, SimpleNamespace(visible=visible))
+    seen = attention_cuda.on_device(visible, T, q.device)
+    assert within_the_rule(found, q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), 0.125, seen)
+
+
+@needs_gpu
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_the_gpu_gives_the_same_bits_a_thousand_times(Dh):
+    q, k, v = (a.cuda() for a in inputs(6, 700, 700, 4, Dh, torch.float16))
+    O, L = attention_cuda.mma(q, k, v, 0.125)
+    for _ in range(1000):
+        again = attention_cuda.mma(q, k, v, 0.125)
+        assert torch.equal(again[0], O)
+        assert torch.equal(again[1], L)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize(("T", "S"), [(97, 128), (257, 257), (640, 640)])
+def test_the_gpus_gradients(T, S, Dh, dtype):
+    """An error of at most three times that of autograd through the plain formula in the low precision."""
+    q, k, v = (a.cuda() for a in inputs(2, T, S, 2, Dh, dtype))
+    dO = inputs(2, T, 1, 2, Dh, dtype, seed=9)[0].cuda()
+
+    def gradients(attention, kind):
+        leaves = [a.to(kind).requires_grad_() for a in (q, k, v)]
+        attention(*leaves).backward(dO.to(kind))
+        return [leaf.grad.double() for leaf in leaves]
+
+    def formula(q, k, v):
+        s = ((q * Dh**-0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)).masked_fill(
+            torch.ones(T, S, dtype=torch.bool, device="cuda").triu(S - T + 1), -math.inf
+        )
+        return (s.softmax(-1).to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+
+    exact, low = gradients(formula, torch.float64), gradients(formula, dtype)
+    ours = gradients(lambda *qkv: attention_cuda.attention_lse(*qkv, Dh**-0.5)[0], dtype)
+    for a, b, c in zip(ours, low, exact, strict=True):
+        assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-5

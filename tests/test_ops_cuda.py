@@ -1,0 +1,397 @@
+"""backend="cuda": every operation against opt_np.ops, whole models against HF, and autograd against the backward pass by hand.
+
+All of it runs on torch's CPU tensors; where there is a GPU, on that as well, and then through the kernels.
+"""
+
+import copy
+import inspect
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import small
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import PADDINGS, VARIANTS, batch, build, tensors, worst
+
+from opt_fast import attention_cuda, ops_cuda, train_cuda
+from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel, grad, model, ops
+from opt_np.arrays import host
+from opt_np.kv_cache import KVCache
+from opt_np.lens import attribution, logit_lens
+from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm
+from opt_np.quantize import quantized
+from opt_np.score import score
+from opt_np.tasks import bits_per_byte
+from opt_np.train import Options, train
+from opt_np.tree import flatten, map_leaves
+
+CONTRACT = ("description", "pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp", "attention", "attention_lse",
+            "attention_scores", "softmax", "attention_probs", "attention_bwd")  # fmt: skip
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """Where the backend puts parameters."""
+    where = torch.device(request.param)
+    monkeypatch.setattr(ops_cuda, "device", lambda: where)
+    return where
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def on(a, dtype=torch.float64, where="cpu"):
+    return None if a is None else torch.tensor(a, dtype=dtype, device=where)
+
+
+def close(ours, exact, tolerance=1e-12):
+    assert ours.dtype == torch.float64
+    np.testing.assert_allclose(host(ours), exact, rtol=tolerance, atol=tolerance)
+    return True
+
+
+# ---- each operation ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_contract_is_the_same(name):
+    assert list(inspect.signature(getattr(ops_cuda, name)).parameters) == list(inspect.signature(getattr(ops, name)).parameters)
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"backend 'cuda' needs a GPU, and torch .* sees none here; backend='cpu'"):
+        OPTForCausalLM(small.params(small.config()), small.config(), backend="cuda")
+    with pytest.raises(ValueError, match="computes in float32 or float16 or bfloat16, not 'float64'"):
+        OPTForCausalLM.from_pretrained("nowhere", dtype="float64", backend="cuda")
+
+
+shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
+@given(N=shapes, I=st.integers(1, 30), O=st.integers(1, 30), bias=st.booleans())
+def test_linear_embed_and_matmul(N, I, O, bias):
+    x, weight, b = numbers(*N, I), numbers(O, I, seed=1), numbers(O, seed=2) if bias else None
+    assert close(ops_cuda.linear(on(x), on(weight), on(b)), ops.linear(x, weight, b))
+    assert close(ops_cuda.matmul(on(weight), on(x.reshape(-1, I).T)), ops.matmul(weight, x.reshape(-1, I).T))
+    ids = np.random.default_rng(I).integers(0, O, N)
+    assert close(ops_cuda.embed(ids, on(weight)), ops.embed(ids, weight), 0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_whole_numbers_are_what_the_reference_says(kind):
+    cfg = small.config(hidden_size=40, num_attention_heads=2)
+    for name, leaf in flatten(quantized(small.params(cfg), cfg, kind)[0]).items():
+        assert leaf is not None, name
+    fc1 = quantized(small.params(cfg), cfg, kind)[0]["layers"][0]["fc1"]
+    x, there = numbers(3, 40).astype(np.float32), {name: torch.tensor(a) for name, a in fc1.items()}
+    np.testing.assert_allclose(ops_cuda.linear(torch.tensor(x), **there).numpy(), ops.linear(x, **fc1), rtol=1e-5, atol=1e-5)
+
+
+@given(N=shapes, D=st.integers(1, 40), affine=st.booleans(), function=st.sampled_from(["relu", "gelu", "gelu_new"]))
+def test_layer_norm_activation_and_mlp(N, D, affine, function):
+    x, p = numbers(*N, D), (numbers(D, seed=1), numbers(D, seed=2)) if affine else ()
+    assert close(ops_cuda.layer_norm(on(x), *map(on, p)), ops.layer_norm(x, *p), 1e-9)
+    assert close(ops_cuda.activation(on(x), function), ops.activation(x, function))
+    fc1, fc2 = {"weight": numbers(21, D), "bias": numbers(21)}, {"weight": numbers(D, 21), "bias": numbers(D)}
+    theirs = ({name: on(a) for name, a in p.items()} for p in (fc1, fc2))
+    assert close(ops_cuda.mlp(on(x), *theirs, function), ops.mlp(x, fc1, fc2, function), 1e-10)
+
+
+@given(B=st.integers(1, 3), T=st.integers(1, 20), past=st.integers(0, 9), H=st.integers(1, 3), Dh=st.integers(1, 9), hidden=st.booleans(),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_attention_and_its_gradients(B, T, past, H, Dh, hidden, seed):
+    q, dO, k, v = (numbers(B, n, H, Dh, seed=seed + i) for i, n in enumerate((T, T, T + past, T + past)))
+    layout = SimpleNamespace(visible=np.random.default_rng(seed).random((B, T + past)) > 0.4) if hidden else None
+    exact = ops.attention_lse(q, k, v, 0.3, layout)
+    O, L = ops_cuda.attention_lse(on(q), on(k), on(v), 0.3, layout)
+    assert close(O, exact[0])
+    assert close(L, exact[1])
+    assert close(ops_cuda.attention_scores(on(q), on(k), 0.3, layout), ops.attention_scores(q, k, 0.3, layout))
+    rows = np.random.default_rng(seed).integers(0, T, 3)
+    assert close(ops_cuda.attention_probs(on(q), on(k), 0.3, layout, rows), ops.attention_probs(q, k, 0.3, layout, rows))
+    expected = ops.attention_bwd(dO, q, k, v, *exact, 0.3, layout)
+    leaves = [on(a).requires_grad_() for a in (q, k, v)]
+    ops_cuda.attention(*leaves, 0.3, layout).backward(on(dO))
+    by_name = ops_cuda.attention_bwd(on(dO), on(q), on(k), on(v), O, L, 0.3, layout)
+    for leaf, named, theirs in zip(leaves, by_name, expected, strict=True):
+        assert close(leaf.grad, theirs)
+        assert close(named, theirs)
+
+
+def test_autograds_own_check_of_attention():
+    q, k, v = (on(numbers(2, n, 2, 3, seed=n)).requires_grad_() for n in (4, 6, 6))
+    layout = SimpleNamespace(visible=np.array([[0, 0, 1, 1, 0, 1], [1] * 6], bool))
+    assert torch.autograd.gradcheck(lambda *qkv: ops_cuda.attention(*qkv, 0.5, layout), (q, k, v))
+
+
+def test_arguments_that_fit_no_kernel_are_named():
+    q, k = torch.zeros(2, 3, 2, 8), torch.zeros(2, 4, 2, 8)
+    for arguments, words in [
+        ((q, k[:1], k[:1], 1.0), r"q is \(2, 3, 2, 8\), k \(1, 4, 2, 8\)"),
+        ((q, k, k.double(), 1.0), "float32 on cpu, torch.float32 on cpu, torch.float64 on cpu"),
+        ((q, k, k, 0.0), "scale is 0.0; it must be positive"),
+        ((q, k, k, np.nan), "scale is nan"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            ops_cuda.attention(*arguments)
+
+
+@given(B=st.integers(1, 4), T=st.integers(1, 6), past=st.integers(0, 6), seed=st.integers(0, 200))
+def test_a_mask_without_holes_is_five_numbers_a_row(B, T, past, seed):
+    """What the kernels read says the same as the mask: query t of a row, of the keys from `first` on, sees those up to before + t."""
+    rng = np.random.default_rng(seed)
+    visible = rng.random((B, T + past)) > rng.choice([0.2, 0.5, 0.9])
+    if rng.random() < 0.7:  # left and right padding alone
+        visible = np.array([(np.arange(T + past) >= a) & (np.arange(T + past) < b) for a, b in np.sort(rng.integers(0, T + past + 1, (B, 2)))])
+    ranges = attention_cuda.ranges_of(visible, T)
+    changes = np.diff(visible.astype(int), axis=1, prepend=0, append=0)
+    assert (ranges is None) == bool(((changes == 1).sum(1) > 1).any())
+    for row, seen in zip(() if ranges is None else ranges, visible, strict=ranges is not None):
+        first_query, queries, first, keys, before = row
+        assert (first_query, queries) == (0, T)
+        for t in range(T):
+            causal = seen & (np.arange(T + past) <= past + t)
+            assert set(np.flatnonzero(causal)) == {first + j for j in range(min(keys, before + t + 1))}
+
+
+def test_a_changed_mask_is_seen():
+    """The last mask is kept for the next layer; another one, or the same array with other numbers, is another mask."""
+    q, visible = torch.ones(1, 2, 1, 2), np.ones((1, 2), bool)
+    v = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
+    first = ops_cuda.attention(q, q, v, 1.0, SimpleNamespace(visible=visible))
+    visible[0, 0] = False
+    second = ops_cuda.attention(q, q, v, 1.0, SimpleNamespace(visible=visible))
+    assert (first[0, 1, 0, 0], second[0, 1, 0, 0]) == (2.0, 3.0)
+
+
+# ---- whole models ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_hf_in_float64(variant, padding, device):
+    hf, cfg, params = build(variant)
+    ids, mask = batch(padding)
+    exact = hf(*tensors(ids, mask)).logits
+    hidden = []
+    ours = model.forward(ops_cuda.pack(params), ids, cfg, attention_mask=mask, ops=ops_cuda, hidden_states=hidden)
+    assert ours.device.type == device.type
+    real = np.ones_like(ids) if mask is None else mask
+    assert worst(host(ours), exact, real) <= 1e-12
+    assert len(hidden) == cfg.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("variant", ["pre_norm", "like_350m", "gelu", "head_dim_80", "untied"])
+def test_fewer_bits_err_at_most_twice_as_much_as_hf(variant, padding, dtype, device):
+    hf, cfg, params = build(variant)
+    ids, mask = batch(padding)
+    exact = hf(*tensors(ids, mask)).logits
+    low = copy.deepcopy(hf).to(device, DTYPES[dtype])
+    theirs = low(*(None if a is None else torch.tensor(a, device=device) for a in (ids, mask))).logits.float().cpu()
+    packed = map_leaves(lambda a: a.to(DTYPES[dtype]), ops_cuda.pack(params))
+    ours = model.forward(packed, ids, cfg, attention_mask=mask, ops=ops_cuda)
+    assert ours.dtype == DTYPES[dtype]
+    assert worst(host(ours), exact, mask) <= 2 * worst(host(theirs), exact, mask)
+
+
+@pytest.fixture(params=list(DTYPES))
+def pair(request, device, tmp_path):
+    """The same checkpoint on NumPy and on torch."""
+    folder = small.folder(tmp_path / "lm", small.config())
+    return OPTForCausalLM.from_pretrained(folder), OPTForCausalLM.from_pretrained(folder, dtype=request.param, backend="cuda")
+
+
+def test_the_class_gives_tensors_and_saves_what_it_holds(pair, tmp_path):
+    plain, lm = pair
+    ids, mask = small.ids(plain.config), np.ones((2, 9), np.int64)
+    mask[0, :3] = 0
+    dtype = lm.params["embed_tokens"]["weight"].dtype
+    wanted, out = plain(ids, mask, labels=ids), lm(torch.tensor(ids), torch.tensor(mask), labels=torch.tensor(ids), output_hidden_states=True,
+                                                   output_attentions=True)  # fmt: skip
+    assert isinstance(out.logits, torch.Tensor)
+    assert out.logits.dtype == dtype
+    loose = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    assert worst(host(out.logits), wanted.logits, mask) < loose
+    assert float(out.loss) == pytest.approx(float(wanted.loss), rel=loose)
+    assert [tuple(P.shape) for P in out.attentions] == [(2, 2, 9, 9)] * 2
+    lm.save_pretrained(tmp_path / "again")
+    again = OPTForCausalLM.from_pretrained(tmp_path / "again", dtype=str(dtype).removeprefix("torch."), backend="cuda")
+    for name, leaf in flatten(lm.params).items():
+        assert torch.equal(leaf, flatten(again.params)[name]), name
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert lm.num_parameters() == plain.num_parameters()
+
+
+def test_a_cache_holds_tensors(pair):
+    _, lm = pair
+    ids = small.ids(lm.config, 2, 12)
+    whole, cache = host(lm(ids).logits), KVCache()
+    parts = [host(lm(ids[:, a:b], past_key_values=cache).logits) for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))]
+    loose = 1e-4 if whole.dtype == np.float32 and lm.params["embed_tokens"]["weight"].dtype == torch.float32 else 0.15
+    assert worst(np.concatenate(parts, 1), whole) < loose
+    assert cache.nbytes == 2 * 2 * 2 * 12 * 16 * lm.params["embed_tokens"]["weight"].element_size()
+    fork = cache.fork()
+    cache.crop(6)
+    fork.reorder(np.array([1, 1]))
+    assert worst(host(lm(ids[:, 6:7], past_key_values=cache).logits), whole[:, 6:7]) < loose
+    assert fork.length == 12
+    plain = OPTForCausalLM(small.params(lm.config), lm.config)
+    with pytest.raises(ValueError, match="this cache holds torch"):
+        plain(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_p": 0.9, "seed": 4}, {"penalty_alpha": 0.5, "top_k": 3},
+    {"overflow": "slide", "max_new_tokens": 30},
+])  # fmt: skip
+def test_generation_says_what_numpy_says(options, device, tmp_path):
+    folder = small.folder(tmp_path / "lm", small.config())
+    plain, lm = OPTForCausalLM.from_pretrained(folder), OPTForCausalLM.from_pretrained(folder, backend="cuda")
+    ids, mask = small.ids(plain.config), np.ones((2, 9), np.int64)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 8, **options}
+    np.testing.assert_array_equal(lm.generate(ids, mask, **options), plain.generate(ids, mask, **options))
+
+
+def test_quantised_weights_compute_on_tensors(device, tmp_path):
+    folder = small.folder(tmp_path / "lm", small.config(hidden_size=32, num_attention_heads=2))
+    for kind in ("int8", "int4"):
+        plain, lm = (OPTForCausalLM.from_pretrained(folder, quantize=kind, backend=backend) for backend in ("numpy", "cuda"))
+        ids = small.ids(plain.config)
+        assert worst(host(lm(ids).logits), plain(ids).logits) < 1e-5
+        assert lm.num_parameters() == plain.num_parameters()
+
+
+def test_tools_for_looking_read_tensors(device, tmp_path):
+    folder = small.folder(tmp_path / "lm", small.config())
+    plain, lm = OPTForCausalLM.from_pretrained(folder), OPTForCausalLM.from_pretrained(folder, backend="cuda")
+    ids = small.ids(plain.config, 1)
+    for (name, theirs), (_, ours) in zip(logit_lens(plain, ids), logit_lens(lm, ids), strict=True):
+        assert worst(host(ours), theirs) < 1e-4, name
+    for heads in (False, True):
+        for name, theirs in attribution(plain, ids, [5, 9], heads=heads).items():
+            np.testing.assert_allclose(attribution(lm, ids, [5, 9], heads=heads)[name], theirs, atol=1e-4)
+    np.testing.assert_allclose(lm.embed(ids), plain.embed(ids), atol=1e-5)
+    _, cache = lm.run_with_cache(ids)
+    assert set(cache) == set(plain.run_with_cache(ids)[1])
+    np.testing.assert_allclose(host(lm.run_with_hooks(ids, [("blocks.0.hook_resid_mid", lambda x, hook: x * 2)])),
+                               plain.run_with_hooks(ids, [("blocks.0.hook_resid_mid", lambda x, hook: x * 2)]), atol=1e-4)  # fmt: skip
+    tokenizer = small.tokenizer()
+    ours, theirs = (bits_per_byte(m.params, m.config, tokenizer, small.TEXT[:90], 16, m.ops)[0] for m in (lm, plain))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    np.testing.assert_allclose(score(lm, ids).logprob, score(plain, ids).logprob, atol=1e-4)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autograd_equals_the_backward_pass_by_hand(variant, padding, device):
+    _, cfg, params = build(variant)
+    ids, mask = batch(padding)
+    ids[0, 3] = 1  # a pad that is looked up as a token: its row learns nothing from that
+    labels = np.where(np.ones_like(ids) if mask is None else mask, ids, -100)
+    loss, grads = grad.loss_and_grads(params, ids, labels, cfg, mask)
+    ours, our_grads = train_cuda.loss_and_grads(ops_cuda.pack(params), ids, labels, cfg, mask)
+    assert ours == pytest.approx(loss, rel=1e-12)
+    scale = max(np.abs(g).max() for g in flatten(grads).values())
+    for name, g in flatten(grads).items():
+        np.testing.assert_allclose(host(flatten(our_grads)[name]), g, atol=1e-11 * scale, rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("cls", [OPTForSequenceClassification, OPTForQuestionAnswering, OPTModel])
+def test_the_other_heads_learn_and_tell_the_same(cls, device, tmp_path):
+    folder = small.folder(tmp_path / "lm", small.config())
+    head = {} if cls is OPTModel else {"new_head": True}
+    plain, lm = (cls.from_pretrained(folder, backend=backend, **head) for backend in ("numpy", "cuda"))
+    ids, mask = small.ids(plain.config), np.ones((2, 9), np.int64)
+    mask[0, :3] = 0
+    labels = {"start_positions": [1, 2], "end_positions": [3, 4]} if cls is OPTForQuestionAnswering else {"labels": [1, 0]} if head else {}
+    wanted, out = plain(ids, mask, **labels), lm(ids, mask, **labels)
+    if cls is OPTModel:
+        assert worst(host(out.last_hidden_state), wanted.last_hidden_state, mask) < 1e-5
+        return
+    assert float(out.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
+    of_head, wants = (grad.classification_head, np.array([1, 0])) if cls is OPTForSequenceClassification else (grad.question_head, [[1, 3], [2, 4]])
+    loss, grads = grad.loss_and_grads(plain.params, ids, wants, plain.config, mask, of_head)
+    ours, our_grads = train_cuda.loss_and_grads(lm.params, ids, wants, lm.config, mask, of_head)
+    assert ours == pytest.approx(loss, rel=1e-5)
+    for name, g in flatten(grads).items():
+        np.testing.assert_allclose(host(flatten(our_grads)[name]), g, atol=2e-5 * np.abs(g).max() + 1e-6, err_msg=name)
+
+
+def test_a_user_may_call_backward_on_the_loss(device, tmp_path):
+    lm = OPTForCausalLM.from_pretrained(small.folder(tmp_path / "lm"), backend="cuda")
+    weight = lm.params["layers"][0]["fc1"]["weight"].requires_grad_()
+    ids = small.ids(lm.config)
+    lm(ids, labels=ids).loss.backward()
+    expected = grad.loss_and_grads(ops_cuda.unpack(lm.params), ids, ids, lm.config)[1]["layers"][0]["fc1"]["weight"]
+    np.testing.assert_allclose(host(weight.grad), expected, atol=1e-5)
+    assert lm.generate(ids, max_new_tokens=2).shape == (2, 11)  # and generate goes on without
+
+
+def test_the_optimiser_is_that_of_optim():
+    params, grads = small.params(small.config(), dtype="float64"), small.params(small.config(), seed=1, dtype="float64")
+    theirs, state, their_state = ops_cuda.pack_on(params, "cpu"), adamw_init(params), ops_cuda.pack_on(adamw_init(params), "cpu")
+    for step in range(3):
+        g = map_leaves(lambda a, step=step: a * (step + 1), grads)
+        their_g = ops_cuda.pack_on(g, "cpu")
+        assert train_cuda.clip_by_global_norm(their_g, 3.0) == pytest.approx(clip_by_global_norm(g, 3.0), rel=1e-12)
+        adamw_step(params, g, state, 0.01, (0.9, 0.99), weight_decay=0.1)
+        train_cuda.adamw_step(theirs, their_g, their_state, 0.01, (0.9, 0.99), weight_decay=0.1)
+    assert state["step"] == their_state["step"] == 3
+    for name, p in flatten(params).items():
+        np.testing.assert_allclose(host(flatten(theirs)[name]), p, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "context": 16, "batch_size": 2, "accumulate": 2, "steps": 12,
+        "save_every": 5, "warmup_steps": 4, "learning_rate": 1e-2, "seed": 3}  # fmt: skip
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_training_draws_the_curve_of_numpy_and_resumes(dropout, device, tmp_path):
+    (tmp_path / "text.txt").write_text(small.TEXT)
+    asked = {**TINY, "text": (str(tmp_path / "text.txt"),), "dropout": dropout, "eval_every": 6, "eval_text": (str(tmp_path / "text.txt"),)}
+    train(Options(out=str(tmp_path / "numpy"), backend="numpy", **asked))
+    train(Options(out=str(tmp_path / "cuda"), backend="cuda", **asked))
+    train(Options(out=str(tmp_path / "parts"), backend="cuda", **{**asked, "steps": 5}))
+    if dropout:  # torch drops other numbers than NumPy
+        assert losses(tmp_path / "cuda")[-1] < losses(tmp_path / "cuda")[0]
+    else:
+        np.testing.assert_allclose(losses(tmp_path / "cuda"), losses(tmp_path / "numpy"), rtol=2e-4)
+    part = OPTForCausalLM.from_pretrained(tmp_path / "cuda", backend="cuda")
+    assert part.params["embed_tokens"]["weight"].device.type == device.type
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(device, tmp_path):
+    (tmp_path / "text.txt").write_text(small.TEXT)
+    asked = {**TINY, "text": (str(tmp_path / "text.txt"),), "dropout": 0.1, "schedule": "constant", "backend": "cuda"}
+    train(Options(out=str(tmp_path / "whole"), **asked))
+    train(Options(out=str(tmp_path / "parts"), **{**asked, "steps": 5}))
+    train(Options(out=str(tmp_path / "parts"), resume=True, **asked))
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-6)
+
+
+def test_classifiers_train_and_are_evaluated(device, tmp_path):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in (("the cat sat", "a"), ("on the mat", "b")) * 4]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = str(tmp_path / "data.jsonl")
+    asked = {**TINY, "task": "classify", "data": data, "eval_data": data, "eval_every": 12, "dropout": 0.0}
+    last = [train(Options(out=str(tmp_path / backend), backend=backend, **asked)) for backend in ("numpy", "cuda")]
+    assert last[1]["accuracy"] == last[0]["accuracy"]
+    assert last[1]["eval_loss"] == pytest.approx(last[0]["eval_loss"], rel=1e-2)
