@@ -11,13 +11,14 @@ from typing import Any
 
 PAGE = Path(__file__).with_name("api.md")
 MODULES = {
-    "The model": ("ops", "model", "kv_cache", "flash", "grad", "optim", "config", "tree", "init"),
+    "The model": ("ops", "model", "kv_cache", "arrays", "flash", "grad", "optim", "config", "tree", "init"),
     "Decoding": ("generate", "reader", "settings", "processors", "stopping", "beam", "contrastive", "explain"),
     "Looking inside": ("taps", "lens", "trace", "costs", "plan", "score", "perplexity", "embeddings", "explore", "gpt2", "verify"),
     "Files": ("checkpoint", "hub", "tokenizer", "pickle_bin", "tf_flax", "quantize", "layers_on_disk"),
     "Classes and training": ("classes", "train", "tasks"),
 }
-FAST = ("ops_cpu", "gemm", "gemm_int", "attention_cpu", "paged_cache", "engine", "limits")
+FAST = ("ops_cpu", "gemm", "gemm_int", "attention_cpu", "paged_cache", "engine", "limits", "ops_cuda", "attention_cuda",
+        "attention_numba", "train_cuda", "nvrtc", "hf")  # fmt: skip
 
 
 def page() -> str:

@@ -481,11 +481,12 @@ assert 2 * whole < h200[1] / h200[0] < 2 * tiled
 # %% [markdown]
 # ## And on a GPU?
 #
-# This project has no kernels for GPUs yet, and nothing in this notebook has been run on one. What will be the same: tiles, $m$, $l$ and $a$, the
-# division at the end, $L$ and $D$, and `flash.py` as the specification. What differs: a block of threads takes a head and Br queries; its tiles lie
-# in shared memory, some 200 KB, which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums; and
-# with one query there are too few blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging is
-# the online softmax once more: two triples $(m, l, a)$ make one.
+# The kernels for GPUs ([docs/gpu.md](../docs/gpu.md)) read beside `flash.py`: `attention_numba.py` climbs from a naive kernel to this algorithm, and
+# `kernels/flash_fwd_mma.cu` has it on tensor cores. Nothing in this notebook has been run on a GPU. The same are tiles, $m$, $l$ and $a$, the
+# division at the end, $L$ and $D$. What differs: a block of threads takes a head and Br queries; its tiles lie in shared memory, up to some 200 KB,
+# which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums; and with one query there are too
+# few blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging is the online softmax once
+# more: two triples $(m, l, a)$ make one.
 
 # %%
 Q, K, V = random_head(1, 30)

@@ -86,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
 
 
 def dequantized(weight: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
-    """As opt_np.ops.dequantized, in float32.  weight: (*N, I) int8, or (*N, I/2) uint8"""
+    """As opt_np.ops.dequantized, in float32.  weight: (*N, I) of int8, or (*N, I/2) of uint8  ->  (*N, I)"""
     if weight.dtype == torch.int8:
         w = weight * scale.float()[..., None]
     else:
