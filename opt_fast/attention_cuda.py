@@ -1,7 +1,7 @@
 """Attention over torch tensors: the tiled kernels on a GPU, and the same in plain torch for tensors that are elsewhere, with autograd through both.
 
 On a GPU, float16 and bfloat16 with heads of 64, 80 or 128 go through the tensor cores (kernels/flash_fwd_mma.cu); what these do not take, float32
-among it, a few queries of decoding, and the backward pass go through the Numba kernels (attention_numba.py). RUNGS names each.
+among it, and masks with holes go through the Numba kernels (attention_numba.py). RUNGS names each of the ladder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
 TILED = tuple(range(16, 129, 16))  # head sizes that Numba's tiles take
-FEW = 16  # queries that are decoding: too few to fill a tile, so the keys are split instead
+MOST = 65535  # blocks in the second and third dimension of a grid
 
 
 class Seen(NamedTuple):
@@ -48,7 +48,7 @@ def attention_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Ten
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     visible = getattr(layout, "visible", None)
-    return backward(dO, q, k, v, O, L, scale, None if visible is None else on_device(visible, q.shape[1], q.device))
+    return compute_bwd(dO, q, k, v, O, L, scale, None if visible is None else on_device(visible, q.shape[1], q.device))
 
 
 class Attention(torch.autograd.Function):
@@ -56,39 +56,42 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
-        O, L = forward(q, k, v, scale, seen)
+        O, L = compute(q, k, v, scale, seen)
         ctx.save_for_backward(q, k, v, O, L)
         ctx.scale, ctx.seen = scale, seen
         ctx.mark_non_differentiable(L)
         return O, L
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         q, k, v, O, L = ctx.saved_tensors
-        return *backward(dO, q, k, v, O, L, ctx.scale, ctx.seen), None, None
+        return *compute_bwd(dO, q, k, v, O, L, ctx.scale, ctx.seen), None, None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
+def compute(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
     """By the kernel that suits these tensors.  ->  (B, T, H, Dh), (B, T, H)"""
     if not on_gpu(q):
         return plain(q, k, v, scale, seen)
+    few = q.shape[1] <= MmaDecode.rows
+    if not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None):
+        return (mma_decode if few else mma)(q, k, v, scale, None if seen is None else seen.ranges)
     from opt_fast import attention_numba
 
-    if q.shape[1] <= FEW:
-        return through_numba(attention_numba.decode, q, k, v, scale, seen)
-    if RUNGS["mma"].refuses(q) or (seen is not None and seen.ranges is None):
-        return through_numba(attention_numba.v3, q, k, v, scale, seen)
-    return mma(q, k, v, scale, None if seen is None else seen.ranges)
+    return through_numba(attention_numba.decode if few else attention_numba.v3, q, k, v, scale, seen)
 
 
-def backward(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor, Tensor]:
+def compute_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor, Tensor]:
     """As attention_bwd, by the kernel that suits these tensors."""
     if not on_gpu(q):
         return plain_bwd(dO, q, k, v, O, L, scale, seen)
+    if not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None):
+        return mma_bwd(dO, q, k, v, O, L, scale, None if seen is None else seen.ranges)
     from opt_fast import attention_numba
 
     visible = None if seen is None else seen.visible
-    dq, dk, dv = attention_numba.v3_bwd(known(dO), known(q), known(k), known(v), known(O), L, scale, visible)
+    with torch.cuda.device(q.device):
+        dq, dk, dv = attention_numba.v3_bwd(known(dO), known(q), known(k), known(v), known(O), L, scale, visible)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
@@ -104,6 +107,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they are (B, T, H, Dh), (B, S, H, Dh) and (B, S, H, Dh)")
     if len({(a.dtype, a.device) for a in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v are {', '.join(f'{a.dtype} on {a.device}' for a in (q, k, v))}; attention wants one dtype on one device")
+    if max(B, H) > MOST:
+        raise ValueError(f"{B} rows with {H} heads; a GPU's grid has room for {MOST} of each: compute in parts")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; it must be positive, and is Dh**-0.5 in OPT")
 
@@ -116,11 +121,12 @@ _last: tuple[np.ndarray, int, torch.device, Seen] | None = None
 def on_device(visible: np.ndarray, T: int, device: torch.device) -> Seen:
     """A layout's mask where the kernels want it; every layer of a pass asks for the same, so the last answer is kept.  visible: (B, S)"""
     global _last
-    if _last is None or _last[1:3] != (T, device) or not np.array_equal(_last[0], visible):
+    last = _last  # read once: another thread may put its own there
+    if last is None or last[1:3] != (T, device) or not np.array_equal(last[0], visible):
         ranges = ranges_of(visible, T)
-        seen = Seen(torch.as_tensor(visible, device=device), None if ranges is None else torch.as_tensor(ranges, device=device))
-        _last = visible.copy(), T, device, seen
-    return _last[3]
+        seen = Seen(torch.tensor(visible, device=device), None if ranges is None else torch.tensor(ranges, device=device))
+        last = _last = visible.copy(), T, device, seen
+    return last[3]
 
 
 def ranges_of(visible: np.ndarray, T: int) -> np.ndarray | None:
@@ -137,38 +143,177 @@ def ranges_of(visible: np.ndarray, T: int) -> np.ndarray | None:
 
 # ---- the kernels -------------------------------------------------------------------------------------------------------------------------
 
-BR, THREADS = 128, 128  # of kernels/flash_fwd_mma.cu
-
 
 def mma(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """kernels/flash_fwd_mma.cu: float16 or bfloat16, Dh 64, 80 or 128.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
     """
-    from opt_fast import nvrtc
+    return in_cpp(Mma(q.shape[-1]), q, k, v, scale, ranges)
 
+
+def sm90(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_fwd_sm90.cu, for Hopper: as `mma`."""
+    return in_cpp(Sm90(q.shape[-1]), q, k, v, scale, ranges)
+
+
+def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Runs a forward kernel of CUDA C++ on torch's current stream."""
     B, T, H, Dh = q.shape
     O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if O.numel():
-        shared = mma_shared_bytes(Dh)
-        found = nvrtc.kernel(q.get_device(), "flash_fwd_mma.cu", "flash_fwd_mma", shared, DH=Dh, BF16=int(q.dtype == torch.bfloat16))
         q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
-        arguments = mma_arguments(q, k, v, O, L, scale, ranges)
-        with torch.cuda.device(q.device):
-            nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, (-(-T // BR), H, B), THREADS, shared, *arguments)
+        run(kernel, q, f"{kernel.name}.cu", kernel.name, (-(-T // kernel.Br), H, B), kernel.arguments(q, k, v, O, L, scale, ranges))
     return O, L.swapaxes(1, 2)
 
 
-def mma_shared_bytes(Dh: int) -> int:
-    """What a block of the kernel needs: a tile of Q, and two each of K and V, whose rows are 8 numbers longer than a head."""
-    return 2 * (BR + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)
+def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
+            ranges: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """kernels/flash_bwd_mma.cu, its two kernels, for what `mma` takes; no number depends on the order in which blocks run.
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaBwd(q.shape[-1])
+    D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()  # (B, H, T)
+    make = torch.empty if ranges is None else torch.zeros  # the kernels leave alone what lies outside
+    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in ((B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)))
+    if q.numel() and k.numel():
+        dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
+        of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, dq, dk, dv, scale, ranges)
+        run(kernel, q, "flash_bwd_mma.cu", "flash_bwd_keys", (-(-S // kernel.own), H, B), of_keys)
+        run(kernel, q, "flash_bwd_mma.cu", "flash_bwd_queries", (-(-T // kernel.own), H, B), of_queries)
+    return dq, dk, dv
 
 
-def mma_arguments(q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
-    """What the kernel takes, in its order; a batch's stride has 64 bits, a token's and a head's 32."""
-    pointers = [*(a.data_ptr() for a in (q, k, v, O, L)), 0 if ranges is None else ranges.data_ptr()]
-    strides = [width(step) for a in (q, k, v, O) for width, step in zip((np.int64, np.int32, np.int32), a.stride()[:3], strict=True)]
-    return [*pointers, np.int32(q.shape[1]), np.int32(k.shape[1]), np.float32(scale), *strides]
+def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_decode_mma.cu, for what `mma` takes and up to 16 queries; `splits` of the keys change a result by rounding only.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    from opt_fast.attention_numba import split_count
+
+    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaDecode(q.shape[-1])
+    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if O.numel():
+        pieces = max(-(-S // kernel.keys), 1)
+        places = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # blocks at a time
+        splits = min(splits or split_count(B * H, pieces, places), pieces)
+        O_part, L_part = (torch.empty((splits, *shape), dtype=torch.float32, device=q.device) for shape in ((B, T, H, Dh), (B, H, T)))
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        of_splits, of_combine = kernel.arguments(q, k, v, O, L, O_part, L_part, scale, ranges)
+        run(kernel, q, "flash_decode_mma.cu", "flash_decode", (splits, H, B), of_splits)
+        if splits > 1:
+            run(Combine(Dh), q, "flash_decode_mma.cu", "flash_combine", (T, H, B), of_combine)
+    return O, L.swapaxes(1, 2)
+
+
+def run(kernel: Mma | Sm90 | MmaBwd | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+    """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
+    from opt_fast import nvrtc
+
+    with torch.cuda.device(q.device):
+        found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16))
+        nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
+
+
+class Mma:
+    """How flash_fwd_mma is launched for heads of Dh."""
+
+    name, Br, threads = "flash_fwd_mma", 128, 128
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (self.Br + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)  # a tile of Q, and two each of K and V; rows are 8 numbers longer
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
+        """What the kernel takes, in its order."""
+        pointers = [a.data_ptr() for a in (q, k, v)]
+        return [*pointers, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(q), *strides(k), *strides(v), *strides(O)]
+
+
+class MmaBwd:
+    """How the kernels of flash_bwd_mma.cu are launched for heads of Dh."""
+
+    own, threads = 64, 128  # rows of a block
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (2 * self.own + 4 * (32 if Dh > 80 else 64)) * (Dh + 8)  # two tiles that it owns, and two each of those it walks over
+
+    def arguments(self, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor, D: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
+                  ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """What flash_bwd_keys takes, and what flash_bwd_queries."""
+        pointers = [a.data_ptr() for a in (dO, q, k, v, L, D)]
+        rest = [0 if ranges is None else ranges.data_ptr(), *sizes(q, k, scale), *strides(dO), *strides(q), *strides(k), *strides(v)]
+        of_keys = [*pointers, dk.data_ptr(), dv.data_ptr(), *rest, *strides(dk)]
+        return of_keys, [*pointers, dq.data_ptr(), *rest, *strides(dq)]
+
+
+class MmaDecode:
+    """How flash_decode, of flash_decode_mma.cu, is launched for heads of Dh."""
+
+    rows, keys, threads = 16, 64, 128  # queries at most; keys that the warps of a block look at together
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (self.rows + 3 * 2 * self.keys) * (Dh + 8)  # the queries, and three places for tiles of K and V for each warp
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, O_part: Tensor, L_part: Tensor, scale: float,
+                  ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """What flash_decode takes, and what flash_combine."""
+        splits, (T, S, scale_) = len(O_part), sizes(q, k, scale)
+        share = np.int32(-(-S // (splits * self.keys)) * self.keys)  # keys of a split, in whole tiles
+        parts = [O_part.data_ptr(), L_part.data_ptr()]
+        where = 0 if ranges is None else ranges.data_ptr()
+        pointers = [*(a.data_ptr() for a in (q, k, v, O, L)), *parts, where]
+        of_splits = [*pointers, T, S, share, scale_, *strides(q), *strides(k), *strides(v), *strides(O)]
+        return of_splits, [*parts, O.data_ptr(), L.data_ptr(), np.int32(splits), *strides(O)]
+
+
+class Combine:
+    """How flash_combine, of flash_decode_mma.cu, is launched for heads of Dh."""
+
+    shared = 0
+
+    def __init__(self, Dh: int) -> None:
+        self.threads = -(-Dh // 32) * 32
+
+
+class Sm90:
+    """How flash_fwd_sm90 is launched for heads of Dh."""
+
+    name, Bc = "flash_fwd_sm90", 128
+
+    def __init__(self, Dh: int) -> None:
+        consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (3, 4, 1)
+        self.Br, self.threads = 64 * consumers, 128 * (consumers + 1)
+        self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 numbers, and barriers
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
+        """What the kernel takes, in its order."""
+        maps = [tensor_map(a, rows) for a, rows in ((q, self.Br), (k, self.Bc), (v, self.Bc))]
+        return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O)]
+
+
+def outputs(O: Tensor, L: Tensor, ranges: Tensor | None) -> list[int]:
+    return [O.data_ptr(), L.data_ptr(), 0 if ranges is None else ranges.data_ptr()]
+
+
+def sizes(q: Tensor, k: Tensor, scale: float) -> list[Any]:
+    return [np.int32(q.shape[1]), np.int32(k.shape[1]), np.float32(scale)]
+
+
+def strides(a: Tensor) -> list[Any]:
+    """Of a row of the batch, a token and a head; the first has 64 bits, the others 32."""
+    return [width(step) for width, step in zip((np.int64, np.int32, np.int32), a.stride()[:3], strict=True)]
+
+
+def tensor_map(a: Tensor, rows: int) -> Any:
+    """What the copy engine is told of a tensor: it brings `rows` tokens of a head, 64 numbers of each, swizzled.  a: (B, N, H, Dh)"""
+    from cuda.core import TensorMapDescriptorOptions
+    from cuda.core.utils import StridedMemoryView
+
+    options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # 16 bits of whatever: they are only moved
+    options.swizzle = type(options.swizzle).SWIZZLE_128B  # the enumeration itself is private
+    return StridedMemoryView.from_any_interface(a.detach().view(torch.int16), stream_ptr=-1).as_tensor_map(options=options)
 
 
 def aligned(a: Tensor) -> Tensor:
@@ -184,7 +329,8 @@ def known(a: Tensor) -> Tensor:
 
 
 def through_numba(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
-    O, L = kernel(known(q), known(k), known(v), scale, None if seen is None else seen.visible)
+    with torch.cuda.device(q.device):
+        O, L = kernel(known(q), known(k), known(v), scale, None if seen is None else seen.visible)
     return O.to(q.dtype), L
 
 
@@ -195,7 +341,8 @@ class Rung:
     run: Callable[..., tuple[Tensor, Tensor]]
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...] = ()  # () for any
-    capability: tuple[int, int] = (0, 0)
+    capability: tuple[int, int] = (0, 0)  # at least
+    generation: int = 0  # 0 for any
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return self.run(q, k, v, scale)
@@ -211,6 +358,8 @@ class Rung:
         if (found := torch.cuda.get_device_capability(q.device)) < self.capability:
             have, need = (".".join(map(str, version)) for version in (found, self.capability))
             return f"it needs compute capability {need}, and {torch.cuda.get_device_name(q.device)} has {have}"
+        if self.generation and found[0] != self.generation:
+            return f"it is for compute capability {self.generation}, and {torch.cuda.get_device_name(q.device)} has {found[0]}.{found[1]}"
         return ""
 
 
@@ -228,6 +377,7 @@ RUNGS = {
     "numba v2": numba_rung("v2"),
     "numba v3": numba_rung("v3"),
     "mma": Rung(mma, HALVES, (64, 80, 128), (8, 0)),
+    "sm90": Rung(sm90, HALVES, (64, 80, 128), (9, 0), 9),
 }
 
 

@@ -531,7 +531,8 @@ def decode(q: Any, k: Any, v: Any, scale: float, visible: Any = None, splits: in
         raise ValueError(f"splits is {splits}; it is 1 or more, or None for a choice")
     partial = split_decode(head_size(Dh), 1 << max(T - 1, 0).bit_length())
     pieces = across(S, DECODE_THREADS)
-    splits = min(splits or split_count(max(B * H, 1), pieces), max(pieces, 1))
+    places = 4 if SIMULATED else 4 * cuda.get_current_device().MULTIPROCESSOR_COUNT  # blocks at a time
+    splits = min(splits or split_count(max(B * H, 1), pieces, places), max(pieces, 1))
     O, L = c.empty((B, T, H, Dh)), c.empty((B, T, H), np.float32)
     O_part, L_part = c.empty((splits, B, T, H, Dh), np.float32), c.empty((splits, B, T, H), np.float32)
     keys = across(pieces, splits) * DECODE_THREADS  # of a split
@@ -540,9 +541,8 @@ def decode(q: Any, k: Any, v: Any, scale: float, visible: Any = None, splits: in
     return O, L
 
 
-def split_count(tasks: int, pieces: int) -> int:
-    """FlashAttention-3's rule: none where the tasks fill the GPU; else the fewest splits within 85 % of the fullest last wave."""
-    places = 4 if SIMULATED else 4 * cuda.get_current_device().MULTIPROCESSOR_COUNT  # blocks at a time
+def split_count(tasks: int, pieces: int, places: int) -> int:
+    """FlashAttention-3's rule, where a GPU has so many blocks at a time: 1 where tasks fill it; else the fewest within 85 % of the fullest wave."""
     if tasks >= 0.8 * places or pieces <= 4:
         return 1
 

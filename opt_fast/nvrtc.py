@@ -16,6 +16,7 @@ from typing import Any
 from opt_np.checkpoint import write_atomically
 
 KERNELS = Path(__file__).parent / "kernels"
+OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v"}
 
 
 def compile(file: str, arch: str, **macros: int) -> tuple[bytes, str]:
@@ -26,7 +27,7 @@ def compile(file: str, arch: str, **macros: int) -> tuple[bytes, str]:
     from cuda.core import Program, ProgramOptions
 
     defined = [(name, str(value)) for name, value in macros.items()] or None
-    options = ProgramOptions(name=file, arch=arch, std="c++17", include_path=str(KERNELS), define_macro=defined, ptxas_options="-v")
+    options = ProgramOptions(name=file, arch=arch, include_path=str(KERNELS), define_macro=defined, **OPTIONS)
     report = StringIO()
     try:
         code = Program((KERNELS / file).read_text(), "c++", options).compile("cubin", logs=report).code
@@ -54,7 +55,7 @@ def key(file: str, arch: str, macros: dict[str, int]) -> str:
     """What the machine code depends on, in 16 letters; the headers count whether `file` includes them or not."""
     from cuda.bindings import nvrtc
 
-    parts = [file, arch, repr(sorted(macros.items())), repr(nvrtc.nvrtcVersion()[1:])]
+    parts = [file, arch, repr(sorted(macros.items())), repr(OPTIONS), repr(nvrtc.nvrtcVersion()[1:])]
     parts += [path.read_text() for path in [KERNELS / file, *sorted(KERNELS.glob("*.cuh"))]]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -65,14 +66,15 @@ def cache_folder() -> Path:
 
 @functools.cache
 def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any:
-    """A kernel on a GPU, allowed `shared` bytes of dynamic shared memory a block."""
+    """A kernel on a GPU, the current one, allowed `shared` bytes of dynamic shared memory a block."""
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
     gpu = Device(device)
     gpu.set_current()  # the context that torch computes in
     major, minor = gpu.compute_capability
-    found = ObjectCode.from_cubin(cubin(file, f"sm_{major}{minor}", **macros)).get_kernel(name)
+    arch = f"sm_{major}{minor}" + "a" * (major == 9)  # Hopper's own instructions are asked for by that letter
+    found = ObjectCode.from_cubin(cubin(file, arch, **macros)).get_kernel(name)
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(limit, shared, found.handle, driver.CUdevice(device))
     if error != driver.CUresult.CUDA_SUCCESS:
@@ -90,9 +92,9 @@ def launch(found: Any, stream: int, grid: tuple[int, ...], block: int, shared: i
 
 def missing() -> str:
     """What is not installed that compiling needs, in words; nothing where all is there."""
-    for module, package in (("cuda.core", "cuda-core"), ("cuda.bindings.nvrtc", "cuda-bindings")):
+    for module in ("cuda.core", "cuda.bindings.nvrtc", "numba.cuda"):
         try:
             importlib.import_module(module)
         except ImportError as error:
-            return f"{package} does not import ({error}); pip install 'opt-np[kernels]' brings it"
+            return f"{module} does not import ({error}); pip install 'opt-np[kernels]' brings it"
     return ""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_fast import attention_cuda, train_cuda
+from opt_fast import attention_cuda, nvrtc, train_cuda
 from opt_fast.attention_cuda import attention_bwd, attention_lse
 from opt_np import reader as reading
 from opt_np.ops import LAYER_NORM_EPS, group_size
@@ -38,11 +38,16 @@ def description() -> str:
 
 def pack(params: dict, release: bool = False) -> dict:
     """A tree like `params` of tensors on the GPU; with `release`, arrays leave the given tree as they are copied. Raises ValueError without a GPU."""
-    return pack_on(params, device(), release)
+    where = device()
+    if missing := nvrtc.missing():
+        raise ValueError(f"backend 'cuda': {missing}")
+    return pack_on(params, where, release)
 
 
 def pack_on(node: Any, where: torch.device | str, release: bool = False) -> Any:
-    """`pack` to a device of one's choice."""
+    """`pack` to a device of one's choice. Raises ValueError for int8 and int4 beside other leaves in 16 bits."""
+    if isinstance(node, dict) and "scale" in node.get("embed_tokens", ()) and node["embed_positions"]["weight"].dtype.itemsize < 4:
+        raise ValueError("backend 'cuda' computes with int8 and int4 weights in float32 as yet: leave the dtype at float32")
     if isinstance(node, dict):
         return {name: pack_on(node.pop(name) if release else node[name], where, release) for name in list(node)}
     if isinstance(node, list):
@@ -74,7 +79,7 @@ def array(t: Tensor) -> np.ndarray:
 
 def embed(ids: Any, weight: Tensor, scale: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """As opt_np.ops.embed.  ids: (*N);  weight: (V, D)  ->  (*N, D)"""
-    at = torch.as_tensor(ids, device=weight.device)
+    at = ids if isinstance(ids, Tensor) else train_cuda.whole(ids, weight.device)
     return F.embedding(at, weight) if scale is None else dequantized(weight[at], scale[at], columns)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from opt_fast.attention_cuda import wide
 from opt_np import grad
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
@@ -42,7 +43,8 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     from opt_fast import ops_cuda  # which imports this module
 
     input_ids, labels = id_array(input_ids), np.asarray(labels)
-    leaves = {name: leaf.requires_grad_() for name, leaf in flatten(params).items()}
+    leaves = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in flatten(params).items()}  # the caller's stay as they are
+    params = unflatten(leaves)
     looked_up = leaves["embed_tokens.weight"].view_as(leaves["embed_tokens.weight"])
     if cfg.pad_token_id is not None:  # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
         looked_up.register_hook(lambda g: g.index_fill(0, torch.tensor([cfg.pad_token_id], device=g.device), 0))
@@ -50,6 +52,11 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     loss = HEADS[head](h, params, input_ids, labels, cfg, num_items)
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return float(loss.detach()), unflatten(dict(zip(leaves, grads, strict=True)))
+
+
+def whole(numbers: Any, device: torch.device) -> Tensor:
+    """Ids or labels of any kind of whole numbers, as torch looks them up.  numbers: (*N)  ->  (*N)"""
+    return torch.tensor(np.ascontiguousarray(numbers, np.int64), device=device)
 
 
 # ---- losses ------------------------------------------------------------------------------------------------------------------------------
@@ -63,9 +70,7 @@ def shifted_cross_entropy(logits: Tensor, labels: np.ndarray, num_items: int | N
 
 def cross_entropy(logits: Tensor, labels: np.ndarray) -> Tensor:
     """Sum over rows of -log softmax(logits)[label].  logits: (N, V);  labels: (N)  ->  ()"""
-    return F.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), torch.as_tensor(labels, device=logits.device), reduction="sum"
-    )
+    return F.cross_entropy(wide(logits), whole(labels, logits.device), reduction="sum")
 
 
 def classification_loss(logits: Tensor, labels: Any, problem_type: str | None) -> Tensor:
@@ -86,11 +91,12 @@ def through_host(logits: Tensor, loss: Callable[[np.ndarray], tuple[float, np.nd
 class OnHost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: Callable[[np.ndarray], tuple[float, np.ndarray]]) -> Tensor:
-        found, dlogits = loss(host(logits if logits.dtype == torch.float64 else logits.float()))
+        found, dlogits = loss(host(wide(logits)))
         ctx.dlogits = torch.as_tensor(dlogits, dtype=logits.dtype, device=logits.device)
         return torch.tensor(found, dtype=torch.float64, device=logits.device)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         return ctx.dlogits * dloss.to(ctx.dlogits.dtype), None
 

@@ -1,7 +1,8 @@
-"""The two things that NumPy's arrays and torch's tensors do not do alike; everywhere else the same lines serve both."""
+"""What NumPy's arrays and torch's tensors do not do alike; everywhere else the same lines serve both."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,3 +19,13 @@ def host(x: Any) -> np.ndarray:
         return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
+
+
+def as_kind(a: np.ndarray, like: Any) -> Any:
+    """An array with the dtype, and on the device, of `like`."""
+    return a.astype(like.dtype) if isinstance(like, np.ndarray) else like.new_tensor(a)
+
+
+def size(x: Any) -> int:
+    """How many numbers there are."""
+    return math.prod(x.shape)

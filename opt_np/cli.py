@@ -27,6 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:  # DataError and CheckpointError are ValueErrors
         print(f"opt-np: {'not enough memory: ' if isinstance(error, MemoryError) else ''}{error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, for a GPU's memory
+            raise
+        print(f"opt-np: not enough memory: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("opt-np: stopped", file=sys.stderr)
         return 130
@@ -184,6 +189,7 @@ def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     language_model, tokenizer = load(**how_to_load)
     ids = tokenizer.encode(given(text))
     rows = host(language_model([ids]).logits)[0]  # (T, V)
+    rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # a sum of probabilities needs more bits
     if out:
         np.save(out, rows)
     log_p = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
@@ -208,6 +214,8 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str, dt
     from opt_np.tree import flatten
 
     source = find(find_model(model), revision)
+    backend = choose_backend(backend_for(source.name, backend, dtype, quantize), dtype)
+    description = load_ops(backend).description()  # first, for it may not be there
     params, cfg = checkpoint.load_from(source, None, strict)
     flat = flatten(params)
     count, stored = num_parameters(params), sum(a.nbytes for a in flat.values())
@@ -223,8 +231,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str, dt
     tokens = f"{OPTTokenizer.from_folder(source.tokenizer).vocab_size} tokens" if has_tokenizer(source.tokenizer) else "no tokenizer"
     print(f"vocabulary   {cfg.vocab_size} rows, {tokens}")
     print(f"head         {', '.join(h for h in ALL_HEADS if h in params) or 'tied to embed_tokens'}")
-    backend = choose_backend(backend_for(source.name, backend, dtype, quantize), dtype)
-    print(f"backend      {backend}, {load_ops(backend).description()}")
+    print(f"backend      {backend}, {description}")
 
 
 def add_download(commands: Any) -> None:

@@ -90,7 +90,9 @@ def record_against(what: str, ids: list[list[int]], fused: bool, exact: Any, how
         other = {"quantize": what}
     else:
         other = (
-            {"backend": what} if what in ("numpy", "cpu") else {"dtype": what, "backend": "numpy" if what == "float64" else "auto", "quantize": None}
+            {"backend": what}
+            if what in ("numpy", "cpu", "cuda")
+            else {"dtype": what, "backend": "numpy" if what == "float64" else "auto", "quantize": None}
         )
     model = load(**{**how, **other})[0]
     if model.config.quantized and "dtype" in other:

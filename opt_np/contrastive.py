@@ -58,4 +58,5 @@ def picker(request: Request) -> Any:
 def directions(h: Any) -> np.ndarray:
     """Vectors of length 1.  h: (N, T, W)  ->  (N, T, W)"""
     h = host(h)
+    h = h.astype(np.float32) if h.dtype == np.float16 else h  # whose squares are soon infinite
     return h / np.maximum(np.linalg.norm(h, axis=-1, keepdims=True), np.finfo(h.dtype).tiny)

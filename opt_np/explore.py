@@ -123,7 +123,7 @@ def shape(cfg: OPTConfig) -> dict[str, Any]:
 def cost_rows(model: Any, tokens: int) -> list[dict[str, Any]]:
     """What each kind of step costs in this pass, in the order of their first steps: FLOPs, and bytes of weights and of activations."""
     cfg, weight = model.config, model.params["embed_tokens"]["weight"]
-    dtype, kind = ("float32", cfg.quantized[0]) if cfg.quantized else (np.dtype(weight.dtype).name, None)
+    dtype, kind = ("float32", cfg.quantized[0]) if cfg.quantized else (str(weight.dtype).removeprefix("torch."), None)
     rows: dict[str, dict[str, Any]] = {}
     for step in costs.steps(cfg, 1, tokens, dtype=dtype, kind=kind):
         last = step.name.rpartition(".")[2]

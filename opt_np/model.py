@@ -81,7 +81,7 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
         positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]
         visible = None if mask.all() else mask.astype(bool)
     if position_ids is not None:
-        positions = np.atleast_2d(position_ids)
+        positions = np.atleast_2d(host(position_ids))
         if positions.shape not in ((B, T), (1, T)) or positions.dtype.kind not in "iu":
             raise ValueError(f"position_ids is {positions.dtype}{positions.shape}; it is whole numbers, {(B, T)} or {(1, T)}")
     if positions.max() >= cfg.max_position_embeddings or positions.min() < -1:

@@ -19,7 +19,7 @@ import numpy as np
 
 from opt_np import costs, taps
 from opt_np import model as modelling
-from opt_np.arrays import host
+from opt_np.arrays import as_kind, host, size
 from opt_np.model import Tap
 
 ALLOWED = {"float64": 1e-10, "float32": 1e-4}  # of the largest value of a step: rounding stays far below this
@@ -112,11 +112,11 @@ class Recorder:
             keys = P.shape[0] * P.shape[-1] * O.shape[2] * O.shape[3] * O.dtype.itemsize
             return Work(2 * seen_pairs(at["attn_scores"]) * O.shape[-1], 0, P.nbytes + keys, O.nbytes)
         if stage == "resid_mid":
-            return Work(value.size, 0, nbytes(value, at["self_attn"]), value.nbytes)
+            return Work(size(value), 0, nbytes(value, at["self_attn"]), value.nbytes)
         if stage == "resid_post":
-            return Work(value.size, 0, nbytes(value, at["fc2"]), value.nbytes)
+            return Work(size(value), 0, nbytes(value, at["fc2"]), value.nbytes)
         if stage == "resid_pre" and "resid_pre" not in at:  # later ones are the output of the block before
-            return Work(value.size, 0, nbytes(value, at["embed_positions"]), value.nbytes)
+            return Work(size(value), 0, nbytes(value, at["embed_positions"]), value.nbytes)
         return None
 
     def note(self, name: str, value: Any, work: Work) -> None:
@@ -136,35 +136,35 @@ class Work(NamedTuple):
 
 def embed_work(y: Any, ids: Any, weight: Any, scale: Any = None, columns: Any = None) -> Work:
     """Only the rows that are looked up are read."""
-    rows = ids.size * sum(nbytes(a) // a.shape[0] for a in (weight, scale) if a is not None)
+    rows = size(ids) * sum(nbytes(a) // a.shape[0] for a in (weight, scale) if a is not None)
     return Work(0, rows, ids.nbytes, y.nbytes)
 
 
 def linear_work(y: Any, x: Any, weight: Any, bias: Any = None, scale: Any = None, columns: Any = None) -> Work:
     """A multiplication and an addition for each number of the matrix and each row of x, and the bias."""
-    return Work(y.size * (2 * x.shape[-1] + (bias is not None)), nbytes(weight, bias, scale, columns), x.nbytes, y.nbytes)
+    return Work(size(y) * (2 * x.shape[-1] + (bias is not None)), nbytes(weight, bias, scale, columns), x.nbytes, y.nbytes)
 
 
 def layer_norm_work(y: Any, x: Any, weight: Any = None, bias: Any = None) -> Work:
     """Sums, differences, squares, the quotient; weight and bias where there are any."""
     D = x.shape[-1]
-    flops = x.size // D * ((7 if weight is not None else 5) * D + 5)
+    flops = size(x) // D * ((7 if weight is not None else 5) * D + 5)
     return Work(flops, nbytes(weight, bias), x.nbytes, y.nbytes)
 
 
 def activation_work(y: Any, x: Any, function: str) -> Work:
     """So many FLOPs for each number as costs.ACTIVATION says."""
-    return Work(x.size * costs.ACTIVATION[function], 0, x.nbytes, y.nbytes)
+    return Work(size(x) * costs.ACTIVATION[function], 0, x.nbytes, y.nbytes)
 
 
 def scores_work(y: Any, q: Any, k: Any, scale: float, layout: Any = None) -> Work:
     """q is scaled, and multiplied with the keys that it sees."""
-    return Work(q.size + 2 * seen_pairs(y) * q.shape[-1], 0, q.nbytes + k.nbytes, y.nbytes)
+    return Work(size(q) + 2 * seen_pairs(y) * q.shape[-1], 0, q.nbytes + k.nbytes, y.nbytes)
 
 
 def softmax_work(P: Any, scores: Any) -> Work:
     """For each score that is seen: maximum, difference, exponential, sum, quotient; and two numbers for each query."""
-    return Work(5 * seen_pairs(scores) + 2 * scores.size // scores.shape[-1], 0, scores.nbytes, P.nbytes)
+    return Work(5 * seen_pairs(scores) + 2 * size(scores) // scores.shape[-1], 0, scores.nbytes, P.nbytes)
 
 
 def attention_work(O: Any, q: Any, k: Any, v: Any, scale: float, layout: Any = None) -> Work:
@@ -173,13 +173,13 @@ def attention_work(O: Any, q: Any, k: Any, v: Any, scale: float, layout: Any = N
     sees = np.broadcast_to(np.tri(T, S, S - T, bool), (B, T, S))
     visible = getattr(layout, "visible", None)
     pairs = H * int((sees if visible is None else sees & visible[:, None]).sum())
-    flops = q.size + 4 * pairs * Dh + 5 * pairs + 2 * B * H * T
+    flops = size(q) + 4 * pairs * Dh + 5 * pairs + 2 * B * H * T
     return Work(flops, 0, q.nbytes + k.nbytes + v.nbytes, O.nbytes)
 
 
 def mlp_work(y: Any, h: Any, fc1: dict, fc2: dict, function: str) -> Work:
     """fc1, activation and fc2 as one step."""
-    u = np.broadcast_to(np.zeros(1, h.dtype), (*h.shape[:-1], fc1["weight"].shape[0]))
+    u = np.broadcast_to(np.zeros(1, f"V{h.dtype.itemsize}"), (*h.shape[:-1], fc1["weight"].shape[0]))
     parts = linear_work(u, h, **fc1), activation_work(u, u, function), linear_work(y, u, **fc2)
     return Work(sum(p.flops for p in parts), sum(p.weights for p in parts), h.nbytes, y.nbytes)
 
@@ -314,7 +314,7 @@ def record_each(model: Any, exact: Any, input_ids: Any, **how: Any) -> list[Step
     _, given = taps.run_with_cache(exact, input_ids, lambda name: name.endswith(".resid_pre"), attention_mask=how.get("attention_mask"))
 
     def tap(name: str, value: Any) -> Any:
-        return given[name].astype(value.dtype) if name in given.keys() else value  # noqa: SIM118  (of paths, not of aliases)
+        return as_kind(host(given[name]), value) if name in given.keys() else value  # noqa: SIM118  (of paths, not of aliases)
 
     return record(model, input_ids, tap=tap, **how)
 
@@ -324,7 +324,7 @@ def difference(a: Step, b: Step) -> float:
     if a.value is None or b.value is None:
         return 0.0 if a.checksum == b.checksum else math.inf
     x, y = a.value.astype(np.float64), b.value.astype(np.float64)
-    if x.size == y.size:
+    if x.size == size(y):
         y = y.reshape(x.shape)  # PyTorch has heads side by side
     elif x.ndim != y.ndim or any(m != n and 1 not in (m, n) for m, n in zip(x.shape, y.shape, strict=True)):
         return math.inf  # else positions, which may be looked up once for all rows

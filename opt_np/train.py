@@ -201,10 +201,11 @@ def new_run(out: Path, options: Options) -> Run:
     elif isinstance(task, QuestionAnswering) and "qa_outputs" not in params:
         params["qa_outputs"] = init_head(cfg, "qa_outputs", seed=options.seed)
     params = checkpoint.with_head_only(params, HEAD_OF[options.task], options.model, f"--task {options.task}")
+    backend = choose_backend(options.backend)
+    run = Run(at_home(params, backend), at_home(adamw_init(params), backend), cfg, tokenizer, task, backend)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    backend = choose_backend(options.backend)
-    return Run(at_home(params, backend), at_home(adamw_init(params), backend), cfg, tokenizer, task, backend)
+    return run
 
 
 def at_home(tree: dict, backend: str) -> dict:

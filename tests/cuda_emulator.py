@@ -1,7 +1,7 @@
 """Runs a CUDA C++ kernel, the file that NVRTC compiles for a GPU, on a CPU: cuda_on_cpu/ holds CUDA's words and instructions in plain C++ for g++.
 
 A kernel's warps and lanes run in an order drawn from a seed; what the hardware leaves undefined is an error that names the place. It proves indexing,
-masks, barriers and numbers, not speed. cuda_on_cpu.h lists what a kernel may use.
+masks, barriers and numbers, not speed. cuda_on_cpu.h lists what a kernel may use; sm90.cuh has the instructions of Hopper.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kern
     library = folder() / (hashlib.sha256(repr((source, path, name, macros)).encode()).hexdigest() + ".so")
     text = f'#line 1 "{path}"\n{source}{LAUNCHER.format(name=name)}'
     # From standard input, so that "mma.cuh" is this folder's; other headers may stand beside the kernel.
-    command = ["g++", *FLAGS, *macros, "-iquote", str(Path(path).resolve().parent), "-", "-o", str(library), "-ldl"]
+    command = ["g++", *FLAGS, *macros, "-I", str(HERE), "-iquote", str(Path(path).resolve().parent), "-", "-o", str(library), "-ldl"]
     result = subprocess.run(command, input=text, cwd=HERE, text=True, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"{path} does not compile for the CPU:\n{result.stderr}")
@@ -117,10 +117,11 @@ class Kernel:
 
     def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], shared_bytes: int, *arguments: Any, seed: int = 0, races: bool = True,
                  early: bool = False) -> None:  # fmt: skip
-        """Arguments are NumPy arrays or None for pointers, numbers, and ctypes structures; arrays that are not writeable must not be written.
+        """Arguments are NumPy arrays or None for pointers, numbers, and ctypes structures, tensor_map's among them; arrays that are not writeable
+        must not be written.
 
-        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's. cp.async lands when it is waited for or, `early`,
-        when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
+        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's, and what sm90.cuh names. What is asynchronous happens
+        when it is waited for or, `early`, when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
         """
         if len(arguments) != len(self.types):
             raise TypeError(f"{self.name} has {len(self.types)} parameters: {', '.join(self.types)}; {len(arguments)} were given")
@@ -143,6 +144,8 @@ class Kernel:
 
     def value(self, i: int, type_: str, x: Any, memories: list[Memory]) -> Any:
         """One argument as the kernel's parameter has it."""
+        if isinstance(x, TensorMap) and type_ != "struct":
+            raise TypeError(f"{self.name}: argument {i} is a TensorMap; the parameter is {type_}")
         if type_.endswith("*"):
             if x is not None and not isinstance(x, np.ndarray):
                 raise TypeError(f"{self.name}: argument {i} is {type(x).__name__}; {type_} takes an array or None")
@@ -150,7 +153,7 @@ class Kernel:
                 raise TypeError(f"{self.name}: argument {i} is an array of {x.dtype}; the parameter is {type_}")
             return ctypes.c_void_p(None if x is None else address_of(x, memories))
         if type_ == "struct":
-            return x
+            return x.words(memories) if isinstance(x, TensorMap) else x
         if type_.startswith("float"):
             return SCALARS[type_](float(x))
         number = operator.index(x.value if isinstance(x, ctypes._SimpleCData) else x)
@@ -209,8 +212,8 @@ def owner_of(x: np.ndarray) -> np.ndarray:
 def owners(arguments: Sequence[Any]) -> list[tuple[np.ndarray, bool]]:
     """Each array behind the arguments once, and whether one of them may be written."""
     found: dict[int, tuple[np.ndarray, bool]] = {}
-    for x in arguments:
-        if isinstance(x, np.ndarray):
+    for x in map(array_of, arguments):
+        if x is not None:
             owner = owner_of(x)
             found[id(owner)] = owner, x.flags.writeable or found.get(id(owner), (owner, False))[1]
     return list(found.values())
@@ -227,8 +230,44 @@ def address_of(x: np.ndarray, memories: list[Memory]) -> int:
 
 def regions(arguments: Sequence[Any], memories: list[Memory]) -> Any:
     """What cp.async may read."""
-    found = [(memory_of(x, memories), i) for i, x in enumerate(arguments) if isinstance(x, np.ndarray)]
+    found = [(memory_of(x, memories), i) for i, x in enumerate(map(array_of, arguments)) if x is not None]
     return (Region * len(found))(*(Region(memory.begin, memory.begin + memory.bytes, i) for memory, i in found))
+
+
+class TensorMap:
+    """A box of an array for TMA, as a kernel's argument `const __grid_constant__ TensorMap`; tensor_map makes it."""
+
+    MARK = 0x54656E736F724D61
+
+    def __init__(self, array: np.ndarray, box: tuple[int, ...]):
+        self.array, self.box = array, box
+
+    def words(self, memories: list[Memory]) -> Any:
+        """sm90.cuh's Map."""
+        sizes, strides = self.array.shape[::-1], self.array.strides[-2::-1]
+        address = address_of(self.array, memories)
+        return (ctypes.c_uint64 * 16)(address, *sizes, *strides, *self.box, self.array.flags.writeable, 0, 0, self.MARK)
+
+
+def tensor_map(array: np.ndarray, box: Sequence[int]) -> TensorMap:
+    """An array (c3, c2, c1, c0) of 16-bit numbers in boxes (c0, c1, c2, c3), c0 first as in CUDA, with a 128-byte swizzle.
+
+    Raises ValueError for what cuTensorMapEncodeTiled would refuse.
+    """
+    if array.ndim != 4 or array.itemsize != 2 or len(box) != 4:
+        raise ValueError(f"an array {array.dtype}{array.shape} and a box {tuple(box)}; they have 4 axes, and numbers 16 bits")
+    if array.size == 0 or (array.shape[3] > 1 and array.strides[3] != 2):
+        raise ValueError(f"an array of shape {array.shape} and strides {array.strides}; it has numbers, and the last axis is contiguous")
+    if any(stride < 0 or stride % 16 or stride >= 2**40 for stride in array.strides[:3]):
+        raise ValueError(f"strides of {array.strides[:3]} bytes; they are multiples of 16 below 2^40")
+    if box[0] * 2 != 128 or not all(1 <= n <= 256 for n in box):
+        raise ValueError(f"a box {tuple(box)}; its first axis has 64 numbers, the others 1 to 256")
+    return TensorMap(array, tuple(int(n) for n in box))
+
+
+def array_of(x: Any) -> np.ndarray | None:
+    """The array that an argument lets a kernel reach."""
+    return x.array if isinstance(x, TensorMap) else x if isinstance(x, np.ndarray) else None
 
 
 def three(n: int | Sequence[int]) -> Dim:

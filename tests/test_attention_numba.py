@@ -242,14 +242,12 @@ def test_any_number_of_splits_gives_the_same(simulated, splits):
     assert right(simulated("decode", q, k, v, 0.3, visible, splits=splits), exactly(q, k, v, 0.3, visible), np.float32)
 
 
-def test_the_rule_for_splits(monkeypatch):
-    monkeypatch.setattr(attention_numba, "SIMULATED", False)
-    monkeypatch.setattr(attention_numba.cuda, "get_current_device", lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=132))
-    assert attention_numba.split_count(12, 4) == 1  # too few keys
-    assert attention_numba.split_count(500, 64) == 1  # heads enough
-    assert attention_numba.split_count(12, 16) == 14  # 168 of 528 places, where 16 would fill 192
-    assert attention_numba.split_count(100, 64) == 5  # 500 of 528
-    assert attention_numba.split_count(400, 64) == 5  # 2000 of 2112; with fewer, the last wave is a quarter empty
+def test_the_rule_for_splits():
+    assert attention_numba.split_count(12, 4, 528) == 1  # too few keys
+    assert attention_numba.split_count(500, 64, 528) == 1  # heads enough
+    assert attention_numba.split_count(12, 16, 528) == 14  # 168 of 528 places, where 16 would fill 192
+    assert attention_numba.split_count(100, 64, 528) == 5  # 500 of 528
+    assert attention_numba.split_count(400, 64, 528) == 5  # 2000 of 2112; with fewer, the last wave is a quarter empty
 
 
 @pytest.mark.parametrize("name", FORWARD)

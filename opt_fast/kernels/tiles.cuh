@@ -1,0 +1,142 @@
+// What the mma.sync kernels share: tiles of rows of one head in shared memory, and their two products. A block has four warps; each owns 16 M rows of a
+// product, in registers, as mma_m16n8k16 leaves them: number 2 r + c of piece n is at row lane / 4 + 8 r, column 8 n + lane % 4 * 2 + c of 16 rows.
+// DH (head_dim) and BF16 are set when a kernel is compiled.
+#pragma once
+#include <mma.cuh>  // not by quotes: the tests put another mma.cuh in front
+
+constexpr int Dh = DH, WARPS = 4, THREADS = 32 * WARPS;
+constexpr int PITCH = Dh + 8;  // numbers from row to row of a tile: 16 bytes more than a row has, so that ldmatrix meets 8 rows in 8 different banks
+constexpr float LOG2E = 1.4426950408889634f;
+static_assert(Dh % 16 == 0, "heads are made of pieces of 16 numbers");
+
+// A tile of rows of one head on its way to shared memory; rows past `real` become zeros.
+template <int ROWS> __device__ __forceinline__ void load_tile(half_t* tile, const half_t* rows, int stride, int real) {
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * (Dh / 8); i += THREADS) {
+    const int row = i / (Dh / 8), column = i % (Dh / 8) * 8;
+    cp_async_16(shared_address(tile + row * PITCH + column), rows + (row < real ? row * stride : 0) + column, row < real);
+  }
+}
+
+// scores (16 M x N) = A (16 M x Dh) Bᵀ.  B: (N, Dh)
+template <int M, int N> __device__ __forceinline__ void multiply(float (&scores)[M][N / 8][4], const half_t* A, const half_t* B) {
+  const int lane = threadIdx.x % 32;
+  const unsigned left = shared_address(A + lane % 16 * PITCH + lane / 16 * 8);  // lanes 0 to 15 address 16 rows, 16 to 31 the same rows 8 columns on
+  const unsigned right = shared_address(B + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8);
+#pragma unroll
+  for (int d = 0; d < Dh; d += 16) {
+    unsigned a[M][4], b[4];
+#pragma unroll
+    for (int half = 0; half < M; half++) ldmatrix_x4(a[half], left + 2 * (16 * half * PITCH + d));
+#pragma unroll
+    for (int n = 0; n < N / 16; n++) {
+      ldmatrix_x4(b, right + 2 * (16 * n * PITCH + d));  // 16 rows, 16 columns
+#pragma unroll
+      for (int half = 0; half < M; half++) {
+        mma_m16n8k16(scores[half][2 * n], a[half], b[0], b[1]);
+        mma_m16n8k16(scores[half][2 * n + 1], a[half], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc (16 M x Dh) += P (16 M x N) B, P rounded to 16 bits: the layout in which mma leaves scores is the one in which it takes P.  B: (N, Dh)
+template <int M, int N>
+__device__ __forceinline__ void accumulate(float (&acc)[M][Dh / 8][4], const float (&P)[M][N / 8][4], const half_t* B) {
+  const int lane = threadIdx.x % 32;
+  const unsigned right = shared_address(B + lane % 16 * PITCH + lane / 16 * 8);
+#pragma unroll
+  for (int n = 0; n < N / 16; n++) {
+    unsigned a[M][4], b[4];
+#pragma unroll
+    for (int half = 0; half < M; half++) {
+      const float *one = P[half][2 * n], *two = P[half][2 * n + 1];
+      a[half][0] = pack2(one[0], one[1]), a[half][1] = pack2(one[2], one[3]);
+      a[half][2] = pack2(two[0], two[1]), a[half][3] = pack2(two[2], two[3]);
+    }
+#pragma unroll
+    for (int d = 0; d < Dh / 16; d++) {
+      ldmatrix_x4_trans(b, right + 2 * (16 * n * PITCH + 16 * d));
+#pragma unroll
+      for (int half = 0; half < M; half++) {
+        mma_m16n8k16(acc[half][2 * d], a[half], b[0], b[1]);
+        mma_m16n8k16(acc[half][2 * d + 1], a[half], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// The largest, or the sum, of the four lanes that hold a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// scores become P under the new maximum; what was summed under the old one shrinks. `log2_scale` is scale · log2(e), for exp2 is what the GPU has.
+// l holds this lane's part of each row's sum.
+template <int M, int N>
+__device__ __forceinline__ void online_softmax(float (&scores)[M][N / 8][4], float (&acc)[M][Dh / 8][4], float (&m)[M][2], float (&l)[M][2],
+                                               float log2_scale) {
+#pragma unroll
+  for (int half = 0; half < M; half++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float m_new = m[half][r];
+#pragma unroll
+      for (int n = 0; n < N / 8; n++) m_new = fmaxf(m_new, fmaxf(scores[half][n][2 * r], scores[half][n][2 * r + 1]));
+      m_new = row_max(m_new);
+      const float safe = m_new == -INFINITY ? 0.f : m_new * log2_scale;  // nothing seen yet: -inf - 0, where -inf - -inf would be NaN
+      const float shrink = exp2_approx(m[half][r] * log2_scale - safe);
+      float sum = l[half][r] * shrink;
+#pragma unroll
+      for (int n = 0; n < N / 8; n++)
+#pragma unroll
+        for (int c = 2 * r; c < 2 * r + 2; c++) sum += scores[half][n][c] = exp2_approx(scores[half][n][c] * log2_scale - safe);
+#pragma unroll
+      for (int d = 0; d < Dh / 8; d++) acc[half][d][2 * r] *= shrink, acc[half][d][2 * r + 1] *= shrink;
+      m[half][r] = m_new, l[half][r] = sum;
+    }
+}
+
+// A warp's rows leave by way of shared memory, so that they are written 16 bytes at a time: `tile` is a place of 16 M rows that only this warp uses,
+// `rows` where the first goes, of which `real` are there. Row lane / 4 + 8 r of 16 is multiplied by factor[half][r].
+template <int M>
+__device__ __forceinline__ void store_rows(half_t* tile, half_t* rows, int stride, int real, const float (&acc)[M][Dh / 8][4],
+                                           const float (&factor)[M][2]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < M; half++)
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int d = 0; d < Dh / 8; d++)
+        *(unsigned*)(tile + (16 * half + 8 * r + lane / 4) * PITCH + 8 * d + lane % 4 * 2) =
+            pack2(acc[half][d][2 * r] * factor[half][r], acc[half][d][2 * r + 1] * factor[half][r]);
+  __syncwarp();
+#pragma unroll
+  for (int c = lane; c < 16 * M * (Dh / 8); c += 32) {
+    const int t = c / (Dh / 8), column = c % (Dh / 8) * 8;
+    if (t < real) *(uint4*)(rows + t * stride + column) = *(const uint4*)(tile + t * PITCH + column);
+  }
+}
+
+// What a row of the batch reads and writes: `ranges`, where it is not null, gives each row five numbers: its first query, its queries, its first key,
+// its keys, and the key before which its first query stands. Queries outside are not written; keys outside are hidden.
+struct Range {
+  int first_query, queries, first_key, keys, past;  // query t stands at key past + t
+};
+__device__ __forceinline__ Range range_of(const int* ranges, int row, int T, int S) {
+  if (!ranges) return {0, T, 0, S, S - T};
+  ranges += 5 * row;
+  return {ranges[0], ranges[1], ranges[2], ranges[3], ranges[4]};
+}
+
+// Where a head of a row of the batch begins, at a token.
+template <class Pointer>
+__device__ __forceinline__ Pointer at(Pointer first, int row, long long batch, int token, int token_stride, int head, int head_stride) {
+  return first + row * batch + token * (long long)token_stride + head * (long long)head_stride;
+}
