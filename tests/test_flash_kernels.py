@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cuda_emulator import compile_for_cpu, why_not
+from cuda_emulator import compile_for_cpu, tensor_map, why_not
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_fast import attention_cuda, nvrtc
-from opt_fast.attention_cuda import HALVES, Combine, Mma, MmaBwd, MmaDecode, plain, plain_bwd, ranges_of
+from opt_fast.attention_cuda import HALVES, Combine, Mma, MmaBwd, MmaDecode, Sm90, plain, plain_bwd, ranges_of, sizes, strides
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() != "", reason=nvrtc.missing())
 HEAD_DIMS = (64, 80, 128)
-each_kernel = pytest.mark.parametrize("kernel", [Mma])
+each_kernel = pytest.mark.parametrize("kernel", [Mma, Sm90])
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
@@ -33,7 +33,11 @@ def emulated(kernel, q, k, v, scale, ranges=None, **how):
     bits = [a.view(torch.int16).numpy() for a in (q, k, v, O)]
     for array in bits[:3]:
         array.flags.writeable = False  # a write to Q, K or V is an error
-    arguments = [*bits, L.numpy(), None if ranges is None else ranges.numpy(), *made.arguments(q, k, v, O, L, scale, ranges)[6:]]
+    given = bits[:3]
+    if kernel is Sm90:
+        given = [tensor_map(array, (64, 1, rows, 1)) for array, rows in zip(given, (made.Br, made.Bc, made.Bc), strict=True)]
+    rest = [*sizes(q, k, scale), *(step for a in (q, k, v) if kernel is Mma for step in strides(a)), *strides(O)]
+    arguments = [*given, bits[3], L.numpy(), None if ranges is None else ranges.numpy(), *rest]
     run((-(-T // made.Br), H, B), made.threads, made.shared, *arguments, **how)
     return O, L.swapaxes(1, 2)
 
@@ -385,12 +389,29 @@ def test_the_gpu_sees_no_padding(T, dtype, holes):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
-def test_the_gpu_gives_the_same_bits_a_thousand_times(Dh):
+@pytest.mark.parametrize("S", [1, 97, 512, 1023, 2048])
+@pytest.mark.parametrize("name", attention_cuda.RUNGS)
+def test_every_rung_computes_attention(name, S, Dh, dtype):
+    rung = attention_cuda.RUNGS[name]
+    q, k, v = (a.cuda() for a in inputs(2, S, S, 3, Dh, dtype))
+    if reason := rung.refuses(q):
+        pytest.skip(reason)
+    assert within_the_rule(rung(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize("name", ["mma", "sm90"])
+def test_the_gpu_gives_the_same_bits_a_thousand_times(name, Dh):
+    rung = attention_cuda.RUNGS[name]
     q, k, v = (a.cuda() for a in inputs(6, 700, 700, 4, Dh, torch.float16))
-    O, L = attention_cuda.mma(q, k, v, 0.125)
+    if reason := rung.refuses(q):
+        pytest.skip(reason)
+    O, L = rung(q, k, v, 0.125)
     for _ in range(1000):
-        again = attention_cuda.mma(q, k, v, 0.125)
+        again = rung(q, k, v, 0.125)
         assert torch.equal(again[0], O)
         assert torch.equal(again[1], L)
 

@@ -84,9 +84,10 @@ __device__ __forceinline__ void pack(unsigned (&P)[Bc / 16][4], const float (&sc
 
 // -inf where a key is in the query's future, or past the last one. `first` is the key that this lane's first row still sees.
 __device__ __forceinline__ void mask(float (&scores)[Bc / 2], int j, int first, int keys) {
+  const int column = j + (int)(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int i = 0; i < Bc / 2; i++)
-    if (j + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2 > min(first + i / 2 % 2 * 8, keys - 1)) scores[i] = -INFINITY;
+    if (column + i / 4 * 8 + i % 2 > min(first + i / 2 % 2 * 8, keys - 1)) scores[i] = -INFINITY;
 }
 
 // Rows of V from the end of the keys on become zeros: what stands there may be NaN, and the weight 0 would not hide it.
