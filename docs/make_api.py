@@ -18,7 +18,7 @@ MODULES = {
     "Classes and training": ("classes", "train", "tasks"),
 }
 FAST = ("ops_cpu", "gemm", "gemm_int", "attention_cpu", "paged_cache", "engine", "limits", "ops_cuda", "attention_cuda",
-        "attention_numba", "train_cuda", "nvrtc", "hf")  # fmt: skip
+        "attention_cpp", "attention_numba", "train_cuda", "nvrtc", "hf")  # fmt: skip
 
 
 def page() -> str:

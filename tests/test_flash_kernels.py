@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_fast import attention_cuda, nvrtc
-from opt_fast.attention_cuda import HALVES, Combine, Mma, MmaBwd, MmaDecode, Sm90, plain, plain_bwd, ranges_of, sizes, strides
+from opt_fast.attention_cpp import Combine, Mma, MmaBwd, MmaDecode, Sm90, aligned, sizes, strides
+from opt_fast.attention_cuda import HALVES, plain, plain_bwd, ranges_of
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -25,7 +26,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 def emulated(kernel, q, k, v, scale, ranges=None, **how):
-    """attention_cuda.mma or sm90, on the CPU."""
+    """attention_cpp.mma or sm90, on the CPU."""
     B, T, H, Dh = q.shape
     made = kernel(Dh)
     run = compile_for_cpu(nvrtc.KERNELS / f"{made.name}.cu", made.name, {"DH": Dh, "BF16": int(q.dtype == torch.bfloat16)})
@@ -74,6 +75,16 @@ def within_the_rule(found, q, k, v, scale, seen=None):
 def test_it_computes_attention(kernel, T, S, Dh, dtype):
     q, k, v = inputs(1, T, S, 2, Dh, dtype)
     assert within_the_rule(emulated(kernel, q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@needs_compiler
+@each_kernel
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_places_for_tiles_are_filled_again_and_again(kernel, Dh):
+    q, k, v = inputs(1, 200, 1000, 1, Dh, torch.float16)
+    late, early = emulated(kernel, q, k, v, Dh**-0.5, seed=3), emulated(kernel, q, k, v, Dh**-0.5, seed=4, early=True, races=False)
+    assert within_the_rule(late, q, k, v, Dh**-0.5)
+    assert torch.equal(late[0], early[0])
 
 
 @needs_compiler
@@ -129,19 +140,19 @@ def test_rows_of_different_lengths_packed_end_to_end(kernel):
 def test_slices_of_one_projection_are_read_where_they_lie(kernel):
     qkv = torch.randn(2, 70, 3, 2, 80, generator=torch.Generator().manual_seed(3)).half()
     q, k, v = qkv.unbind(2)
-    assert all(attention_cuda.aligned(a) is a for a in (q, k, v))
+    assert all(aligned(a) is a for a in (q, k, v))
     assert torch.equal(emulated(kernel, q, k, v, 0.11)[0], emulated(kernel, *(a.contiguous() for a in (q, k, v)), 0.11)[0])
 
 
 def test_what_cp_async_cannot_read_is_copied():
     whole = torch.zeros(2, 9, 2, 72, dtype=torch.float16)
     for a in (whole[..., 4:68], torch.zeros(2 * 9 * 2 * 64 + 1, dtype=torch.float16)[1:].view(2, 9, 2, 64), whole[..., :64].transpose(2, 3)[..., :1]):
-        copy = attention_cuda.aligned(a)
+        copy = aligned(a)
         assert copy is not a
         assert torch.equal(copy, a)
         assert copy.is_contiguous()
         assert copy.data_ptr() % 16 == 0
-    assert attention_cuda.aligned(whole[..., 8:]) is not None
+    assert aligned(whole[..., 8:]) is not None
 
 
 @needs_compiler
@@ -174,7 +185,7 @@ def test_values_of_one_give_one_and_a_prefix_gives_its_own_bits(kernel, Dh):
 
 
 def emulated_decode(q, k, v, scale, ranges=None, splits=1, **how):
-    """attention_cuda.mma_decode, on the CPU."""
+    """attention_cpp.mma_decode, on the CPU."""
     (B, T, H, Dh), made = q.shape, MmaDecode(q.shape[-1])
     O, L = torch.full((B, T, H, Dh), math.nan, dtype=q.dtype), torch.full((B, H, T), math.nan)
     parts = torch.full((splits, B, T, H, Dh), math.nan), torch.full((splits, B, H, T), math.nan)
@@ -227,7 +238,7 @@ def test_any_splits_give_the_same(T, S, splits, Dh, dtype, hidden, seed):
 
 
 def emulated_bwd(dO, q, k, v, O, L, scale, ranges=None, **how):
-    """attention_cuda.mma_bwd, on the CPU."""
+    """attention_cpp.mma_bwd, on the CPU."""
     (B, T, H, Dh), S, made = q.shape, k.shape[1], MmaBwd(q.shape[-1])
     D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()
     L = L.float().swapaxes(1, 2).contiguous()

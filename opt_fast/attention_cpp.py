@@ -1,0 +1,192 @@
+"""The kernels of CUDA C++ (kernels/*.cu) over torch tensors: how each is launched, on torch's current stream.
+
+They take float16 and bfloat16, heads of 64, 80 or 128, and rows of different lengths by `ranges`: five numbers for each row of the batch, its first
+query, its queries, its first key, its keys, and the key before which its first query stands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mma(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_fwd_mma.cu: float16 or bfloat16, Dh 64, 80 or 128.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    return in_cpp(Mma(q.shape[-1]), q, k, v, scale, ranges)
+
+
+def sm90(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_fwd_sm90.cu, for Hopper: as `mma`."""
+    return in_cpp(Sm90(q.shape[-1]), q, k, v, scale, ranges)
+
+
+def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Runs a forward kernel of CUDA C++ on torch's current stream."""
+    B, T, H, Dh = q.shape
+    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if O.numel():
+        q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
+        run(kernel, q, f"{kernel.name}.cu", kernel.name, (-(-T // kernel.Br), H, B), kernel.arguments(q, k, v, O, L, scale, ranges))
+    return O, L.swapaxes(1, 2)
+
+
+def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
+            ranges: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """kernels/flash_bwd_mma.cu, its two kernels, for what `mma` takes; no number depends on the order in which blocks run.
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaBwd(q.shape[-1])
+    D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()  # (B, H, T)
+    make = torch.empty if ranges is None else torch.zeros  # the kernels leave alone what lies outside
+    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in ((B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)))
+    if q.numel() and k.numel():
+        dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
+        of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, dq, dk, dv, scale, ranges)
+        run(kernel, q, "flash_bwd_mma.cu", "flash_bwd_keys", (-(-S // kernel.own), H, B), of_keys)
+        run(kernel, q, "flash_bwd_mma.cu", "flash_bwd_queries", (-(-T // kernel.own), H, B), of_queries)
+    return dq, dk, dv
+
+
+def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """kernels/flash_decode_mma.cu, for what `mma` takes and up to 16 queries; `splits` of the keys change a result by rounding only.
+
+    q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
+    """
+    from opt_fast.attention_numba import split_count
+
+    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaDecode(q.shape[-1])
+    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if O.numel():
+        pieces = max(-(-S // kernel.keys), 1)
+        places = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # blocks at a time
+        splits = min(splits or split_count(B * H, pieces, places), pieces)
+        O_part, L_part = (torch.empty((splits, *shape), dtype=torch.float32, device=q.device) for shape in ((B, T, H, Dh), (B, H, T)))
+        q, k, v = aligned(q), aligned(k), aligned(v)
+        of_splits, of_combine = kernel.arguments(q, k, v, O, L, O_part, L_part, scale, ranges)
+        run(kernel, q, "flash_decode_mma.cu", "flash_decode", (splits, H, B), of_splits)
+        if splits > 1:
+            run(Combine(Dh), q, "flash_decode_mma.cu", "flash_combine", (T, H, B), of_combine)
+    return O, L.swapaxes(1, 2)
+
+
+def run(kernel: Mma | Sm90 | MmaBwd | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+    """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
+    from opt_fast import nvrtc
+
+    with torch.cuda.device(q.device):
+        found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16))
+        nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
+
+
+class Mma:
+    """How flash_fwd_mma is launched for heads of Dh."""
+
+    name, Br, threads = "flash_fwd_mma", 128, 128
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (self.Br + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)  # a tile of Q, and two each of K and V; rows are 8 numbers longer
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
+        """What the kernel takes, in its order."""
+        pointers = [a.data_ptr() for a in (q, k, v)]
+        return [*pointers, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(q), *strides(k), *strides(v), *strides(O)]
+
+
+class MmaBwd:
+    """How the kernels of flash_bwd_mma.cu are launched for heads of Dh."""
+
+    own, threads = 64, 128  # rows of a block
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (2 * self.own + 4 * (32 if Dh > 80 else 64)) * (Dh + 8)  # two tiles that it owns, and two each of those it walks over
+
+    def arguments(self, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor, D: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
+                  ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """What flash_bwd_keys takes, and what flash_bwd_queries."""
+        pointers = [a.data_ptr() for a in (dO, q, k, v, L, D)]
+        rest = [0 if ranges is None else ranges.data_ptr(), *sizes(q, k, scale), *strides(dO), *strides(q), *strides(k), *strides(v)]
+        of_keys = [*pointers, dk.data_ptr(), dv.data_ptr(), *rest, *strides(dk)]
+        return of_keys, [*pointers, dq.data_ptr(), *rest, *strides(dq)]
+
+
+class MmaDecode:
+    """How flash_decode, of flash_decode_mma.cu, is launched for heads of Dh."""
+
+    rows, keys, threads = 16, 64, 128  # queries at most; keys that the warps of a block look at together
+
+    def __init__(self, Dh: int) -> None:
+        self.shared = 2 * (self.rows + 3 * 2 * self.keys) * (Dh + 8)  # the queries, and three places for tiles of K and V for each warp
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, O_part: Tensor, L_part: Tensor, scale: float,
+                  ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """What flash_decode takes, and what flash_combine."""
+        splits, (T, S, scale_) = len(O_part), sizes(q, k, scale)
+        share = np.int32(-(-S // (splits * self.keys)) * self.keys)  # keys of a split, in whole tiles
+        parts = [O_part.data_ptr(), L_part.data_ptr()]
+        where = 0 if ranges is None else ranges.data_ptr()
+        pointers = [*(a.data_ptr() for a in (q, k, v, O, L)), *parts, where]
+        of_splits = [*pointers, T, S, share, scale_, *strides(q), *strides(k), *strides(v), *strides(O)]
+        return of_splits, [*parts, O.data_ptr(), L.data_ptr(), np.int32(splits), *strides(O)]
+
+
+class Combine:
+    """How flash_combine, of flash_decode_mma.cu, is launched for heads of Dh."""
+
+    shared = 0
+
+    def __init__(self, Dh: int) -> None:
+        self.threads = -(-Dh // 32) * 32
+
+
+class Sm90:
+    """How flash_fwd_sm90 is launched for heads of Dh."""
+
+    name, Bc = "flash_fwd_sm90", 128
+
+    def __init__(self, Dh: int) -> None:
+        consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (3, 4, 1)
+        self.Br, self.threads = 64 * consumers, 128 * (consumers + 1)
+        self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 numbers, and barriers
+
+    def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
+        """What the kernel takes, in its order."""
+        maps = [tensor_map(a, rows) for a, rows in ((q, self.Br), (k, self.Bc), (v, self.Bc))]
+        return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O)]
+
+
+def outputs(O: Tensor, L: Tensor, ranges: Tensor | None) -> list[int]:
+    return [O.data_ptr(), L.data_ptr(), 0 if ranges is None else ranges.data_ptr()]
+
+
+def sizes(q: Tensor, k: Tensor, scale: float) -> list[Any]:
+    return [np.int32(q.shape[1]), np.int32(k.shape[1]), np.float32(scale)]
+
+
+def strides(a: Tensor) -> list[Any]:
+    """Of a row of the batch, a token and a head; the first has 64 bits, the others 32."""
+    return [width(step) for width, step in zip((np.int64, np.int32, np.int32), a.stride()[:3], strict=True)]
+
+
+def tensor_map(a: Tensor, rows: int) -> Any:
+    """What the copy engine is told of a tensor: it brings `rows` tokens of a head, 64 numbers of each, swizzled.  a: (B, N, H, Dh)"""
+    from cuda.core import TensorMapDescriptorOptions
+    from cuda.core.utils import StridedMemoryView
+
+    options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # 16 bits of whatever: they are only moved
+    options.swizzle = type(options.swizzle).SWIZZLE_128B  # the enumeration itself is private
+    return StridedMemoryView.from_any_interface(a.detach().view(torch.int16), stream_ptr=-1).as_tensor_map(options=options)
+
+
+def aligned(a: Tensor) -> Tensor:
+    """The tensor, or a copy, whose rows begin at multiples of 16 bytes: cp.async reads nothing else."""
+    steps = a.stride()
+    fits = steps[-1] == 1 and all(step % 8 == 0 for step in steps[:-1]) and a.data_ptr() % 16 == 0 and 0 <= steps[1] < 2**24
+    return a if fits else a.clone(memory_format=torch.contiguous_format)
