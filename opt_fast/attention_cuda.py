@@ -65,10 +65,16 @@ class Attention(torch.autograd.Function):
         return O, L
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        first_derivatives_only()
         q, k, v, O, L = ctx.saved_tensors
         return *compute_bwd(dO, q, k, v, O, L, ctx.scale, ctx.seen), None, None
+
+
+def first_derivatives_only() -> None:
+    """Raises RuntimeError where a backward pass is itself to be differentiated: the kernels would pass for constants."""
+    if torch.is_grad_enabled():  # here under create_graph alone
+        raise RuntimeError("attention and losses have no second derivatives on backend 'cuda': leave out create_graph=True")
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from opt_fast.attention_cuda import wide
+from opt_fast.attention_cuda import first_derivatives_only, wide
 from opt_np import grad
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
@@ -46,9 +46,13 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     leaves = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in flatten(params).items()}  # the caller's stay as they are
     params = unflatten(leaves)
     looked_up = leaves["embed_tokens.weight"].view_as(leaves["embed_tokens.weight"])
-    if cfg.pad_token_id is not None:  # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
+    if (
+        cfg.pad_token_id is not None and looked_up.requires_grad
+    ):  # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
         looked_up.register_hook(lambda g: g.index_fill(0, torch.tensor([cfg.pad_token_id], device=g.device), 0))
-    h, _ = grad.decoder_fwd({**params, "embed_tokens": {"weight": looked_up}}, input_ids, cfg, attention_mask, rng, ops or ops_cuda)
+    h, _ = grad.decoder_fwd(
+        {**params, "embed_tokens": {**params["embed_tokens"], "weight": looked_up}}, input_ids, cfg, attention_mask, rng, ops or ops_cuda
+    )
     loss = HEADS[head](h, params, input_ids, labels, cfg, num_items)
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return float(loss.detach()), unflatten(dict(zip(leaves, grads, strict=True)))
@@ -96,8 +100,8 @@ class OnHost(torch.autograd.Function):
         return torch.tensor(found, dtype=torch.float64, device=logits.device)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        first_derivatives_only()
         return ctx.dlogits * dloss.to(ctx.dlogits.dtype), None
 
 

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         add_one(commands)
 
 
-AGAINST = ("numpy", "cpu", "float64", "float32", "float16", "bfloat16", "int8", "int4", "torch")
+AGAINST = ("numpy", "cpu", "cuda", "float64", "float32", "float16", "bfloat16", "int8", "int4", "torch")
 
 
 def add_trace(commands: Any) -> None:
