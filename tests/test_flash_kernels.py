@@ -309,6 +309,18 @@ def test_hidden_keys_have_no_gradient_and_give_none(T, past, Dh, seed):
     assert gradients_within_the_rule((dq, *(torch.where(shown, a, 0) for a in (dk, dv))), dO, q, *clean, Dh**-0.5, seen)
 
 
+@needs_compiler
+def test_gradients_where_all_scores_are_low_and_keys_end_early():
+    """exp(0 - L) of a key that is not there would be infinite."""
+    q, k, v = inputs(1, 40, 40, 1, 64, torch.float16)
+    q, k, dO = q.abs() + 1, -k.abs() - 8, v.clone()  # scores of about -1800
+    visible = np.arange(40)[None] < 20
+    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, 40)))
+    found = emulated_bwd(dO, q, k, v, *plain(q, k, v, 1.0, seen), 1.0, seen.ranges)
+    assert torch.isfinite(found[0]).all()
+    assert all(torch.isfinite(a[:, :20]).all() for a in found[1:])
+
+
 # ---- for the GPU -------------------------------------------------------------------------------------------------------------------------
 
 
