@@ -3,6 +3,7 @@
 What the device can do comes first, measured in the same process. Then every lane, ours and torch's, is held against float64 by FlashAttention's rule,
 on the shapes that will be timed; only then it is timed: by events of the device, with its cache emptied before each call, in interleaved rounds.
 Times are the device's own: the host launches ahead while the device empties its cache. A table for people, then one line of JSON.
+With --backward the lanes make gradients, and each shape is a case twice: the backward pass alone, and both passes together.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ WARM_UP = 50  # calls, in which a kernel is chosen and the clocks rise
 REPEATS, BUDGET = 20, 0.2  # calls of a lane in a round, and seconds that they may take together; one at least
 HEAD_START = 300e-6  # seconds for which the device is busy with its cache while the host launches what is timed
 BLOCK = 1024  # queries of a block of the reference
+FORWARD, BACKWARD_PASS, BOTH = "forward", "backward", "forward and backward"
+PRODUCTS = {FORWARD: 1.0, BACKWARD_PASS: 2.5, BOTH: 3.5}  # FLOPs, as times those of the forward pass: it makes two products, the other five
+ALLOWED = {FORWARD: 2, BACKWARD_PASS: 3, BOTH: 3}  # times the error of the formula written out, as in FlashAttention's own tests
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,17 @@ class Case:
     S: int
     H: int
     Dh: int
+    work: str = FORWARD  # a key of PRODUCTS
 
     @property
     def title(self) -> str:
-        return f"{'' if self.grid == 'flash' else self.grid + ': '}{self.dtype}, B {self.B}, S {self.S}, {self.H} heads of {self.Dh}"
+        shape = f"{self.dtype}, B {self.B}, S {self.S}, {self.H} heads of {self.Dh}"
+        return ("" if self.grid == "flash" else f"{self.grid}: ") + shape + ("" if self.work == FORWARD else f", {self.work}")
 
     @property
     def flops(self) -> float:
         """Two products, of which causality needs one half; the diagonal is not counted, as in FlashAttention's own benchmark."""
-        return 4 * self.B * self.H * self.S * self.S * self.Dh / 2
+        return PRODUCTS[self.work] * 4 * self.B * self.H * self.S * self.S * self.Dh / 2
 
     @property
     def scale(self) -> float:
@@ -72,9 +78,49 @@ class Case:
 
 @dataclass(frozen=True)
 class Lane:
-    call: Callable[..., Any]  # (q, k, v, scale) -> O, all (B, T, H, Dh)
+    call: Callable[..., Any]  # (q, k, v, scale) -> O, all (B, T, H, Dh); of both passes (q, k, v, dO, scale) -> (dq, dk, dv)
     refuses: Callable[[Any], str]  # why it cannot compute tensors such as q, or ''
     ours: bool = False
+    backward: Callable[..., Callable[[], Any]] | None = None  # as the call of both passes, but runs the first, and returns the second as a call
+
+    def ready(self, case: Case, tensors: Iterable[Any]) -> Callable[[], Any]:
+        """What is timed, and before that checked; it may be called again and again."""
+        if case.work == BACKWARD_PASS and self.backward:
+            return self.backward(*tensors, case.scale)
+        return partial(self.call, *tensors, case.scale)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rung's forward pass, and the backward pass that takes what it gives."""
+
+    rung: str  # a key of attention_cuda.RUNGS
+    backward: Callable[..., tuple[Any, Any, Any]]  # (dO, q, k, v, O, L, scale) -> (dq, dk, dv)
+
+    def refuses(self, q: Any) -> str:
+        from opt_fast.attention_cuda import RUNGS
+
+        return RUNGS[self.rung].refuses(q)
+
+    def forward(self, q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
+        from opt_fast.attention_cuda import RUNGS
+
+        return RUNGS[self.rung](q, k, v, scale)
+
+
+def mma_bwd(*args: Any) -> tuple[Any, Any, Any]:
+    from opt_fast import attention_cuda
+
+    return attention_cuda.mma_bwd(*args)
+
+
+def v3_bwd(*args: Any) -> tuple[Any, Any, Any]:
+    from opt_fast import attention_numba
+
+    return attention_numba.v3_bwd(*args)
+
+
+BACKWARD = {"numba v3": Pair("numba v3", v3_bwd), "mma": Pair("mma", mma_bwd)}
 
 
 def add_options(parser: Any) -> None:
@@ -83,6 +129,7 @@ def add_options(parser: Any) -> None:
         return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
 
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda", help="cpu is for trying this command")
+    parser.add_argument("--backward", action="store_true", help="time the backward pass, alone and together with the forward pass")
     parser.add_argument("--grid", dest="grids", nargs="+", choices=GRIDS, metavar="GRID",
                         help="flash: FlashAttention's, 16k tokens, 2048 wide; opt: OPT's own, batch 1, S 2048 " + words("grids"))  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)} " + words("dtypes"))
@@ -96,17 +143,17 @@ def add_options(parser: Any) -> None:
 
 
 def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None, plot: str | None = None, json_file: str | None = None,
-        **asked: Any) -> None:  # fmt: skip
+        backward: bool = False, **asked: Any) -> None:  # fmt: skip
     """What is not `asked` for, of grids, dtypes, head_dims and lengths, is the device's default.
 
     Raises ValueError for what cannot be measured, and where a lane computes something else than attention.
     """
     check_options(rounds, asked["head_dims"] or (), asked["lengths"] or (), plot, json_file)
     need_device(device)
-    every = cases(device, **DEFAULTS[device] | {key: values for key, values in asked.items() if values})
-    chosen = choose(all_lanes(device), lanes)
+    every = cases(device, backward=backward, **DEFAULTS[device] | {key: values for key, values in asked.items() if values})
+    chosen = choose(all_lanes(device, backward), lanes)
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-    clock = Clock(device)
+    clock = Clock(device, HEAD_START * (3 if backward else 1))  # there is more to launch, and autograd to go through
     say("measuring what the device can do")
     limits = measure_limits(dict.fromkeys(case.dtype for case in every), clock)
     say(limits_told(limits))
@@ -149,7 +196,8 @@ def need_device(device: str) -> None:
 # ---- what there is to do -----------------------------------------------------------------------------------------------------------------
 
 
-def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], grids: Iterable[str]) -> list[Case]:
+def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], grids: Iterable[str],
+          backward: bool = False) -> list[Case]:  # fmt: skip
     """All shapes, a dtype after the other."""
     shapes = []
     if "flash" in grids:
@@ -161,26 +209,50 @@ def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths:
             shapes += [(f"opt-{size}", 1, S, cfg.num_attention_heads, cfg.head_dim)] * (cfg.head_dim in head_dims)
     if not shapes:
         raise ValueError(f"no model of the opt grid has heads of {', '.join(map(str, head_dims))}; they have {', '.join(map(str, HEAD_DIMS))}")
-    return [Case(grid, dtype, B, S, H, Dh) for dtype in dtypes for grid, B, S, H, Dh in shapes]
+    works = (BACKWARD_PASS, BOTH) if backward else (FORWARD,)
+    return [Case(grid, dtype, B, S, H, Dh, work) for dtype in dtypes for grid, B, S, H, Dh in shapes for work in works]
 
 
-def all_lanes(device: str) -> dict[str, Lane]:
+def all_lanes(device: str, backward: bool = False) -> dict[str, Lane]:
     """Ours, in the order of the ladder, then torch's by their names."""
-    return our_lanes() | {f"torch {name}": torch_lane(name) for name in (BACKENDS if device == "cuda" else ON_CPU)}
+    theirs = {f"torch {name}": torch_lane(name) for name in (BACKENDS if device == "cuda" else ON_CPU)}
+    return our_lanes(backward) | ({name: through_autograd(lane) for name, lane in theirs.items()} if backward else theirs)
 
 
-def our_lanes() -> dict[str, Lane]:
+def our_lanes(backward: bool = False) -> dict[str, Lane]:
     try:
         from opt_fast.attention_cuda import RUNGS
     except ImportError as error:
         say(f"ours are left out: {error}; pip install 'opt-np[cuda]' brings what they need")
         return {}
+    if backward:
+        return {name: pair_lane(pair) for name, pair in BACKWARD.items()}
     return {name: Lane(partial(first_of, rung), rung.refuses, ours=True) for name, rung in RUNGS.items()}
 
 
 def first_of(rung: Any, *args: Any) -> Any:
     """O, without L."""
     return rung(*args)[0]
+
+
+def pair_lane(pair: Any) -> Lane:
+    """A lane of gradients, by two kernels of ours."""
+
+    def backward(q: Any, k: Any, v: Any, dO: Any, scale: float) -> Callable[[], Any]:
+        return partial(pair.backward, dO, q, k, v, *pair.forward(q, k, v, scale), scale)
+
+    return Lane(lambda *args: backward(*args)(), pair.refuses, ours=True, backward=backward)
+
+
+def through_autograd(lane: Lane) -> Lane:
+    """A lane of gradients, by the backward pass that torch keeps for a call."""
+    import torch
+
+    def backward(q: Any, k: Any, v: Any, dO: Any, scale: float, again: bool = True) -> Callable[[], Any]:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        return partial(torch.autograd.grad, lane.call(*leaves, scale), leaves, dO, retain_graph=again)
+
+    return Lane(lambda q, k, v, dO, scale: backward(q, k, v, dO, scale, False)(), lane.refuses, backward=backward)
 
 
 def torch_lane(name: str) -> Lane:
@@ -213,14 +285,14 @@ def choose(every: dict[str, Lane], asked: Iterable[str] | None) -> dict[str, Lan
     return {name: every[name] for word, name in typed.items() if word in {w.replace(" ", "-") for w in asked}}
 
 
-def inputs(case: Case, device: str, seed: int) -> tuple[Any, Any, Any]:
-    """q, k and v, (B, S, H, Dh), normal numbers; drawn anew for each case and each seed."""
+def inputs(case: Case, device: str, seed: int) -> tuple[Any, ...]:
+    """q, k and v, (B, S, H, Dh), and dO where there is a backward pass: normal numbers, drawn anew for each shape and each seed."""
     import torch
 
     generator = torch.Generator(device).manual_seed(hash((seed, case.B, case.S, case.H, case.Dh)) % 2**63)
     shape = (case.B, case.S, case.H, case.Dh)
-    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype)) for _ in range(3))
-    return q, k, v
+    count = 3 if case.work == FORWARD else 4
+    return tuple(torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype)) for _ in range(count))
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------------
@@ -244,34 +316,57 @@ def check_all(every: list[Case], lanes: dict[str, Lane], device: str, seed: int)
 def check(case: Case, lanes: dict[str, Lane], device: str, seed: int) -> dict[str, Any]:
     """{"errors": {lane: {"error": …, "allowed": …}}, "left_out": {lane: why}}; what is called is what will be timed, batch and all.
 
-    Raises ValueError for a lane that breaks FlashAttention's rule: a fast wrong answer is no result.
+    Of three gradients the one is told that is nearest to what is allowed. Raises ValueError for a lane that breaks FlashAttention's rule: a fast
+    wrong answer is no result.
     """
-    (q, k, v), rows = inputs(case, device, seed + 1), sorted({0, case.B - 1})  # float64 is for the first and the last of the batch
-    expected, plain_error, noise = reference(q[rows], k[rows], v[rows], case.scale)
+    tensors, rows = inputs(case, device, seed + 1), sorted({0, case.B - 1})  # float64 is for the first and the last of the batch
+    references = expected(case, [t[rows] for t in tensors])
     errors, left_out = {}, {}
     for name, lane in lanes.items():
-        out, reason = (None, why) if (why := lane.refuses(q)) else attempt(lane, q, k, v, case.scale)
+        out, reason = (None, why) if (why := lane.refuses(tensors[0])) else attempt(lane, case, tensors)
         if out is None:
             left_out[name] = reason
             continue
-        error = float((out[rows].double() - expected).abs().max())
-        allowed = 2 * plain_error + noise
-        if not (error <= allowed and bool(out.isfinite().all())):
-            raise ValueError(f"{case.title}: {name} is off by {error:.2e}, and {allowed:.2e} is allowed, twice the {plain_error:.2e} of attention "
-                             f"written out in {case.dtype} and {noise:.2e}; nothing was timed, and --lanes can leave it out")  # fmt: skip
-        errors[name] = {"error": error, "allowed": allowed}
+        outs = [out] if case.work == FORWARD else out
+        told = [judge(case, name, of, one, rows, *references[of]) for of, one in zip(references, outs, strict=True)]
+        errors[name] = max(told, key=lambda one: one["error"] / one["allowed"])
     return {"errors": errors, "left_out": left_out}
+
+
+def judge(case: Case, name: str, of: str, out: Any, rows: list[int], truth: Any, plain_error: float, noise: float) -> dict[str, Any]:
+    error = float((out[rows].double() - truth).abs().max())
+    allowed = ALLOWED[case.work] * plain_error + noise
+    if not (error <= allowed and bool(out.isfinite().all())):
+        what = f"{name} is off" if of == "O" else f"{of} of {name} is off"
+        raise ValueError(f"{case.title}: {what} by {error:.2e}, and {allowed:.2e} is allowed, {'thrice' if of != 'O' else 'twice'} the "
+                         f"{plain_error:.2e} of attention written out in {case.dtype} and {noise:.2e}; nothing was timed, and --lanes can leave it "
+                         f"out")  # fmt: skip
+    return {"error": error, "allowed": allowed} | ({} if of == "O" else {"of": of})
+
+
+def expected(case: Case, tensors: Any) -> dict[str, tuple[Any, float, float]]:
+    """What `reference` tells of O, or of each gradient."""
+    q, k, v, *rest = tensors
+    if case.work == FORWARD:
+        return {"O": reference(q, k, v, case.scale)}
+    (dO,) = rest
+    near = plain_bwd(q, k, v, dO, case.scale)
+    truths = plain_bwd(q.double(), k.double(), v.double(), dO.double(), case.scale)
+    return {of: (a, float((b.double() - a).abs().max()), rounding(a, b.dtype)) for of, a, b in zip(("dq", "dk", "dv"), truths, near, strict=True)}
 
 
 def reference(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, float, float]:
     """Attention in float64, how far the same formula in q's dtype is from it, and the rounding of the result itself, as FlashAttention-3 takes it."""
-    expected = plain(q.double(), k.double(), v.double(), scale)
-    near = expected.to(q.dtype)
-    noise = 2 * float((near + 0.3 - 0.3 - near).abs().max())
-    return expected, float((plain(q, k, v, scale).double() - expected).abs().max()), noise
+    truth = plain(q.double(), k.double(), v.double(), scale)
+    return truth, float((plain(q, k, v, scale).double() - truth).abs().max()), rounding(truth, q.dtype)
 
 
-def plain(q: Any, k: Any, v: Any, scale: float) -> Any:
+def rounding(truth: Any, dtype: Any) -> float:
+    near = truth.to(dtype)
+    return 2 * float((near + 0.3 - 0.3 - near).abs().max())
+
+
+def plain(q: Any, k: Any, v: Any, scale: float, block: int | None = None) -> Any:
     """softmax(scale·q kᵀ) v written out in the inputs' dtype, causal; a head and a block of its queries at a time, for the sake of memory.
 
     q: (B, T, H, Dh);  k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, T, H, Dh)
@@ -279,9 +374,9 @@ def plain(q: Any, k: Any, v: Any, scale: float) -> Any:
     import torch
 
     B, T, H, _ = q.shape
-    O = torch.empty_like(q)
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
+    O, block = torch.empty_like(q), block or BLOCK
+    for start in range(0, T, block):
+        stop = min(start + block, T)
         future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
         for b in range(B):
             for h in range(H):
@@ -290,15 +385,35 @@ def plain(q: Any, k: Any, v: Any, scale: float) -> Any:
     return O
 
 
-def attempt(lane: Lane, q: Any, k: Any, v: Any, scale: float) -> tuple[Any, str]:
-    """O, or None and why: no memory, or inputs that this kernel of torch's is not made for, in torch's own words."""
+def plain_bwd(q: Any, k: Any, v: Any, dO: Any, scale: float) -> tuple[Any, ...]:
+    """The gradients that autograd finds through `plain`, a head at a time; its scores whole, or sums over blocks would be rounded in between.
+
+    q: (B, T, H, Dh);  k: (B, T, H, Dh);  v: (B, T, H, Dh);  dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, T, H, Dh), (B, T, H, Dh)
+    """
     import torch
 
-    poison(q)
+    B, T, H, _ = q.shape
+    found = tuple(torch.empty_like(t) for t in (q, k, v))
+    for b in range(B):
+        for h in range(H):
+            part = (slice(b, b + 1), slice(None), slice(h, h + 1))
+            q_, k_, v_ = (t[part].detach().requires_grad_() for t in (q, k, v))
+            grads = torch.autograd.grad(plain(q_, k_, v_, scale, T), (q_, k_, v_), dO[part])
+            for whole, grad in zip(found, grads, strict=True):
+                whole[part] = grad
+    return found
+
+
+def attempt(lane: Lane, case: Case, tensors: tuple[Any, ...]) -> tuple[Any, str]:
+    """O or the gradients, or None and why: no memory, or inputs that this kernel of torch's is not made for, in torch's own words."""
+    import torch
+
+    device = tensors[0].device.type
+    poison(tensors[0]) if case.work == FORWARD else poison(tensors[0], 4)
     with warnings.catch_warnings(record=True, action="always") as heard:
         try:
-            out = lane.call(q, k, v, scale)
-            wait(q.device.type)
+            out = lane.ready(case, tensors)()
+            wait(device)
             return out, ""
         except torch.OutOfMemoryError:
             reason = "out of memory"
@@ -310,16 +425,16 @@ def attempt(lane: Lane, q: Any, k: Any, v: Any, scale: float) -> tuple[Any, str]
             said = [str(warning.message).partition(" (Triggered")[0] for warning in heard]
             reasons = [words for words in said if "not used because" not in words and "runtime disabled" not in words]
             reason = ". ".join([str(error).splitlines()[0].rstrip("."), *reasons[:1]])
-    wait(q.device.type)  # an error that stays with the device is none of a lane's own: here it would come up again, and end the run
-    free_cached(q.device.type)
+    wait(device)  # an error that stays with the device is none of a lane's own: here it would come up again, and end the run
+    free_cached(device)
     return None, reason
 
 
-def poison(q: Any) -> None:
-    """Leaves NaN in the memory that the allocator will give out next, so that what a kernel does not write is seen."""
+def poison(q: Any, results: int = 1) -> None:
+    """Leaves NaN in the memory that the allocator will give out next, for so many results like q, so that what a kernel does not write is seen."""
     import torch
 
-    [torch.full_like(q, math.nan), torch.full(q.shape[:3], math.nan, device=q.device)]
+    [*(torch.full_like(q, math.nan) for _ in range(results)), torch.full(q.shape[:3], math.nan, device=q.device)]
 
 
 # ---- timing ------------------------------------------------------------------------------------------------------------------------------
@@ -343,7 +458,7 @@ def free_cached(device: str) -> None:
 class Clock:
     """Seconds that the device takes for calls, each with nothing of its inputs in the second-level cache."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, head_start: float = HEAD_START) -> None:
         import torch
 
         self.device, self.times = device, 1
@@ -352,10 +467,10 @@ class Clock:
         self.written = torch.empty(4 * cache, dtype=torch.int8, device=device)
         if device == "cuda":
             self.seconds(self.empty_cache, 3)
-            self.times = math.ceil(HEAD_START / float(np.median(self.seconds(self.empty_cache, 10))))
+            self.times = math.ceil(head_start / float(np.median(self.seconds(self.empty_cache, 10))))
 
     def empty_cache(self) -> None:
-        """Writes four times what the cache holds, and again until HEAD_START has passed: so long the host is ahead, and a launch costs no time."""
+        """Writes four times what the cache holds, and again until the head start has passed: so long launches cost no time."""
         for _ in range(self.times):
             self.written.zero_()
 
@@ -421,23 +536,25 @@ def measure(case: Case, lanes: dict[str, Lane], left_out: dict[str, str], clock:
 
     if not lanes:
         return {}
-    q, k, v = inputs(case, clock.device, seed)
-    calls = {name: partial(lane.call, q, k, v, case.scale) for name, lane in lanes.items()}
+    tensors, taking_part = inputs(case, clock.device, seed), dict(lanes)
     repeats: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in lanes}
     with warnings.catch_warnings(action="ignore"):  # they have been heard, in the check
         for i in range(1 + rounds):
-            for name in list(calls):
+            for name, lane in list(taking_part.items()):
                 try:
+                    call: Any = lane.ready(case, tensors)
                     if i == 0:  # how long it takes, roughly
-                        repeats[name] = max(1, min(REPEATS, int(BUDGET / estimate(name, case, calls[name], clock))))
+                        repeats[name] = max(1, min(REPEATS, int(BUDGET / estimate(name, case, call, clock))))
                     else:
-                        seconds[name].append(float(np.median(clock.seconds(calls[name], repeats[name]))))
+                        seconds[name].append(float(np.median(clock.seconds(call, repeats[name]))))
                 except torch.OutOfMemoryError:
                     left_out[name] = "out of memory"
                     say(f"{name} is left out of {case.title}: out of memory")
-                    del calls[name], seconds[name]
+                    del taking_part[name], seconds[name]
+                    call = None
                     free_cached(clock.device)
+                call = None  # what a forward pass has kept for it goes before the next lane begins
     return seconds
 
 
@@ -495,13 +612,15 @@ def limits_told(limits: dict[str, Any]) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     where = result["machine"]
     unit = "TFLOP/s" if where["device"] == "cuda" else "GFLOP/s"
+    forward = all(found["work"] == FORWARD for found in result["cases"])
+    flops_told = "4 B H S S D / 2" + ("" if forward else ", 2.5 times that for the backward pass and 3.5 times for both")
     lines = [
         *header(where, result["state_before"]),
         limits_told(result["limits"]),
         f"median (min to max) of {result['rounds']} interleaved rounds; % of the product in this dtype; ratios of seconds in the same round",
-        "causal FLOPs, 4 B H S S D / 2; the cache is emptied before each call; time on the device, without the launch"
+        f"causal FLOPs, {flops_told}; the cache is emptied before each call; time on the device, without the launch"
         if where["device"] == "cuda"
-        else "causal FLOPs, 4 B H S S D / 2; on a CPU, to try this command: no result",
+        else f"causal FLOPs, {flops_told}; on a CPU, to try this command: no result",
         f"torch reads views of the same memory, (B, S, H, D), as models hold it; math takes part up to {MATH_ROOM / 1e9:.0f} GB of scores in float32",
     ]
     for found in result["cases"]:
@@ -528,21 +647,23 @@ def header(where: dict[str, Any], state: dict[str, str]) -> list[str]:
 
 
 def draw(file: str, result: dict[str, Any]) -> None:
-    """TFLOP/s against S in the flash grid: a column for each head dimension, a row for each dtype, a line for each lane, the product above them."""
+    """TFLOP/s against S in the flash grid: a column for each head dimension, a row for each dtype and work, a line for each lane, and the product."""
     from matplotlib.figure import Figure
 
     found = [case for case in result["cases"] if case["grid"] == "flash" and case["tflops"]]
     if not found:
         say("nothing to draw: the plot shows the flash grid, and none of it was measured")
         return
-    dtypes, head_dims = (list(dict.fromkeys(case[key] for case in found)) for key in ("dtype", "Dh"))
+    rows = list(dict.fromkeys((case["dtype"], case["work"]) for case in found))
+    head_dims = list(dict.fromkeys(case["Dh"] for case in found))
     lanes = list(dict.fromkeys(lane for case in found for lane in case["tflops"]))
     matmul = {dtype: flops / 1e12 for dtype, flops in result["limits"]["matmul"].items()}
     slowest = min(told[0] for case in found for told in case["tflops"].values())
-    figure = Figure(figsize=(1.2 + 4.2 * len(head_dims), 1.4 + 3.4 * len(dtypes)), layout="constrained")
-    grid = figure.subplots(len(dtypes), len(head_dims), squeeze=False, sharex=True, sharey="row")
-    for (i, dtype), (j, Dh) in ((row, column) for row in enumerate(dtypes) for column in enumerate(head_dims)):
-        panel(grid[i, j], [case for case in found if (case["dtype"], case["Dh"]) == (dtype, Dh)], lanes, matmul[dtype])
+    figure = Figure(figsize=(1.2 + 4.2 * len(head_dims), 1.4 + 3.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(head_dims), squeeze=False, sharex=True, sharey="row")
+    for (i, row), (j, Dh) in ((row, column) for row in enumerate(rows) for column in enumerate(head_dims)):
+        dtype, _ = row
+        panel(grid[i, j], [case for case in found if (case["dtype"], case["work"], case["Dh"]) == (*row, Dh)], lanes, matmul[dtype])
         grid[i, j].set_title(f"{dtype}, heads of {Dh}", fontsize=10)
         grid[i, j].tick_params(labelbottom=True)
         if slowest < max(matmul.values()) / 50:  # or the ladder's first rungs would lie on the floor
@@ -550,8 +671,8 @@ def draw(file: str, result: dict[str, Any]) -> None:
             grid[i, j].yaxis.set_major_formatter("{x:g}")
         else:
             grid[i, j].set_ylim(bottom=0)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("TFLOP/s, causal forward")
+    for axes, (_, work) in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(f"TFLOP/s, causal {work}")
     for axes in grid[-1]:
         axes.set_xlabel("tokens in a sequence, S")
     handles = dict(pair for axes in grid.flat for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -389,19 +389,24 @@ def train(**args: Any) -> None:
 def add_bench(commands: Any) -> None:
     from opt_fast import bench as cpu
     from opt_fast import bench_attention as attention
+    from opt_fast import bench_hf as hf
 
     p = add_command(commands, "bench", bench, "Measure speed against what people use, once all agree on the results.")
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     cpu.add_options(add_command(kinds, "cpu", bench, "Measure speed and memory against the engines for CPUs, once all agree on the results."))
     attention.add_options(add_command(kinds, "attention", bench, "Measure our attention on a GPU against torch's, once all are right."))
+    hf.add_options(
+        add_command(kinds, "hf-tables", bench, "Make HF's tables of OPT's speed again, with our attention beside torch's in HF's own model.")
+    )
     own = p.format_help
     p.format_help = lambda: "\n".join([own(), *(kind.format_help() for kind in kinds.choices.values())])  # type: ignore[method-assign]
 
 
 def bench(what: str, **args: Any) -> None:
-    from opt_fast import bench, bench_attention
+    from opt_fast import bench, bench_attention, bench_hf
 
-    (bench if what == "cpu" else bench_attention).run(what, **args)
+    modules: dict[str, Any] = {"cpu": bench, "attention": bench_attention, "hf-tables": bench_hf}
+    modules[what].run(what, **args)
 
 
 def given(text: str) -> str:

@@ -176,6 +176,146 @@ def test_the_poison_is_as_large_as_the_results(monkeypatch):
     assert all(t.isnan().all() for t in made)
 
 
+# ---- the backward pass -------------------------------------------------------------------------------------------------------------------
+
+PASSES = [Case("flash", "float32", 3, 20, 2, 8, work) for work in (bench.BACKWARD_PASS, bench.BOTH)]
+
+
+def test_the_backward_grid_has_each_shape_twice_and_counts_five_products_more():
+    every = bench.cases("cuda", ["float16"], [80], [512], ["opt"], backward=True)
+    assert [(case.title, case.work) for case in every] == [
+        ("opt-2.7b: float16, B 1, S 2048, 32 heads of 80, backward", "backward"),
+        ("opt-2.7b: float16, B 1, S 2048, 32 heads of 80, forward and backward", "forward and backward")]  # fmt: skip
+    forward = bench.cases("cuda", ["float16"], [80], [512], ["opt"])[0].flops
+    assert [case.flops / forward for case in every] == [2.5, 3.5]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_reference_gradients_are_those_of_attention(block, monkeypatch):
+    monkeypatch.setattr(bench, "BLOCK", block)
+    tensors = [t.double() for t in bench.inputs(PASSES[0], "cpu", 0)]
+    q, k, v, dO = (t.numpy() for t in tensors)
+    O, L = ops.attention_lse(q, k, v, 0.3)
+    for found, expected in zip(bench.plain_bwd(*tensors, 0.3), ops.attention_bwd(dO, q, k, v, O, L, 0.3), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def pair(forward=None, backward=None, refusal="", log=None):
+    """As those of bench.BACKWARD, in torch's formula."""
+    from opt_fast import attention_cuda
+
+    def told(what, call):
+        return lambda *args: (log.append(what) if log is not None else None, call(*args))[1]
+
+    return SimpleNamespace(refuses=lambda q: refusal, forward=told("forward", forward or attention_cuda.plain),
+                           backward=told("backward", backward or attention_cuda.plain_bwd))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("work", [bench.BACKWARD_PASS, bench.BOTH])
+def test_gradients_of_torch_and_of_ours_are_within_the_rule(dtype, work):
+    lanes = {name: bench.through_autograd(bench.torch_lane(name)) for name in bench.ON_CPU} | {"mine": bench.pair_lane(pair())}
+    found = bench.check(Case("flash", dtype, 2, 70, 2, 64, work), lanes, "cpu", 0)
+    assert list(found["errors"]) == ["flash", "math", "mine"]
+    assert all(0 < told["error"] <= told["allowed"] and told["of"] in ("dq", "dk", "dv") for told in found["errors"].values())
+
+
+def test_thrice_the_error_of_the_formula_and_the_rounding_of_the_result_are_allowed():
+    exact = bench.expected(PASSES[0], [t[[0, 2]] for t in bench.inputs(PASSES[0], "cpu", 1)])
+    assert list(exact) == ["dq", "dk", "dv"]
+    lanes = {"mine": bench.through_autograd(lane())}
+    told = bench.check(PASSES[0], lanes, "cpu", 0)["errors"]["mine"]
+    _, plain_error, noise = exact[told["of"]]
+    assert told["allowed"] == 3 * plain_error + noise
+
+
+@pytest.mark.parametrize("case", PASSES)
+@pytest.mark.parametrize(("i", "of"), [(0, "dq"), (1, "dk"), (2, "dv")])
+@pytest.mark.parametrize(("row", "by"), [(0, 1e-4), (-1, 1e-4), (1, torch.nan)])
+def test_one_wrong_number_of_a_gradient_is_named_and_ends_the_run(case, i, of, row, by):
+    from opt_fast import attention_cuda
+
+    def off(*args):
+        grads = attention_cuda.plain_bwd(*args)
+        grads[i][row, 7, 1, 3] += by
+        return grads
+
+    message = rf"{case.work}: {of} of mine is off by \S+, and \S+ is allowed, thrice the .*; nothing was timed"
+    with pytest.raises(ValueError, match=message):
+        bench.check(case, {"mine": bench.pair_lane(pair(backward=off))}, "cpu", 0)
+
+
+def test_alone_the_backward_pass_is_repeated_without_the_forward_pass():
+    log = []
+    alone, both = (bench.pair_lane(pair(log=log)).ready(case, bench.inputs(case, "cpu", 0)) for case in PASSES)
+    alone()
+    alone()
+    assert log == ["forward", "backward", "backward"]
+    log.clear()
+    both()
+    both()
+    assert log == ["forward", "backward"] * 2
+
+
+def test_torch_repeats_its_backward_pass_over_one_forward_pass():
+    log = []
+    counted = bench.through_autograd(lane(lambda *args: log.append("forward") or right(*args)))
+    alone, both = (counted.ready(case, bench.inputs(case, "cpu", 0)) for case in PASSES)
+    first, second, third = alone(), alone(), both()
+    assert log == ["forward"] * 2
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+def test_a_pair_is_refused_as_its_rung_and_goes_through_both_kernels(monkeypatch):
+    from opt_fast import attention_cuda, attention_numba
+
+    q, k, v, dO = bench.inputs(PASSES[0], "cpu", 0)
+    assert list(bench.BACKWARD) == list(bench.our_lanes(backward=True)) == ["numba v3", "mma"]
+    assert bench.BACKWARD["mma"].refuses(q) == attention_cuda.RUNGS["mma"].refuses(q) != ""
+    for name, module, kernel in (("numba v3", attention_numba, "v3_bwd"), ("mma", attention_cuda, "mma_bwd")):
+        seen = []
+        monkeypatch.setitem(attention_cuda.RUNGS, name, lambda *args: ("O", "L", *args)[:2])
+        monkeypatch.setattr(module, kernel, lambda *args, seen=seen: seen.extend(args) or ("dq", "dk", "dv"))
+        lane_ = bench.our_lanes(backward=True)[name]
+        assert lane_.ours
+        assert lane_.call(q, k, v, dO, 0.3) == ("dq", "dk", "dv")
+        assert all(a is b for a, b in zip(seen, (dO, q, k, v, "O", "L", 0.3), strict=True))
+
+
+def test_gradients_find_poison_too(monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "poison", lambda q, results=1: made.append(results))
+    bench.check(PASSES[0], {"mine": bench.pair_lane(pair())}, "cpu", 0)
+    assert made == [4]  # O, dq, dk, dv
+
+
+def test_a_small_run_of_the_backward_pass_on_the_cpu(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = (
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--lengths",
+        "32",
+        "64",
+        "--lanes",
+        "torch-flash",
+        "torch-math",
+        "--plot",
+        str(tmp_path / "speed.svg"),
+    )
+    assert cli.main(["bench", "attention", "--backward", *words]) == 0
+    out, _ = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert [(case["S"], case["work"]) for case in result["cases"]] == [(S, work) for S in (32, 64) for work in ("backward", "forward and backward")]
+    assert all(list(case["seconds"]) == ["torch flash", "torch math"] for case in result["cases"])
+    assert "4 B H S S D / 2, 2.5 times that for the backward pass and 3.5 times for both" in out
+    assert "heads of 64, forward and backward\n" in out
+    drawn = (tmp_path / "speed.svg").read_text()
+    assert all(f"<!-- TFLOP/s, causal {work} -->" in drawn for work in ("backward", "forward and backward"))
+
+
 # ---- who takes part ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +580,25 @@ def test_a_whole_run(rungs, capsys, tmp_path):
     assert err.count("numba v1 is left out: computes in float16") == 1
     assert "  mma             " in out
     assert "mma is 1.50 (1.50 to 1.50) x as fast" in out
+
+
+def test_a_whole_run_of_the_backward_pass(rungs, gpu, monkeypatch, capsys):
+    def gradients(dO, q, k, v, O, L, scale):
+        gpu.work("backward", 0.05)
+        return bench.plain_bwd(q, k, v, dO, scale)
+
+    rung = Rung(gpu, 0.02)
+    monkeypatch.setattr(bench, "BACKWARD", {"mma": SimpleNamespace(refuses=rung.refuses, forward=rung, backward=gradients)})
+    words = ("--dtypes", "float16", "--lengths", "8", "--head-dims", "8", "--grid", "flash", "--rounds", "2", "--seed", "7", "--lanes", "mma")
+    assert cli.main(["bench", "attention", "--backward", *words]) == 0
+    alone, both = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert alone["seconds"] == {"mma": pytest.approx([0.05] * 2)}
+    assert both["seconds"] == {"mma": pytest.approx([0.07] * 2)}
+    assert (alone["work"], both["work"]) == ("backward", "forward and backward")
+    assert alone["tflops"]["mma"][0] == pytest.approx(2.5 * 4 * 8 * 4 * 8 * 8 * 8 / 2 / 0.05 / 1e12)
+    last = len(gpu.queue) - gpu.queue[::-1].index("backward")
+    before = gpu.queue[:last][-20:]
+    assert before == [*["fill"] * 18, "event", "rung", "backward"][-20:]  # a head start of three times 300 µs
 
 
 def test_a_wrong_lane_ends_the_run_before_anything_is_timed(rungs, gpu, monkeypatch, capsys):
