@@ -120,8 +120,8 @@ class Kernel:
         """Arguments are NumPy arrays or None for pointers, numbers, and ctypes structures, tensor_map's among them; arrays that are not writeable
         must not be written.
 
-        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's, and what sm90.cuh names. What is asynchronous happens
-        when it is waited for or, `early`, when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
+        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's, and what sm90.cuh names. What is asynchronous
+        happens when it is waited for or, `early`, when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
         """
         if len(arguments) != len(self.types):
             raise TypeError(f"{self.name} has {len(self.types)} parameters: {', '.join(self.types)}; {len(arguments)} were given")

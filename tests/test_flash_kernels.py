@@ -82,9 +82,10 @@ def test_it_computes_attention(kernel, T, S, Dh, dtype):
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 def test_places_for_tiles_are_filled_again_and_again(kernel, Dh):
     q, k, v = inputs(1, 200, 1000, 1, Dh, torch.float16)
-    late, early = emulated(kernel, q, k, v, Dh**-0.5, seed=3), emulated(kernel, q, k, v, Dh**-0.5, seed=4, early=True, races=False)
-    assert within_the_rule(late, q, k, v, Dh**-0.5)
-    assert torch.equal(late[0], early[0])
+    O, L = emulated(kernel, q, k, v, Dh**-0.5, early=True, races=False)
+    assert within_the_rule((O, L), q, k, v, Dh**-0.5)
+    for seed in range(8):  # orders in which warps run and copies land: some mistakes show in every fourth
+        assert torch.equal(emulated(kernel, q, k, v, Dh**-0.5, seed=seed)[0], O)
 
 
 @needs_compiler

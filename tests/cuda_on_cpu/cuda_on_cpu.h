@@ -1,11 +1,11 @@
 // CUDA C++ for g++: a block's threads as fibres, so that a kernel's own source runs on a CPU, warp by warp. ../cuda_emulator.py compiles it.
 //
 // What a kernel may use; anything else does not compile:
-//   __global__ __device__ __host__ __forceinline__ __launch_bounds__ __restrict__ __align__(n), #pragma unroll (both change nothing here)
+//   __global__ __device__ __host__ __forceinline__ __restrict__ __align__(n); __launch_bounds__ __grid_constant__ #pragma unroll do nothing here
 //   extern __shared__ __align__(16) T name[];    any T and name, in a function or outside
 //   __shared__ T name[n];                        in a function, one name; cuda_emulator.py rewrites these two forms of __shared__
 //   threadIdx blockIdx blockDim gridDim; uint2 uint3 uint4 int2 int4 float2 float4 dim3 and their make_…
-//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __ldg; what mma.cuh has
+//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __ldg; what mma.cuh and sm90.cuh have
 //   fmaxf fminf fabsf fmaf expf exp2f logf log2f sqrtf, __expf __logf __log2f __fdividef rsqrtf, min, max, INFINITY,
 //   __float_as_int __int_as_float __float_as_uint __uint_as_float
 //
@@ -42,6 +42,7 @@ int ilogb(double);
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct uint2 { unsigned x, y; } __align__(8);
@@ -66,12 +67,12 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+constexpr unsigned WARP = 32, GROUP = 128, MOST_THREADS = 1024;  // threads of a warp, of a warpgroup, of a block
 constexpr unsigned SHARED_BASE = 1024;  // where dynamic shared memory begins for PTX: an address of 0 is nobody's
 constexpr unsigned SHARED_MOST = 227 * 1024, FIXED_MOST = 48 * 1024;  // bytes of a block on compute capability 9.0
 constexpr size_t PAGE = 4096, STACK = 64 * 1024, GUARD = 1 << 20;
 
-using Perform = void (*)(void* const* operands);  // one warp-wide instruction, given its 32 lanes' operands
+using Perform = void (*)(void* const* operands);  // one instruction of a warp or a warpgroup, given its lanes' operands
 
 template <class T>
 struct Array {  // the little of std::vector that is needed, for plain structures
@@ -102,6 +103,13 @@ struct Copy {  // a cp.async that has not landed yet
   unsigned group;
 };
 
+struct Thread;
+
+struct Event {  // what a single thread may wait for
+  bool (*happened)(const Thread&);
+  void (*tell)(const Thread&, char* text, size_t size);  // what is still missing
+};
+
 struct Thread {
   void* stack_pointer;
   ucontext_t context;  // where the processor is not x86-64
@@ -110,7 +118,12 @@ struct Thread {
   bool exited;
   const char* waits_at;  // nullptr while it can run
   Perform perform;       // nullptr at __syncthreads
+  bool whole_group;      // its warpgroup's four warps stop there, not only its own,
+  Perform first;         // and the first of them does this, or nothing
   void* operands;
+  const Event* event;  // what it waits for by itself, or nullptr
+  unsigned place;      // which one,
+  uint64_t phase;      // and which of its phases
   const void* site;  // the code that asked for the instruction
   unsigned groups;   // committed so far
   Array<Copy> copies;
@@ -132,8 +145,19 @@ struct Region {  // one for each array
   unsigned argument;
 };
 
+struct Engine {  // what works beside the threads: sm90.cuh's
+  void (*begin)();  // a block begins
+  void (*step)();   // a warp is about to run
+  bool (*idle)();   // none can run: does something about it, or says false
+  void (*end)();    // all threads have exited
+};
+
+enum Warp { RUNS, ALONE, AT_BARRIER, AT_GROUP, GONE };  // ALONE: some lanes wait for an event
+
 static Thread threads[MOST_THREADS], scheduler;
 static Thread* current;
+static Warp warps[MOST_THREADS / WARP];
+static Engine engine;
 static unsigned count, shared_bytes, barriers, warp_barriers[MOST_THREADS / WARP];
 static char *stacks, *shared_memory, *fixed_memory;
 static size_t fixed_bytes;  // of __shared__ T name[n], as far as the kernel has met them
@@ -144,7 +168,7 @@ static unsigned region_count;
 static uint64_t state;
 static void (*body)();  // the kernel with its arguments
 static sigjmp_buf escape;
-static char message[1024];
+static char message[4096];
 static const void* failed_at;
 
 inline unsigned drawn(unsigned n) {  // splitmix64: below n
@@ -219,64 +243,126 @@ inline void start(Thread& t) {
 #endif
   t.exited = false;
   t.waits_at = nullptr;
+  t.event = nullptr;
   t.groups = 0;
   t.copies.count = 0;
 }
 
-// Stops here until all lanes of the warp (perform) or all threads of the block (nullptr) stop at the same instruction.
-__attribute__((noinline)) inline void together(const char* name, Perform perform, void* operands) {
+// Stops here until all lanes of the warp or the warpgroup (perform) or all threads of the block (nullptr) stop at the same instruction.
+__attribute__((noinline)) inline void together(const char* name, Perform perform, void* operands, bool whole_group = false, Perform first = nullptr) {
   current->waits_at = name;
   current->perform = perform;
+  current->whole_group = whole_group;
+  current->first = first;
   current->operands = operands;
   current->site = __builtin_return_address(0);
   switch_to(*current, scheduler);
 }
 
+// Stops this thread, and no other, until an event has happened.
+inline void alone(const char* name, const void* site, const Event& event, unsigned place, uint64_t phase) {
+  current->waits_at = name;
+  current->site = site;
+  current->event = &event;
+  current->place = place;
+  current->phase = phase;
+  switch_to(*current, scheduler);
+}
+
 // ---- the scheduler ----------------------------------------------------------------------------------------------------------------------
 
-enum Warp { RUNS, AT_BARRIER, GONE };
+inline bool can_go_on(const Thread& t) { return !t.exited && (!t.waits_at || (t.event && t.event->happened(t))); }
 
-inline void run_lanes(Thread* lanes) {  // each up to its next warp-wide instruction, in an order of the seed's
+inline bool can_run(unsigned warp) {
+  if (warps[warp] != ALONE) return warps[warp] == RUNS;
+  for (unsigned i = 0; i < WARP; ++i)
+    if (can_go_on(threads[warp * WARP + i])) return true;
+  return false;
+}
+
+inline void run_lanes(Thread* lanes) {  // each up to where it stops next, in an order of the seed's
   unsigned first = drawn(WARP), step = 2 * drawn(WARP / 2) + 1;
   for (unsigned i = 0; i < WARP; ++i) {
     Thread& t = lanes[(first + i * step) % WARP];
-    if (t.exited) continue;
+    if (!can_go_on(t)) continue;
+    t.waits_at = nullptr;
+    t.event = nullptr;
     current = &t;
     threadIdx = t.index;
     switch_to(scheduler, t);
   }
 }
 
+inline void let_go(unsigned warp) {
+  for (unsigned i = 0; i < WARP; ++i) threads[warp * WARP + i].waits_at = nullptr;
+  warps[warp] = RUNS;
+}
+
+// A warp stands at its warpgroup's instruction: the last of the four to come does it for all.
+inline Warp meet(Thread& t) {
+  unsigned first = t.id / GROUP * GROUP, here = 0;
+  if (first + GROUP > count) fail(t, t.site, "waits at %s; the block has %u threads, and so no whole warpgroup here", t.waits_at, count);
+  for (unsigned w = first / WARP; w < (first + GROUP) / WARP; ++w) {
+    const Thread& other = threads[w * WARP];
+    if (warps[w] == GONE) fail(t, t.site, "waits at %s, which warp %u of its warpgroup never reaches: it has exited", t.waits_at, w);
+    if (w != t.id / WARP && warps[w] != AT_GROUP) continue;
+    ++here;
+    if (other.perform != t.perform)
+      fail(t, t.site, "waits at %s while warp %u of its warpgroup waits at %s", t.waits_at, w, other.waits_at);
+  }
+  if (here == 1 && t.first) t.first(&t.operands);
+  if (here < GROUP / WARP) return AT_GROUP;
+  void* operands[GROUP];
+  for (unsigned i = 0; i < GROUP; ++i) operands[i] = threads[first + i].operands;
+  t.perform(operands);
+  for (unsigned w = first / WARP; w < (first + GROUP) / WARP; ++w) let_go(w);
+  return RUNS;
+}
+
 // All lanes have stopped: they do together what they all stopped at, or it is an error.
 inline Warp settle(Thread* lanes) {
   Thread *waits = nullptr, *other = nullptr, *gone = nullptr;
+  bool some_alone = false;
   for (unsigned i = 0; i < WARP; ++i) {
     if (lanes[i].exited) gone = &lanes[i];
+    else if (lanes[i].event) some_alone = true;
     else if (!waits) waits = &lanes[i];
     else if (lanes[i].perform != waits->perform) other = &lanes[i];
   }
+  if (some_alone) return ALONE;
   if (!waits) return GONE;
   if (gone) fail(*waits, waits->site, "waits at %s, which lane %u never reaches: it has exited", waits->waits_at, gone->id % WARP);
   if (other) fail(*waits, waits->site, "waits at %s while lane %u of its warp waits at %s", waits->waits_at, other->id % WARP, other->waits_at);
   if (!waits->perform) return AT_BARRIER;
+  if (waits->whole_group) return meet(lanes[0]);
   void* operands[WARP];
   for (unsigned i = 0; i < WARP; ++i) operands[i] = lanes[i].operands;
   waits->perform(operands);
-  for (unsigned i = 0; i < WARP; ++i) lanes[i].waits_at = nullptr;
+  let_go(lanes[0].id / WARP);
   return RUNS;
 }
 
 // A warp runs for a while, 1 to 1024 instructions, so that warps drift apart as far as barriers let them.
-inline Warp run_for_a_while(Thread* lanes) {
-  Warp warp = RUNS;
-  for (unsigned n = 1u << drawn(11); n > 0 && warp == RUNS; --n) {
-    run_lanes(lanes);
-    warp = settle(lanes);
+inline void run_for_a_while(unsigned warp) {
+  for (unsigned n = 1u << drawn(11); n > 0 && can_run(warp); --n) {
+    run_lanes(threads + warp * WARP);
+    warps[warp] = settle(threads + warp * WARP);
   }
-  return warp;
 }
 
-[[noreturn]] inline void fail_at_barrier(const Warp* warps, unsigned n) {
+// What a warp waits for, in words.
+inline const Thread& tell_wait(unsigned warp, char* text, size_t size) {
+  const Thread* waits = nullptr;
+  for (unsigned i = 0; i < WARP; ++i) {
+    const Thread& t = threads[warp * WARP + i];
+    if (!t.exited && (!waits || (t.event && !waits->event))) waits = &t;
+  }
+  if (waits->event) waits->event->tell(*waits, text, size);
+  else snprintf(text, size, "%s%s", waits->waits_at, waits->whole_group && waits->perform ? " with the rest of its warpgroup" : "");
+  return *waits;
+}
+
+[[noreturn]] inline void fail_at_barrier(unsigned n) {
   unsigned left = 0, waits = 0;
   while (warps[left] != GONE) ++left;
   while (waits < n && warps[waits] != AT_BARRIER) ++waits;
@@ -284,20 +370,56 @@ inline Warp run_for_a_while(Thread* lanes) {
   fail(t, t.site, "deadlock: waits at __syncthreads, which warp %u never reaches: it has exited", left);
 }
 
-inline void run_block() {
-  unsigned n = count / WARP, running = n, gone = 0;
-  Warp warps[MOST_THREADS / WARP] = {};
-  while (running > 0) {
-    unsigned w = drawn(n);
-    if (warps[w] != RUNS) continue;
-    warps[w] = run_for_a_while(threads + w * WARP);
-    running -= warps[w] != RUNS;
-    gone += warps[w] == GONE;
-    if (running > 0 || gone == n) continue;
-    if (gone > 0) fail_at_barrier(warps, n);
+[[noreturn]] inline void fail_in_deadlock(unsigned n) {
+  static char waits[MOST_THREADS / WARP][256];
+  char text[3000] = "";
+  size_t used = 0;
+  const Thread* first = nullptr;
+  for (unsigned w = 0; w < n; ++w) {
+    *waits[w] = 0;
+    if (warps[w] == GONE) continue;
+    const Thread& t = tell_wait(w, waits[w], sizeof waits[w]);
+    if (!first) first = &t;
+  }
+  for (unsigned w = 0; w < n; ++w) {  // those that wait for the same together
+    if (!*waits[w]) continue;
+    used += size_t(snprintf(text + used, sizeof text - used, "; warp %u", w));
+    for (unsigned i = w + 1; i < n; ++i)
+      if (!strcmp(waits[i], waits[w])) used += size_t(snprintf(text + used, sizeof text - used, ", %u", i)), *waits[i] = 0;
+    used += size_t(snprintf(text + used, sizeof text - used, ": %s", waits[w]));
+    if (used + 500 > sizeof text) break;
+  }
+  fail(*first, first->site, "deadlock: nothing can happen any more%s", text);
+}
+
+// No warp can run: a barrier that all have reached opens, or the machine beside the threads goes on, or it is an error.
+inline void resolve(unsigned n) {
+  unsigned at_barrier = 0, gone = 0;
+  for (unsigned w = 0; w < n; ++w) at_barrier += warps[w] == AT_BARRIER, gone += warps[w] == GONE;
+  if (at_barrier == n) {
     ++barriers;
-    for (unsigned i = 0; i < n; ++i) warps[i] = RUNS;
-    running = n;
+    for (unsigned w = 0; w < n; ++w) let_go(w);
+  } else if (engine.idle && engine.idle()) {
+  } else if (at_barrier + gone == n) fail_at_barrier(n);
+  else fail_in_deadlock(n);
+}
+
+inline void run_block() {
+  unsigned n = count / WARP, stuck = 0;
+  for (unsigned w = 0; w < n; ++w) warps[w] = RUNS;
+  for (;;) {
+    unsigned w = drawn(n), gone = 0;
+    if (engine.step) engine.step();
+    if (can_run(w)) {
+      run_for_a_while(w);
+      stuck = 0;
+    } else if (++stuck > n) {  // perhaps all of them: look
+      bool some = false;
+      for (unsigned i = 0; i < n; ++i) some |= can_run(i), gone += warps[i] == GONE;
+      if (gone == n) return;
+      if (!some) resolve(n);
+      stuck = 0;
+    }
   }
 }
 
@@ -394,7 +516,7 @@ inline void where(char* text, size_t size, const char* p) {
   if (p < reinterpret_cast<char*>(PAGE)) snprintf(text, size, "through a null pointer or a misaligned one");
   else if (p >= shared_memory && p < shared_memory + SHARED_MOST + GUARD)
     snprintf(text, size, "%zd bytes from the start of dynamic shared memory, which has %u", p - shared_memory, shared_bytes);
-  else if (p >= stacks && p < stacks + MOST_THREADS * STACK) snprintf(text, size, "beyond its stack of %zu bytes", STACK);
+  else if (p >= stacks && p < stacks + count * STACK) snprintf(text, size, "beyond its stack of %zu bytes", STACK);
   else {
     snprintf(text, size, "%p, far from every array", static_cast<const void*>(p));
     for (unsigned i = 0; i < region_count; ++i)
@@ -460,9 +582,11 @@ inline void begin_block(unsigned block) {
     start(threads[i]);
   }
   current = threads;
+  if (engine.begin) engine.begin();
 }
 
 inline void end_block() {
+  if (engine.end) engine.end();
   for (size_t i = shared_bytes; i < pages(shared_bytes); ++i)
     if (shared_memory[i] != char(0xFF))
       fail(threads[0], nullptr, "some thread wrote %zu bytes from the start of dynamic shared memory, which has %u", i, shared_bytes);
@@ -478,16 +602,18 @@ inline const char* refused() {
   return text;
 }
 
-inline void open_memory() {
-  if (!stacks) {
+inline bool open_memory() {
+  if (!fixed_memory) {
     fixed_memory = reserve(FIXED_MOST);
+    if (!fixed_memory) return false;
     memset(fixed_memory, 0xFF, FIXED_MOST);
-    stacks = reserve(MOST_THREADS * STACK);
-    for (unsigned i = 0; i < MOST_THREADS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
   }
+  stacks = reserve(count * STACK);
+  if (!stacks || !dynamic_shared()) return false;
+  for (unsigned i = 0; i < count; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
   size_t opened = pages(shared_bytes);
   mprotect(dynamic_shared(), SHARED_MOST + GUARD, PROT_NONE);
-  mprotect(dynamic_shared(), opened, PROT_READ | PROT_WRITE);
+  return mprotect(dynamic_shared(), opened, PROT_READ | PROT_WRITE) == 0;
 }
 
 inline void run_grid() {
@@ -514,9 +640,16 @@ struct Launch {
 
 static void* const* values;
 
+template <class P>
+std::remove_cv_t<P> value(const void* from) {  // which need not be aligned as a P is
+  std::remove_cv_t<P> x;
+  memcpy(static_cast<void*>(&x), from, sizeof x);
+  return x;
+}
+
 template <class... P, size_t... I>
 void call(void (*kernel)(P...), std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_cv_t<P>*>(values[I])...);
+  kernel(value<P>(values[I])...);
 }
 
 // nullptr, or what is wrong; *site is then where in this library.
@@ -526,12 +659,13 @@ const char* launch(void (*)(P...), const Launch& l, const void** site) {
   state = l.seed, races = l.races, early = l.early, count = blockDim.x * blockDim.y * blockDim.z;
   body = [] { call(kernel, std::index_sequence_for<P...>()); };
   if (const char* text = refused()) return text;
-  open_memory();
+  if (!open_memory()) return "no memory for the threads' stacks and shared memory";
   static Faults faults;
   faults.take();
   bool failed = sigsetjmp(escape, 1);
   if (!failed) run_grid();
   faults.give_back();
+  munmap(stacks, count * STACK);  // each closed page of theirs counts towards what a process may have, and there may be many kernels
   Dl_info library;
   *site = nullptr;
   if (failed && failed_at && dladdr(failed_at, &library))
