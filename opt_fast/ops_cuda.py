@@ -20,6 +20,7 @@ from opt_np.ops import LAYER_NORM_EPS, group_size
 from opt_np.tree import map_leaves
 
 __all__ = ["attention_bwd", "attention_lse"]  # which stand elsewhere
+# What the classes and train ask a backend for, and take from opt_np where it has none of its own.
 losses, default_rng = train_cuda, train_cuda.Random
 loss_and_grads, clip_by_global_norm, adamw_step = train_cuda.loss_and_grads, train_cuda.clip_by_global_norm, train_cuda.adamw_step
 

@@ -42,17 +42,16 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     """
     from opt_fast import ops_cuda  # which imports this module
 
-    input_ids, labels = id_array(input_ids), np.asarray(labels)
+    input_ids, labels = id_array(input_ids), host(labels)
     leaves = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in flatten(params).items()}  # the caller's stay as they are
     params = unflatten(leaves)
-    looked_up = leaves["embed_tokens.weight"].view_as(leaves["embed_tokens.weight"])
-    if (
-        cfg.pad_token_id is not None and looked_up.requires_grad
-    ):  # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
+    tokens = params["embed_tokens"]
+    looked_up = tokens["weight"].view_as(tokens["weight"])
+    if looked_up.requires_grad and cfg.pad_token_id is not None:
+        # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
         looked_up.register_hook(lambda g: g.index_fill(0, torch.tensor([cfg.pad_token_id], device=g.device), 0))
-    h, _ = grad.decoder_fwd(
-        {**params, "embed_tokens": {**params["embed_tokens"], "weight": looked_up}}, input_ids, cfg, attention_mask, rng, ops or ops_cuda
-    )
+    read = {**params, "embed_tokens": {**tokens, "weight": looked_up}}
+    h, _ = grad.decoder_fwd(read, input_ids, cfg, attention_mask, rng, ops or ops_cuda)
     loss = HEADS[head](h, params, input_ids, labels, cfg, num_items)
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return float(loss.detach()), unflatten(dict(zip(leaves, grads, strict=True)))
