@@ -46,7 +46,15 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with mistakes told in one line; subcommands get this class too."""
+    """argparse, with mistakes told in one line; subcommands get this class too. `fill`, if given, adds its options once the command is chosen."""
+
+    fill: Any = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self.fill = self.fill, None
+        if fill:
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -387,11 +395,15 @@ def train(**args: Any) -> None:
 
 
 def add_bench(commands: Any) -> None:
+    p = add_command(commands, "bench", bench, "Measure speed against what people use, once all agree on the results.")
+    p.fill = fill_bench  # type: ignore[attr-defined]  # every other command would wait for what it imports
+
+
+def fill_bench(p: argparse.ArgumentParser) -> None:
     from opt_fast import bench as cpu
     from opt_fast import bench_attention as attention
     from opt_fast import bench_hf as hf
 
-    p = add_command(commands, "bench", bench, "Measure speed against what people use, once all agree on the results.")
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
     cpu.add_options(add_command(kinds, "cpu", bench, "Measure speed and memory against the engines for CPUs, once all agree on the results."))
     attention.add_options(add_command(kinds, "attention", bench, "Measure our attention on a GPU against torch's, once all are right."))
