@@ -165,10 +165,7 @@ def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None
         seconds = measure(case, {name: chosen[name] for name in found["errors"]}, found["left_out"], clock, rounds, seed)
         result["cases"].append(summary(case, seconds, chosen, limits["matmul"][case.dtype]) | found)
     result["state_after"] = nvidia_smi(clock)
-    print("\n".join(table(result)))
-    print(line := json.dumps(result), flush=True)
-    if json_file:
-        Path(json_file).write_text(line + "\n", encoding="utf-8")
+    tell(table(result), result, json_file)
     if plot:
         draw(plot, result)
 
@@ -178,9 +175,22 @@ def check_options(rounds: int, head_dims: Iterable[int], lengths: Iterable[int],
         for value in values:
             if value < 1:
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
+    check_files(plot, json_file)
+
+
+def check_files(plot: str | None, json_file: str | None) -> None:
+    """Raises ValueError for what could not be written in the end."""
     check_plot(plot)
     if json_file and not Path(json_file).parent.is_dir():
         raise ValueError(f"--json {json_file}: {Path(json_file).parent} is no folder")
+
+
+def tell(lines: list[str], result: dict[str, Any], json_file: str | None) -> None:
+    """For people, then the line of JSON, also into a file where one is asked for."""
+    print("\n".join(lines))
+    print(line := json.dumps(result), flush=True)
+    if json_file:
+        Path(json_file).write_text(line + "\n", encoding="utf-8")
 
 
 def need_device(device: str) -> None:
@@ -579,15 +589,23 @@ def summary(case: Case, seconds: dict[str, list[float]], lanes: dict[str, Lane],
 
 
 def described(clock: Clock) -> dict[str, Any]:
-    """bench.machine, and the GPU."""
+    """What was measured on."""
     import torch
 
-    found = machine(torch.get_num_threads()) | {"device": clock.device, "float32_products": torch.get_float32_matmul_precision()}
-    if clock.device == "cpu":
+    found = with_gpu(clock.device) | {"float32_products": torch.get_float32_matmul_precision()}
+    return found if clock.device == "cpu" else found | {"multiprocessors": clock.properties.multi_processor_count}
+
+
+def with_gpu(device: str) -> dict[str, Any]:
+    """bench.machine, the device, and the GPU with the versions of what drives it."""
+    import torch
+
+    found = machine(torch.get_num_threads()) | {"device": device}
+    if device == "cpu":
         return found
-    names = {"gpu": clock.properties.name, "memory": clock.properties.total_memory, "multiprocessors": clock.properties.multi_processor_count}
+    card: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found | names | {"versions": found["versions"] | versions}
+    return found | {"gpu": card.name, "memory": card.total_memory, "versions": found["versions"] | versions}
 
 
 def nvidia_smi(clock: Clock) -> dict[str, str]:

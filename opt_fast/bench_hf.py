@@ -8,19 +8,17 @@ HF's diagrams, a forward pass of opt-2.7b and opt-350m against its length, come 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opt_fast.bench import check_plot, machine, say
-from opt_fast.bench_attention import free_cached, wait
+from opt_fast.bench import say
+from opt_fast.bench_attention import check_files, free_cached, tell, wait, with_gpu
 from opt_np.config import OPTConfig
 
 TABLES = ("training", "inference", "diagrams")
@@ -81,7 +79,7 @@ def run(what: str, device: str, tables: Iterable[str] | None = None, seed: int |
     hf.register()
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     tables = [table for table in TABLES if table in (tables or TABLES)]
-    result: dict[str, Any] = {"what": what, "seed": seed, "dtype": "float16", "machine": described(device), "new_tokens": NEW_TOKENS[device]}
+    result: dict[str, Any] = {"what": what, "seed": seed, "dtype": "float16", "machine": with_gpu(device), "new_tokens": NEW_TOKENS[device]}
     result |= {"options": options, "checks": {}, "tables": {table: [] for table in tables}}
     for size in dict.fromkeys(size for table in tables for model in [MODELS[table]] for size in model):
         say(f"making opt-{size}'s shape with random weights")
@@ -94,10 +92,7 @@ def run(what: str, device: str, tables: Iterable[str] | None = None, seed: int |
             result["tables"][table] += rows(table, size, model, left_out, device, seed, **options)
         del model
         free_cached(device)
-    print("\n".join(markdown(result)))
-    print(line := json.dumps(result), flush=True)
-    if json_file:
-        Path(json_file).write_text(line + "\n", encoding="utf-8")
+    tell(markdown(result), result, json_file)
     if plot:
         draw(plot, result)
 
@@ -110,9 +105,7 @@ def check_options(options: dict[str, Any], plot: str | None, json_file: str | No
                 raise ValueError(f"--{name} is {value}; it must be at least 1")
     if max(options["lengths"]) > most:
         raise ValueError(f"--lengths is {max(options['lengths'])}; OPT has {most} positions")
-    check_plot(plot)
-    if json_file and not Path(json_file).parent.is_dir():
-        raise ValueError(f"--json {json_file}: {Path(json_file).parent} is no folder")
+    check_files(plot, json_file)
 
 
 def need_device(device: str) -> None:
@@ -127,17 +120,6 @@ def need_device(device: str) -> None:
         import opt_fast.attention_cuda  # noqa: F401
     except ImportError as error:
         raise ValueError(f"our attention cannot be imported: {error}; pip install 'opt-np[cuda]' brings what it needs") from None
-
-
-def described(device: str) -> dict[str, Any]:
-    import torch
-
-    found = machine(torch.get_num_threads()) | {"device": device}
-    if device == "cpu":
-        return found
-    card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    versions = found["versions"] | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found | {"gpu": card.name, "memory": card.total_memory, "versions": versions}
 
 
 # ---- the models --------------------------------------------------------------------------------------------------------------------------
