@@ -28,12 +28,18 @@ def sm90(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = 
 
 def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
     """Runs a forward kernel of CUDA C++ on torch's current stream."""
-    B, T, H, Dh = q.shape
-    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    B, T, H, _ = q.shape
+    O, L = results(q)
     if O.numel():
         q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
         run(kernel, q, f"{kernel.name}.cu", kernel.name, (-(-T // kernel.Br), H, B), kernel.arguments(q, k, v, O, L, scale, ranges))
     return O, L.swapaxes(1, 2)
+
+
+def results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for O, (B, T, H, Dh), and L, (B, H, T)."""
+    B, T, H, _ = q.shape
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
 
 
 def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
@@ -63,7 +69,7 @@ def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | N
     from opt_fast.attention_numba import split_count
 
     (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaDecode(q.shape[-1])
-    O, L = torch.empty((B, T, H, Dh), dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    O, L = results(q)
     if O.numel():
         pieces = max(-(-S // kernel.keys), 1)
         places = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # blocks at a time

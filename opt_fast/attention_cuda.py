@@ -37,9 +37,7 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = N
     Raises ValueError for shapes, dtypes or devices that do not fit each other, and for a scale that is not positive. Backward: attention_bwd.
     """
     check(q, k, v, scale)
-    visible = getattr(layout, "visible", None)
-    seen = None if visible is None else on_device(visible, q.shape[1], q.device)
-    return Attention.apply(q, k, v, scale, seen)
+    return Attention.apply(q, k, v, scale, seen_of(layout, q))
 
 
 def attention_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
@@ -49,8 +47,7 @@ def attention_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Ten
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    visible = getattr(layout, "visible", None)
-    return compute_bwd(dO, q, k, v, O, L, scale, None if visible is None else on_device(visible, q.shape[1], q.device))
+    return compute_bwd(dO, q, k, v, O, L, scale, seen_of(layout, q))
 
 
 class Attention(torch.autograd.Function):
@@ -82,7 +79,7 @@ def compute(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) ->
     if not on_gpu(q):
         return plain(q, k, v, scale, seen)
     few = q.shape[1] <= MmaDecode.rows
-    if not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None):
+    if on_tensor_cores(q, seen):
         return (mma_decode if few else mma)(q, k, v, scale, None if seen is None else seen.ranges)
     from opt_fast import attention_numba
 
@@ -93,7 +90,7 @@ def compute_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tenso
     """As attention_bwd, by the kernel that suits these tensors."""
     if not on_gpu(q):
         return plain_bwd(dO, q, k, v, O, L, scale, seen)
-    if not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None):
+    if on_tensor_cores(q, seen):
         return mma_bwd(dO, q, k, v, O, L, scale, None if seen is None else seen.ranges)
     from opt_fast import attention_numba
 
@@ -106,6 +103,11 @@ def compute_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tenso
 def on_gpu(q: Tensor) -> bool:
     """Whether there is a kernel for these tensors."""
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] in TILED
+
+
+def on_tensor_cores(q: Tensor, seen: Seen | None) -> bool:
+    """Whether the kernels of CUDA C++ take these tensors and this mask."""
+    return not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -124,6 +126,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 # ---- which keys are seen -----------------------------------------------------------------------------------------------------------------
 
 _last: tuple[np.ndarray, int, torch.device, Seen] | None = None
+
+
+def seen_of(layout: Any, q: Tensor) -> Seen | None:
+    """A layout's mask for these queries, on their device; None where every key is visible."""
+    visible = getattr(layout, "visible", None)
+    return None if visible is None else on_device(visible, q.shape[1], q.device)
 
 
 def on_device(visible: np.ndarray, T: int, device: torch.device) -> Seen:

@@ -132,9 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = None)
 
 def attention_scores(q: Tensor, k: Tensor, scale: float, layout: Any = None) -> Tensor:
     """As opt_np.ops.attention_scores, for looking.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
-    visible = getattr(layout, "visible", None)
-    seen = None if visible is None else attention_cuda.on_device(visible, q.shape[1], q.device)
-    return attention_cuda.scores(q, k, scale, seen).to(q.dtype)
+    return attention_cuda.scores(q, k, scale, attention_cuda.seen_of(layout, q)).to(q.dtype)
 
 
 def softmax(scores: Tensor) -> Tensor:
