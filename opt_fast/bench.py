@@ -430,6 +430,8 @@ def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:
     ]
     if not {"avx512_bf16", "amx_bf16"} & set(where["vectors"]):
         lines.append("no bfloat16 products on this CPU: in 16 bits each engine widens as it can, and OpenVINO computes in float32")
+    else:
+        lines.append("this CPU has bfloat16 products: in bfloat16 activations are rounded too, and the limit, of float32 products, can be passed")
     if any(job.stored.startswith("int") for job in jobs):
         lines.append("int8 and int4: each engine quantises in its own way; the limit reads 1 byte or half a byte a weight, and multiplies in float32")
     for job in jobs:

@@ -5,6 +5,10 @@ The micro-kernel holds a tile of the result, rows × columns, in vector register
 where the processor can; after every BLOCK_K of them the tile is added to the result, which keeps rounding errors small. So a result depends on its
 own row and column alone, never on the batch, the tile's other rows or the number of threads. Numba cannot be told to keep a tile in registers, so
 the kernel is written in LLVM's instructions, for the vectors that Numba compiles for. Weights may be stored in 16 bits: they widen when loaded.
+
+Where the processor multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 weights do not widen: x is rounded to bfloat16 as well, as HF does in that
+type, and one instruction adds two products to a float32 sum. Panels are then (P, ⌈I/2⌉, COLUMNS) words of 32 bits, each a pair of neighbours in k,
+the first in the lower half. All else stays: the micro-kernel's k counts pairs.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from opt_fast.kernel import (
     every,
     floats,
     int16s,
+    int32s,
     intrinsic,
     load,
     loop,
@@ -48,7 +53,12 @@ class Tile(NamedTuple):
     width: int
     fused: bool  # multiply and add in one instruction, rounded once
     halves: bool  # float16 widens in one instruction
+    pairs: str  # LLVM's name for the products of two pairs of bfloat16 in each lane; "" where bfloat16 widens
     name: str
+
+
+DPBF16 = "llvm.x86.avx512bf16.dpbf16ps.512"
+EMULATED = "emulated"  # the same by other instructions: for tests, on processors that do not have it
 
 
 def best_tile() -> Tile:
@@ -56,12 +66,12 @@ def best_tile() -> Tile:
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     has = {feature.lstrip("+") for feature in features.split(",") if feature.startswith("+")}
     if "avx512f" in has:
-        return Tile(6, 4, 16, True, True, "AVX-512")  # 24 of 32 registers hold results
+        return Tile(6, 4, 16, True, True, DPBF16 if "avx512bf16" in has else "", "AVX-512")  # 24 of 32 registers hold results
     if {"avx2", "fma"} <= has:
-        return Tile(6, 2, 8, True, "f16c" in has, "AVX2")  # 12 of 16
+        return Tile(6, 2, 8, True, "f16c" in has, "", "AVX2")  # 12 of 16
     if triple.startswith(("aarch64", "arm64")):
-        return Tile(6, 4, 4, True, True, "NEON")  # 24 of 32
-    return Tile(4, 2, 4, False, False, "plain")
+        return Tile(6, 4, 4, True, True, "", "NEON")  # 24 of 32
+    return Tile(4, 2, 4, False, False, "", "plain")
 
 
 TILE = best_tile()
@@ -72,17 +82,22 @@ ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers of memory that a thread needs for a product
 PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
+PAIRS = np.dtype(np.int32)  # two bfloat16
+STORED = {bits: dtype for dtype, bits in BITS.items()} | {PAIRS: np.dtype(bfloat16)}
 
 
 class Packed:
-    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], zeros beyond O; np.asarray() gives it back."""
+    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], zeros beyond O; np.asarray() gives it back.
 
-    def __init__(self, panels: np.ndarray, out_features: int) -> None:
-        self.panels, self.shape = panels, (out_features, panels.shape[1])  # 16-bit floats as BITS
+    Pairs are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour, 0 where I has none.
+    """
+
+    def __init__(self, panels: np.ndarray, shape: tuple[int, int]) -> None:
+        self.panels, self.shape = panels, shape  # 16-bit floats as BITS, or as PAIRS
 
     @property
     def dtype(self) -> np.dtype:
-        return next((dtype for dtype, bits in BITS.items() if bits == self.panels.dtype), self.panels.dtype)
+        return STORED.get(self.panels.dtype, self.panels.dtype)
 
     @property
     def count(self) -> int:
@@ -99,13 +114,16 @@ class Packed:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a packed weight cannot be seen as an array without a copy")
-        weight = self.panels.swapaxes(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
-        return weight.view(self.dtype).astype(dtype or self.dtype)
+        P, k, _ = self.panels.shape
+        numbers = self.panels.view(self.dtype).reshape(P, k, COLUMNS, -1)  # (P, I, COLUMNS, 1) or (P, ⌈I/2⌉, COLUMNS, 2)
+        weight = numbers.swapaxes(1, 2).reshape(P * COLUMNS, k * numbers.shape[3])
+        return weight[: self.shape[0], : self.shape[1]].astype(dtype or self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the weight in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
         ids = self.checked_rows(ids)
-        return self.panels[ids // COLUMNS, :, ids % COLUMNS].view(self.dtype).astype(np.float32, copy=False)
+        found = np.ascontiguousarray(self.panels[ids // COLUMNS, :, ids % COLUMNS]).view(self.dtype)
+        return found[..., : self.shape[1]].astype(np.float32, copy=False)
 
     def checked_rows(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)
@@ -130,10 +148,12 @@ def pack(weight: np.ndarray) -> Packed:
     """The weight's panels, in its own dtype: float32, float16 or bfloat16.  weight: (O, I)"""
     weight = weight if weight.dtype in (np.float16, bfloat16) else np.asarray(weight, np.float32)
     (O, I), (numbers, row, step) = weight.shape, flat(weight)
-    panels = np.empty((math.ceil(O / COLUMNS), I, COLUMNS), numbers.dtype)
+    pairs = weight.dtype == bfloat16 and TILE.pairs
+    panels = np.empty((math.ceil(O / COLUMNS), math.ceil(I / 2) if pairs else I, COLUMNS), PAIRS if pairs else numbers.dtype)
     if panels.size:
-        (PACK32 if numbers.itemsize == 4 else PACK16)(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
-    return Packed(panels, O)
+        kernel = PACK_PAIRS if pairs else PACK32 if numbers.itemsize == 4 else PACK16
+        kernel(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
+    return Packed(panels, (O, I))
 
 
 def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, function: str | None = None) -> np.ndarray:
@@ -198,16 +218,36 @@ def _pack16(table: Any) -> None:
     _pack(table, int16s(table[ARGUMENTS]), int16s(table[ARGUMENTS + 5]))
 
 
+def _pack_pairs(table: Any) -> None:
+    """As _pack, two numbers of k in a word, with a zero after an odd I's last."""
+    a = at(table, ARGUMENTS)
+    weight, row, step, O, I, panels, P = uint16s(a[0]), a[1], a[2], a[3], a[4], int32s(a[5]), a[6]
+    words = (I + 1) // 2
+    p = claim(table, TASKS)
+    while p < P:
+        columns = min(COLUMNS, O - p * COLUMNS)
+        for i in range(words):
+            for c in range(COLUMNS):
+                first = (p * COLUMNS + c) * row + 2 * i * step
+                low = np.int64(weight[first]) if c < columns else 0
+                high = np.int64(weight[first + step]) if c < columns and 2 * i + 1 < I else 0
+                panels[(p * words + i) * COLUMNS + c] = low | high << 16
+        p = claim(table, TASKS)
+
+
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
 
 
 @njit
-def _matmul(table: Any, panels: Any) -> None:
-    """A task is a block of rows and a part of the panels; x's rows are packed so that the kernel reads them in order."""
+def _matmul(table: Any, panels: Any, per: int) -> None:
+    """A task is a block of rows and a part of the panels; x's rows are packed so that the kernel reads them in order.
+
+    The kernel's k is a number, or a pair: `per` numbers of x.
+    """
     a = at(table, ARGUMENTS)
     x, row, step, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, blocks, parts = a[9], a[10], a[11], a[12], a[13]
-    xs = memory(table)
+    xs, height = memory(table), (K + per - 1) // per
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part, groups = task % blocks * BLOCK_ROWS, task // blocks, (P + ABREAST - 1) // ABREAST
@@ -218,18 +258,22 @@ def _matmul(table: Any, panels: Any) -> None:
         whole = first + (last - first) // ROWS * ROWS
         abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
         for k in range(0, K, BLOCK_K):
-            n = min(BLOCK_K, K - k)
+            numbers = min(BLOCK_K, K - k)
+            n, block = (numbers + per - 1) // per, at(panels, k // per * COLUMNS)
             for i in range(first, last, ROWS):
-                _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
+                if per == 2:
+                    _round_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), numbers, at(xs, (i - first) * n))
+                else:
+                    _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
             for p in range(panels_from, panels_to, abreast):
                 some = min(abreast, panels_to - p)  # min(0, some) below: a plain 0 would have _tile compiled once more, for that number
                 for q in range(p, p + some):
                     for i in range(first, whole, ROWS):
-                        _tile(at(xs, (i - first) * n), at(panels, (q * K + k) * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
+                        _tile(at(xs, (i - first) * n), at(block, q * height * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
                               min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
                 wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
                 for q in range(p, p + some if whole < last else p, wide):
-                    _tile(at(xs, (whole - first) * n), at(panels, (q * K + k) * COLUMNS), (wide > 1) * K * COLUMNS, n,
+                    _tile(at(xs, (whole - first) * n), at(block, q * height * COLUMNS), (wide > 1) * height * COLUMNS, n,
                           at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
         finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
@@ -237,15 +281,19 @@ def _matmul(table: Any, panels: Any) -> None:
 
 
 def _matmul_float32(table: Any) -> None:
-    _matmul(table, floats(table[ARGUMENTS + 3]))
+    _matmul(table, floats(table[ARGUMENTS + 3]), 1)
 
 
 def _matmul_float16(table: Any) -> None:
-    _matmul(table, int16s(table[ARGUMENTS + 3]))
+    _matmul(table, int16s(table[ARGUMENTS + 3]), 1)
 
 
 def _matmul_bfloat16(table: Any) -> None:
-    _matmul(table, uint16s(table[ARGUMENTS + 3]))
+    _matmul(table, uint16s(table[ARGUMENTS + 3]), 1)
+
+
+def _matmul_pairs(table: Any) -> None:
+    _matmul(table, int32s(table[ARGUMENTS + 3]), 2)
 
 
 @njit
@@ -274,6 +322,20 @@ def _pack_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
 
 
 @njit
+def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
+    """As _pack_rows, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, a zero after an odd n's last."""
+    for r in range(ROWS):
+        whole = n // TILE.width * TILE.width if step == 1 and r < rows else 0
+        if whole:
+            round_row(at(x, r * row), whole, at(xs, r))
+        for j in range(whole // 2, (n + 1) // 2):
+            first = r * row + 2 * j * step
+            low = x[first] if r < rows else np.float32(0)
+            high = x[first + step] if r < rows and 2 * j + 1 < n else np.float32(0)
+            xs[j * ROWS + r] = pair_of(low, high)
+
+
+@njit
 def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any) -> None:
     """Adds n products to rows × columns results; by way of a scratch tile unless it is a whole one."""
     whole = rows == ROWS and columns == COLUMNS
@@ -298,7 +360,7 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
     """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
 
     y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
-    for each vector of the panels, one broadcast for each row, and their products.
+    for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
     """
     vectors, index, vector = abreast * tile.vectors, ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
 
@@ -315,8 +377,10 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
                 )
                 columns = [widened(builder, builder.gep(weights, [gap]), vector, signature.args[3].dtype, tile) for gap in gaps]
                 numbers = [broadcast(builder, builder.load(builder.gep(here, [index(r * x_row)])), vector) for r in range(rows)]
-                pairs = [(number, column) for number in numbers for column in columns]
-                return [multiply_add(builder, a, b, c, tile.fused) for (a, b), c in zip(pairs, sums, strict=True)]
+                both = [(number, column) for number in numbers for column in columns]
+                if signature.args[3].dtype == types.int32:
+                    return [pair_products(builder, a, b, c, tile) for (a, b), c in zip(both, sums, strict=True)]
+                return [multiply_add(builder, a, b, c, tile.fused) for (a, b), c in zip(both, sums, strict=True)]
 
             sums = loop(builder, n, 1, [every(vector, 0.0)] * (rows * vectors), body)
             for i, total in enumerate(sums):
@@ -333,8 +397,8 @@ many, few, one = micro_kernel(ROWS, 1, 1, ROWS), micro_kernel(FEW, 2, 1, ROWS), 
 
 
 def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) -> Any:
-    """A vector of weights in float32: bfloat16 is its upper half; float16 has an instruction of its own, or is put together here."""
-    if stored == types.float32:
+    """A vector of weights in float32: bfloat16 is its upper half; float16 has an instruction of its own, or is put together here; pairs stay."""
+    if stored in (types.float32, types.int32):
         return load(builder, address, vector)
     half, whole = (ir.VectorType(ir.IntType(size), vector.count) for size in (16, 32))
     value = load(builder, address, half)
@@ -352,5 +416,75 @@ def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) ->
     return builder.bitcast(builder.or_(number, sign), vector)
 
 
-PACK32, PACK16 = Kernel(_pack32), Kernel(_pack16)
-MATMUL = {"<f4": Kernel(_matmul_float32), "<i2": Kernel(_matmul_float16), "<u2": Kernel(_matmul_bfloat16)}
+# ---- pairs of bfloat16 -------------------------------------------------------------------------------------------------------------------
+
+
+def pair_products(builder: Any, a: Any, b: Any, c: Any, tile: Tile) -> Any:
+    """c plus, in each lane, the product of the pairs' upper halves, then that of the lower ones: VDPBF16PS.
+
+    Intel's manual defines it as two fused multiply-adds in this order, rounded to the nearest even, with subnormal numbers taken as 0 and subnormal
+    sums made 0, whatever MXCSR says. The emulation does not do the latter, so it may differ below 1.2e-38, and nowhere else by that definition.
+    """
+    words = ir.VectorType(ir.IntType(32), tile.width)
+    a, b = builder.bitcast(a, words), builder.bitcast(b, words)
+    if tile.pairs != EMULATED:  # LLVM takes words for pairs, as it once declared them itself
+        function = builder.module.globals.get(tile.pairs) or ir.Function(builder.module, ir.FunctionType(c.type, [c.type, words, words]), tile.pairs)
+        return builder.call(function, [c, a, b])
+    upper_a, upper_b = (builder.bitcast(builder.and_(pair, every(words, 0xFFFF0000)), c.type) for pair in (a, b))
+    lower_a, lower_b = (builder.bitcast(builder.shl(pair, every(words, 16)), c.type) for pair in (a, b))
+    return multiply_add(builder, lower_a, lower_b, multiply_add(builder, upper_a, upper_b, c, tile.fused), tile.fused)
+
+
+def rounded_pairs(builder: Any, numbers: Any) -> Any:
+    """A vector of float32 as half as many pairs of bfloat16, rounded to the nearest, of two as near to the even one; NaN stays NaN."""
+    words = ir.VectorType(ir.IntType(32), numbers.type.count)
+    bits = builder.bitcast(numbers, words)
+    upper = builder.lshr(bits, every(words, 16))
+    odd = builder.and_(upper, every(words, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, every(words, 0x7FFF))), every(words, 16))
+    half = builder.select(builder.fcmp_unordered("uno", numbers, numbers), builder.or_(upper, every(words, 0x40)), rounded)
+    halves = builder.trunc(half, ir.VectorType(ir.IntType(16), words.count))
+    return builder.bitcast(halves, ir.VectorType(ir.FloatType(), words.count // 2))  # a pair goes where a float32 goes
+
+
+@intrinsic
+def pair_of(typing_context, low, high):
+    """Two numbers as a pair."""
+
+    def generate(context, builder, signature, arguments):
+        numbers, place = ir.Constant(ir.VectorType(ir.FloatType(), 2), ir.Undefined), ir.IntType(32)
+        for i, number in enumerate(arguments):
+            numbers = builder.insert_element(numbers, number, place(i))
+        return builder.extract_element(rounded_pairs(builder, numbers), place(0))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
+def round_row(typing_context, x, n, xs):
+    """n numbers, whole vectors and at least one, as pairs that are ROWS apart."""
+
+    def generate(context, builder, signature, arguments):
+        x, n, xs = arguments
+        vector, index = ir.VectorType(ir.FloatType(), TILE.width), ir.IntType(64)
+
+        def body(k: Any, carried: list) -> list:
+            pairs = rounded_pairs(builder, load(builder, builder.gep(x, [k]), vector))
+            first = builder.mul(k, index(ROWS // 2))
+            for i in range(TILE.width // 2):
+                builder.store(builder.extract_element(pairs, ir.IntType(32)(i)), builder.gep(xs, [builder.add(first, index(i * ROWS))]))
+            return []
+
+        loop(builder, n, TILE.width, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, xs), generate
+
+
+PACK32, PACK16, PACK_PAIRS = Kernel(_pack32), Kernel(_pack16), Kernel(_pack_pairs)
+MATMUL = {
+    "<f4": Kernel(_matmul_float32),
+    "<i2": Kernel(_matmul_float16),
+    "<u2": Kernel(_matmul_bfloat16),
+    PAIRS.str: Kernel(_matmul_pairs),
+}  # fmt: skip

@@ -265,7 +265,8 @@ def test_weights_stored_in_16_bits_compute_as_their_float32_values(dtype, tmp_pa
     cfg, ids = small.config(), small.ids(small.config())
     stored = small.cast(small.params(cfg), dtype)
     lm = OPTForCausalLM(stored, cfg, backend="cpu")
-    np.testing.assert_allclose(lm(ids).logits, model.forward(small.cast(stored, "float32"), ids, cfg), rtol=1e-5, atol=1e-5)
+    close = 3e-2 if dtype == "bfloat16" and ops_cpu.TILE.pairs else 1e-5  # there x is rounded, too
+    np.testing.assert_allclose(lm(ids).logits, model.forward(small.cast(stored, "float32"), ids, cfg), rtol=close, atol=close)
     lm.save_pretrained(tmp_path)
     again = OPTForCausalLM.from_pretrained(tmp_path, dtype=dtype, backend="cpu")
     assert {a.dtype for name, a in flatten(again.params).items() if "norm" not in name and "bias" not in name} == {
