@@ -44,11 +44,11 @@ from opt_fast.kernel import (
     store,
     uint16s,
 )
+from opt_fast.paged_cache import PAGE
 from opt_fast.rowwise import CHUNK
 
 BQ = 96  # queries of a block in the backward pass
 BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
-PAGE = 64  # keys that stand together wherever they are
 STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)

@@ -12,7 +12,6 @@ answers the readings of all requests together, and nothing in a row's numbers de
 from __future__ import annotations
 
 import bisect
-import functools
 import math
 import threading
 from collections import deque
@@ -21,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_fast import attention_cpu, ops_cpu, program_cpu
-from opt_fast.paged_cache import PAGE, Key, Pages, Row
+from opt_fast.paged_cache import PAGE, Key, Row, pages_for
 from opt_np import generate, model
 from opt_np.config import OPTConfig
 from opt_np.generate import Request, Step
@@ -31,78 +29,10 @@ from opt_np.reader import Reading, Said
 UNREAD = 16  # steps that a request keeps with all their logits until someone takes them
 
 
-class Machine:
-    """The model over pages: one pass reads new tokens of any rows."""
-
-    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
-        self.params, self.cfg, self.pool = params, cfg, pool
-        self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
-
-    @functools.cached_property
-    def has_programs(self) -> bool:
-        return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_end(self.params, self.cfg)
-
-    def read(self, pieces: list[tuple[Row, int]]) -> None:
-        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
-        rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
-        ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
-        batch = Batch(self.pool, pieces)
-        logits: Any = None
-        x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
-        if len(ids) == len(rows) and self.has_programs:
-            x, logits = self.program(len(rows)).run(x, self.pool.bases, batch.slots, batch.rows)
-        else:
-            x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
-        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
-        if done and (logits is None or len(done) < len(rows)):
-            logits = self.logits(x[ends[done] - 1])
-        hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
-        for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
-            row.wrote(count)
-            if row.hidden is not None:
-                row.hidden.append(h)
-        for i, place in enumerate(done):
-            rows[place].logits = logits, i
-
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        """x: (N, D)  ->  (N, V)"""
-        return np.asarray(model.lm_logits(self.params, self.final(x)[None], ops_cpu))[0].astype(np.float32, copy=False)
-
-    def final(self, x: np.ndarray) -> np.ndarray:
-        return model.final(self.params, x, self.cfg, ops_cpu, model.no_tap)
-
-    def program(self, B: int) -> program_cpu.Program:
-        if B not in self.programs:
-            self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.params)
-        return self.programs[B]
-
-
-class Batch:
-    """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
-
-    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
-        self.pool, step = pool, pool.size // PAGE
-        where = [(row.pages[n // PAGE] * pool.size + n % PAGE * step, n) for row, count in pieces for n in range(row.length, row.length + count)]
-        self.slots, self.positions = np.array(where).T  # (N), (N)
-        table, first = [], 0
-        for row, count in pieces:
-            table.append((first, count, row.length + count, row.address, 0))
-            first += count
-        self.rows = attention_cpu.Rows(np.array(table), step, tuple(pieces))
-
-    def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
-        keys, values = self.pool.keys[i], self.pool.values[i]
-        attention_cpu.write(k, v, keys, values, self.slots)
-        return keys, values
-
-    def advance(self, _: int) -> None: ...
-
-
 class Reader:
     """opt_np.reader.Reader over pages: rows without their padding. What rows have in common from their beginning on is read once, and shared."""
 
-    def __init__(self, machine: Machine, first: int) -> None:
+    def __init__(self, machine: Any, first: int) -> None:
         self.machine, self.first = machine, first
         self.rows: list[Row] = []
         self.answered = first  # so many columns of the ids
@@ -224,24 +154,23 @@ class Engine:
 
     pages        for keys and values; by default as many as max_batch rows of the full context need. Memory is taken when it is first used
     max_batch    rows that are continued in a round; where there are more, they take turns
-    dtype        of keys and values: float32; float16 and bfloat16 take half the memory, and then results differ from model.generate's
+    dtype        of keys and values. On the CPU float32; float16 and bfloat16 take half the memory, and then results differ from model.generate's.
+                 On a GPU the model's own, and no other
     chunk        tokens of prompts that are read in a round, at most: so long does a prompt hold up the others
 
     The model's parameters must stay as they are. Raises ValueError.
     """
 
-    def __init__(self, model: Any, pages: int | None = None, max_batch: int = 16, dtype: str = "float32", chunk: int = 256) -> None:
-        if model.ops is not ops_cpu:
-            raise ValueError(f"the engine runs on backend 'cpu', and this model's is {model.ops.__name__}; load it with backend='cpu'")
+    def __init__(self, model: Any, pages: int | None = None, max_batch: int = 16, dtype: str | None = None, chunk: int = 256) -> None:
+        if not hasattr(model.ops, "machine"):
+            raise ValueError(f"the engine runs on backends 'cpu' and 'cuda', and this model's is {model.ops.__name__}; load it with one of them")
         for name, value, least in (("pages", pages, 1), ("max_batch", max_batch, 1), ("chunk", chunk, PAGE)):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
         self.model, self.max_batch, self.chunk = model, max_batch, chunk
-        whole = math.ceil(model.config.max_position_embeddings / PAGE)
-        self.pool = Pages(model.config, max_batch * whole if pages is None else pages, dtype)
-        self.machine = Machine(model.params, model.config, self.pool)
+        whole = pages_for(max_batch, model.config.max_position_embeddings)
+        self.machine = model.ops.machine(model.params, model.config, whole if pages is None else pages, dtype)
+        self.pool = self.machine.pool
         self.running: dict[Handle, None] = {}  # those with pages, in the order in which they asked for their readings
         self.waiting: list[Handle] = []  # in the order in which they came
         self.number, self.turn, self.busy = 0, threading.Condition(), False
@@ -249,7 +178,7 @@ class Engine:
     def submit(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Handle:
         """A request, with everything that model.generate takes, checked now.  input_ids: (B, T)        Raises ValueError, TypeError."""
         m = self.model
-        request = generate.prepare(m.params, input_ids, m.config, attention_mask, m.generation_config, ops=ops_cpu, **options)
+        request = generate.prepare(m.params, input_ids, m.config, attention_mask, m.generation_config, ops=m.ops, **options)
         request.reader = Reader(self.machine, request.reader.first)  # type: ignore[assignment]
         if (most := most_pages(request, m.config)) > len(self.pool.counts):
             raise ValueError(

@@ -24,7 +24,8 @@ from opt_np.kv_cache import KVCache
 
 def description() -> str:
     """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
-    return f"{TILE.name} vectors of {TILE.width} float32, {get_num_threads()} threads"
+    products = "pairs of bfloat16, " if TILE.pairs else ""
+    return f"{TILE.name} vectors of {TILE.width} float32, {products}{get_num_threads()} threads"
 
 
 def pack(params: dict, release: bool = False) -> dict:
@@ -208,10 +209,18 @@ class Ragged:
         self.cache.advance(self.real.shape[1])
 
 
+def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
+    """The model over so many pages, for the engine; `dtype` is that of keys and values. Raises ValueError."""
+    from opt_fast.machine_cpu import Machine, Pages  # which import this module
+
+    if dtype not in (None, "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
+    return Machine(params, cfg, Pages(cfg, pages, dtype or "float32"))
+
+
 def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
     """As opt_np.reader.Reader, over pages."""
-    from opt_fast.engine import Machine, Reader  # which imports this module
-    from opt_fast.paged_cache import PAGE, Pages
+    from opt_fast.engine import Reader
+    from opt_fast.paged_cache import pages_for
 
-    rows, tokens = most
-    return Reader(Machine(params, cfg, Pages(cfg, rows * -(-tokens // PAGE))), first)
+    return Reader(machine(params, cfg, pages_for(*most)), first)

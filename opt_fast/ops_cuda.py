@@ -6,6 +6,8 @@ float64, and autograd goes through all of them. Attention is attention_cuda.py's
 
 from __future__ import annotations
 
+import weakref
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from opt_fast import attention_cuda, nvrtc, train_cuda
 from opt_fast.attention_cuda import attention_bwd, attention_lse
-from opt_np import reader as reading
+from opt_np.config import OPTConfig
 from opt_np.ops import LAYER_NORM_EPS, group_size
 from opt_np.tree import map_leaves
 
@@ -42,15 +44,16 @@ def pack(params: dict, release: bool = False) -> dict:
     where = device()
     if missing := nvrtc.missing():
         raise ValueError(f"backend 'cuda': {missing}")
-    return pack_on(params, where, release)
+    return Params(pack_on(params, where, release))
 
 
 def pack_on(node: Any, where: torch.device | str, release: bool = False) -> Any:
-    """`pack` to a device of one's choice. Raises ValueError for int8 and int4 beside other leaves in 16 bits."""
-    if isinstance(node, dict) and "scale" in node.get("embed_tokens", ()) and node["embed_positions"]["weight"].dtype.itemsize < 4:
-        raise ValueError("backend 'cuda' computes with int8 and int4 weights in float32 as yet: leave the dtype at float32")
+    """`pack` to a device of one's choice."""
     if isinstance(node, dict):
-        return {name: pack_on(node.pop(name) if release else node[name], where, release) for name in list(node)}
+        packed = {name: pack_on(node.pop(name) if release else node[name], where, release) for name in list(node)}
+        if "scale" in packed.get("embed_tokens", ()):
+            packed["embed_tokens"]["scale"].rows_are = packed["embed_positions"]["weight"].dtype  # the leaves of int8 and int4 do not tell
+        return packed
     if isinstance(node, list):
         return [pack_on(item, where, release) for item in node]
     return tensor(node, where) if isinstance(node, np.ndarray) else node
@@ -81,7 +84,7 @@ def array(t: Tensor) -> np.ndarray:
 def embed(ids: Any, weight: Tensor, scale: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """As opt_np.ops.embed.  ids: (*N);  weight: (V, D)  ->  (*N, D)"""
     at = ids if isinstance(ids, Tensor) else train_cuda.whole(ids, weight.device)
-    return F.embedding(at, weight) if scale is None else dequantized(weight[at], scale[at], columns)
+    return F.embedding(at, weight) if scale is None else dequantized(weight[at], scale[at], columns).to(getattr(scale, "rows_are", torch.float32))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
@@ -127,6 +130,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = None)
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
     """
+    if attend := getattr(layout, "attend", None):  # keys are in pages
+        return attend(q, k, v, scale)
     return attention_lse(q, k, v, scale, layout)[0]
 
 
@@ -146,9 +151,44 @@ def attention_probs(q: Tensor, k: Tensor, scale: float, layout: Any = None, rows
     return probs if rows is None else probs[:, :, rows]
 
 
-class reader(reading.Reader):  # the name that generate asks a backend for
-    """As opt_np.reader.Reader, without a thought of gradients."""
+# ---- decoding over pages -----------------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def __call__(self, asked: reading.Reading) -> reading.Said:
-        return super().__call__(asked)
+
+class Params(dict):
+    """Parameters on a GPU, and the machines that serve them and have nothing to do at present: what they have captured is used again."""
+
+    def __init__(self, tree: dict) -> None:
+        super().__init__(tree)
+        self.idle: list[Any] = []
+
+
+def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
+    """The model over so many pages, for the engine; keys and values have the parameters' dtype. Raises ValueError for another one."""
+    from opt_fast.machine_cuda import Machine, Pages  # which import this module
+
+    like = params["embed_positions"]["weight"]
+    if dtype not in (None, own := str(like.dtype).removeprefix("torch.")):
+        raise ValueError(f"dtype={dtype!r}: on a GPU keys and values have the model's dtype, {own}; load the model in another one")
+    return Machine(params, cfg, Pages(cfg, pages, like.detach()))
+
+
+def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
+    """As opt_np.reader.Reader, over pages, which are given back with the reader."""
+    from opt_fast.engine import Reader
+    from opt_fast.machine_cuda import KEPT
+    from opt_fast.paged_cache import pages_for
+
+    count, idle = pages_for(*most), getattr(params, "idle", [])
+    found = idle.pop() if idle else None
+    if found is None or not found.serves(params):
+        found = machine(params, cfg, count)
+    found.pool.make_room(count)
+    made = Reader(found, first)
+
+    def give_back() -> None:
+        found.pool.clear()
+        if found.pool.nbytes <= KEPT and not idle:
+            idle.append(found)
+
+    weakref.finalize(made, give_back)
+    return made

@@ -11,15 +11,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from opt_fast.attention_cpu import PAGE
-from opt_fast.gemm import BITS
-from opt_fast.kernel import address
+from opt_np.arrays import empty
 from opt_np.config import OPTConfig
 
+PAGE = 64  # tokens
 Key = tuple[int, bytes]  # the name of the page before, 0 for none, and the page's own ids
+
+
+def pages_for(rows: int, tokens: int) -> int:
+    """How many pages so many rows of so many tokens need."""
+    return rows * math.ceil(tokens / PAGE)
 
 
 class Full(Exception):
@@ -29,19 +34,18 @@ class Full(Exception):
 class Pages:
     """The arrays, who holds what, and which text is known."""
 
-    def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
-        stored = np.dtype(dtype)
+    def __init__(self, cfg: OPTConfig, count: int, like: Any) -> None:
         self.shape = (PAGE, cfg.num_attention_heads, cfg.head_dim)
         self.size = math.prod(self.shape)
         self.most = math.ceil(cfg.max_position_embeddings / PAGE)  # of a row
-        self.layers, self.dtype = cfg.num_hidden_layers, BITS.get(stored, stored)
+        self.layers, self.dtype = cfg.num_hidden_layers, like.dtype
         self.counts: list[int] = []  # of each page's holders
         self.free: list[int] = []
         self.idle: dict[int, None] = {}  # known and held by nobody, the longest unused first
         self.known: dict[Key, int] = {}
         self.labels: dict[int, tuple[int, Key]] = {}  # of known pages: a name that no page had before, and the key
         self.names = itertools.count(1)
-        self.keys = self.values = np.empty((self.layers, 0, *self.shape), self.dtype)
+        self.keys = self.values = empty((self.layers, 0, *self.shape), like)  # or torch tensors, where `like` is one
         self.add(count)
 
     def add(self, count: int) -> None:
@@ -52,7 +56,6 @@ class Pages:
         except MemoryError:
             size = 2 * self.layers * self.size * self.keys.itemsize * (have + count) / 1e9
             raise MemoryError(f"{have + count} pages of {PAGE} tokens are {size:.1f} GB of keys and values; ask for fewer, or for float16") from None
-        self.bases = np.array([[address(k), address(v)] for k, v in zip(self.keys, self.values, strict=True)])  # (L, 2)
         self.counts += [0] * count
         self.free += range(have + count - 1, have - 1, -1)
 
@@ -60,6 +63,12 @@ class Pages:
         """Adds pages if so many cannot be taken: more than that, for memory that nobody writes to costs nothing."""
         if count > self.available:
             self.add(max(2 * count, len(self.counts)))
+
+    def clear(self) -> None:
+        """Forgets everything: no page is held or known."""
+        self.counts, self.free = [0] * len(self.counts), [*range(len(self.counts) - 1, -1, -1)]
+        for known in (self.idle, self.known, self.labels):
+            known.clear()
 
     @property
     def available(self) -> int:
@@ -107,9 +116,9 @@ class Pages:
         assert self.idle.keys() <= self.labels.keys()
 
 
-def enlarged(a: np.ndarray, count: int) -> np.ndarray:
+def enlarged(a: Any, count: int) -> Any:
     """An array with room for `count` pages, the old ones in their places."""
-    bigger = np.empty((a.shape[0], count, *a.shape[2:]), a.dtype)
+    bigger = empty((a.shape[0], count, *a.shape[2:]), a)
     bigger[:, : a.shape[1]] = a
     return bigger
 
@@ -121,11 +130,11 @@ class Row:
         self.pool, self.length = pool, 0
         self.pages: list[int] = []
         self.places = np.zeros(pool.most, np.int64)  # where each page begins in a layer's array, as attention wants it
-        self.address = address(self.places)
+        self.address = self.places.ctypes.data
         self.name = 0  # of the last full page
         self.text = np.empty(0, np.int64)  # what is to be read, with what was
         self.hidden: list[np.ndarray] | None = None  # last hidden states of what is read, where they are wanted
-        self.logits: tuple[np.ndarray, int] | None = None  # (N, V) and the row in it: what follows the text, once it was read
+        self.logits: tuple[Any, int] | None = None  # (N, V) and the row in it: what follows the text, once it was read
 
     @property
     def left(self) -> int:

@@ -402,6 +402,7 @@ def add_bench(commands: Any) -> None:
 def fill_bench(p: argparse.ArgumentParser) -> None:
     from opt_fast import bench as cpu
     from opt_fast import bench_attention as attention
+    from opt_fast import bench_decode as decode
     from opt_fast import bench_hf as hf
 
     kinds = p.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -410,14 +411,15 @@ def fill_bench(p: argparse.ArgumentParser) -> None:
     hf.add_options(
         add_command(kinds, "hf-tables", bench, "Make HF's tables of OPT's speed again, with our attention beside torch's in HF's own model.")
     )
+    decode.add_options(add_command(kinds, "decode", bench, "Measure decoding on a GPU, token by token, against HF's model and memory's speed."))
     own = p.format_help
     p.format_help = lambda: "\n".join([own(), *(kind.format_help() for kind in kinds.choices.values())])  # type: ignore[method-assign]
 
 
 def bench(what: str, **args: Any) -> None:
-    from opt_fast import bench, bench_attention, bench_hf
+    from opt_fast import bench, bench_attention, bench_decode, bench_hf
 
-    modules: dict[str, Any] = {"cpu": bench, "attention": bench_attention, "hf-tables": bench_hf}
+    modules: dict[str, Any] = {"cpu": bench, "attention": bench_attention, "hf-tables": bench_hf, "decode": bench_decode}
     modules[what].run(what, **args)
 
 

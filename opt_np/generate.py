@@ -79,7 +79,7 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
 
 def choose(scores: np.ndarray, draws: list[float]) -> np.ndarray:
     """Inverts each row's cumulative distribution at its random number in [0, 1).  scores: (N, V);  draws: (N)  ->  (N)"""
-    cumulative = np.cumsum(softmax(scores.astype(np.float64)), axis=-1)
+    cumulative = np.cumsum(softmax(np.asarray(scores, np.float64)), axis=-1)
     return np.array([np.searchsorted(c, u * c[-1], side="right") for c, u in zip(cumulative, draws, strict=True)])
 
 
@@ -113,7 +113,7 @@ class Step:
 
     @functools.cached_property
     def _log_probabilities(self) -> np.ndarray:
-        return log_softmax(self.logits)
+        return log_softmax(np.asarray(self.logits))
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:

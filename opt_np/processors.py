@@ -44,7 +44,7 @@ def process(processors: list[tuple[str, Processor]], scores: np.ndarray, ids: np
             tap: Callable[[str, np.ndarray], None] | None = None) -> np.ndarray:  # fmt: skip
     """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)        Raises ValueError."""
     for name, processor in processors:
-        scores = processor(scores, ids)
+        scores = processor(np.asarray(scores), ids)
         if tap:
             tap(name, scores)
     best = scores.max(-1)

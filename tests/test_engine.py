@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from opt_fast import attention_cpu, engine, ops_cpu
-from opt_fast.engine import Engine, Machine, Reader
-from opt_fast.paged_cache import PAGE, Full, Pages, Row
+from opt_fast.engine import Engine, Reader
+from opt_fast.machine_cpu import Machine, Pages
+from opt_fast.paged_cache import PAGE, Full, Row
 from opt_np import OPTForCausalLM
 from opt_np.reader import Reader as PlainReader
 from opt_np.reader import Reading
@@ -452,7 +453,7 @@ def test_beams_have_no_steps_and_an_engine_has_limits():
     with pytest.raises(ValueError, match="num_beams=2: beam search knows no token before its end"):
         e.stream(handle)
     np.testing.assert_array_equal(e.result(handle), NUMPY.generate([[5, 6]], num_beams=2, max_new_tokens=3))
-    with pytest.raises(ValueError, match=r"runs on backend 'cpu', and this model's is opt_np\.ops"):
+    with pytest.raises(ValueError, match=r"runs on backends 'cpu' and 'cuda', and this model's is opt_np\.ops"):
         Engine(NUMPY)
     for options, message in (({"pages": 0}, "pages=0 must be"), ({"chunk": 63}, "chunk=63 must be at least 64"), ({"max_batch": 0}, "max_batch=0"),
                              ({"dtype": "float64"}, "dtype='float64' must be float32")):  # fmt: skip

@@ -337,10 +337,15 @@ def test_quantised_weights_compute_on_tensors(device, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_whole_numbers_beside_16_bits_are_refused(kind, dtype, device, tmp_path):
-    folder = small.folder(tmp_path / "lm", small.config(hidden_size=32, num_attention_heads=2), with_tokenizer=False)
-    with pytest.raises(ValueError, match="computes with int8 and int4 weights in float32 as yet: leave the dtype at float32"):
-        OPTForCausalLM.from_pretrained(folder, quantize=kind, dtype=dtype, backend="cuda")
+def test_whole_numbers_beside_16_bits_compute_in_16_bits(kind, dtype, device, tmp_path):
+    for changes in ({}, {"do_layer_norm_before": False, "word_embed_proj_dim": 16}):
+        folder = small.folder(tmp_path / f"lm{len(changes)}", small.config(hidden_size=32, num_attention_heads=2, **changes), with_tokenizer=False)
+        plain = OPTForCausalLM.from_pretrained(folder, quantize=kind)
+        lm = OPTForCausalLM.from_pretrained(folder, quantize=kind, dtype=dtype, backend="cuda")
+        ids, seen = small.ids(plain.config), []
+        logits = lm(ids, tap=lambda name, value: (seen.append(value.dtype), value)[1]).logits  # noqa: B023
+        assert {*seen, logits.dtype} == {getattr(torch, dtype)}
+        assert worst(host(logits), plain(ids).logits) < (0.01 if dtype == "float16" else 0.08)
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+"""The model over pages on the CPU: what engine.py needs of a backend. One pass reads new tokens of any rows, side by side and without padding."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from opt_fast import attention_cpu, ops_cpu, paged_cache, program_cpu
+from opt_fast.gemm import BITS
+from opt_fast.kernel import address
+from opt_fast.paged_cache import PAGE, Row
+from opt_np import model
+from opt_np.config import OPTConfig
+
+
+class Pages(paged_cache.Pages):
+    """Pages of NumPy arrays, and where they begin in memory."""
+
+    def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
+        stored = np.dtype(dtype)
+        super().__init__(cfg, count, np.empty(0, BITS.get(stored, stored)))
+
+    def add(self, count: int) -> None:
+        super().add(count)
+        self.bases = np.array([[address(k), address(v)] for k, v in zip(self.keys, self.values, strict=True)])  # (L, 2)
+
+
+class Machine:
+    """The model over pages: one pass reads new tokens of any rows."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
+        self.params, self.cfg, self.pool = params, cfg, pool
+        self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
+
+    @functools.cached_property
+    def has_programs(self) -> bool:
+        return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_end(self.params, self.cfg)
+
+    def read(self, pieces: list[tuple[Row, int]]) -> None:
+        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
+        ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
+        batch = Batch(self.pool, pieces)
+        logits: Any = None
+        x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
+        if len(ids) == len(rows) and self.has_programs:
+            x, logits = self.program(len(rows)).run(x, self.pool.bases, batch.slots, batch.rows)
+        else:
+            x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
+        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
+        if done and (logits is None or len(done) < len(rows)):
+            logits = self.logits(x[ends[done] - 1])
+        hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
+        for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
+            row.wrote(count)
+            if row.hidden is not None:
+                row.hidden.append(h)
+        for i, place in enumerate(done):
+            rows[place].logits = logits, i
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """x: (N, D)  ->  (N, V)"""
+        return np.asarray(model.lm_logits(self.params, self.final(x)[None], ops_cpu))[0].astype(np.float32, copy=False)
+
+    def final(self, x: np.ndarray) -> np.ndarray:
+        return model.final(self.params, x, self.cfg, ops_cpu, model.no_tap)
+
+    def program(self, B: int) -> program_cpu.Program:
+        if B not in self.programs:
+            self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.params)
+        return self.programs[B]
+
+
+class Batch:
+    """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
+
+    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
+        self.pool, step = pool, pool.size // PAGE
+        where = [(row.pages[n // PAGE] * pool.size + n % PAGE * step, n) for row, count in pieces for n in range(row.length, row.length + count)]
+        self.slots, self.positions = np.array(where).T  # (N), (N)
+        table, first = [], 0
+        for row, count in pieces:
+            table.append((first, count, row.length + count, row.address, 0))
+            first += count
+        self.rows = attention_cpu.Rows(np.array(table), step, tuple(pieces))
+
+    def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        keys, values = self.pool.keys[i], self.pool.values[i]
+        attention_cpu.write(k, v, keys, values, self.slots)
+        return keys, values
+
+    def advance(self, _: int) -> None: ...

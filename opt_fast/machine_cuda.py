@@ -1,0 +1,148 @@
+"""The model over pages on a GPU: what engine.py needs of a backend.
+
+Prompts are read as ops_cuda reads them, their rows packed end to end. Single tokens, one of each row, are a Program (program_cuda.py): all that the
+GPU does for them is captured once, and then started at one stroke. What was found stays on the GPU until somebody asks (Scores): greedy search asks
+for a number per row. And the GPU does not wait for Python: it goes on with the tokens that score highest while the host still looks at them. If the
+host goes on with others, what was computed is not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opt_fast import ops_cuda, paged_cache
+from opt_fast.attention_cuda import attention_lse
+from opt_fast.paged_cache import PAGE, Row
+from opt_fast.program_cuda import Program, Scores, leaves
+from opt_np import model
+from opt_np.arrays import host
+from opt_np.config import OPTConfig
+
+KEPT = 2**30  # bytes of pages that stay with a model between two calls of generate, at most
+
+
+class Pages(paged_cache.Pages):
+    """Pages on a GPU."""
+
+    def __init__(self, cfg: OPTConfig, count: int, like: Tensor) -> None:
+        super().__init__(cfg, count, like)
+
+    def add(self, count: int) -> None:
+        try:
+            super().add(count)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{len(self.counts) + count} pages of {PAGE} tokens do not fit on the GPU; ask for fewer ({error})") from None
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.itemsize
+
+
+class Machine:
+    """One pass reads new tokens of any rows."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
+        self.params, self.cfg, self.pool = dict(params), cfg, pool
+        self.leaves = leaves(params)
+        self.programs: dict[tuple[int, int], Program] = {}  # by the number of rows, and of their pages
+
+    def serves(self, params: dict) -> bool:
+        """Whether these are still the parameters that programs were made for."""
+        found = leaves(params)
+        return len(found) == len(self.leaves) and all(a is b for a, b in zip(found, self.leaves, strict=True))
+
+    @torch.no_grad()
+    def read(self, pieces: list[tuple[Row, int]]) -> None:
+        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        tokens = [row for row, count in pieces if count == row.left == 1 and row.hidden is None]
+        prompts = [(row, count) for row, count in pieces if not (count == row.left == 1 and row.hidden is None)]
+        if prompts:
+            self.read_prompts(prompts)
+        if tokens:
+            scores = self.program(tokens).read(tokens)
+            for i, row in enumerate(tokens):
+                row.wrote(1)
+                row.logits = scores, i
+
+    def read_prompts(self, pieces: list[tuple[Row, int]]) -> None:
+        rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
+        ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
+        batch: Any = Batch(self.pool, pieces)
+        x = model.embeddings(self.params, ids, batch, ops_cuda, model.no_tap)
+        x = model.decoder(self.params, x, self.cfg, batch, ops_cuda, batch)
+        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
+        if done:
+            h = self.final(x[torch.as_tensor(ends[done] - 1, device=x.device)])
+            scores = Scores(model.lm_logits(self.params, h[None], ops_cuda)[0])
+        for row, count, end in zip(rows, counts, ends, strict=True):  # only now, for a pass may be broken off and repeated
+            if row.hidden is not None:
+                row.hidden.append(host(self.final(x[end - count : end])))
+            row.wrote(count)
+        for i, place in enumerate(done):
+            rows[place].logits = scores, i
+
+    def final(self, x: Tensor) -> Tensor:
+        return model.final(self.params, x, self.cfg, ops_cuda, model.no_tap)
+
+    def program(self, rows: list[Row]) -> Program:
+        """One for at least so many rows, with at least so many pages."""
+        B, pages = room_for(len(rows)), min(power_of_two(max(len(row.pages) for row in rows)), self.pool.most)
+        found = self.programs.get((B, pages))
+        if found is None or found.keys is not self.pool.keys:  # the pool has grown, and lies elsewhere
+            found = self.programs[B, pages] = Program(self.params, self.cfg, self.pool, B, pages)
+        return found
+
+
+def room_for(rows: int) -> int:
+    """The size of program that so many rows take: 1, 2, 4, 8, 16, 24, 32 …"""
+    return power_of_two(rows) if rows <= 8 else -(-rows // 8) * 8
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class Batch:
+    """New tokens of some rows, (N, …), end to end: what model.decoder takes as its layout and as its cache."""
+
+    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
+        self.pool, self.layer, device = pool, 0, pool.keys.device
+        self.slots = torch.as_tensor(np.concatenate([row.slots(count) for row, count in pieces]) // (pool.size // PAGE), device=device)  # (N)
+        self.positions = np.concatenate([np.arange(row.length, row.length + count) for row, count in pieces])
+        firsts = np.cumsum([0, *(count for _, count in pieces)])
+        alike: dict[tuple[int, int], list[int]] = {}  # rows that attention takes together
+        for r, (row, count) in enumerate(pieces):
+            alike.setdefault((count, row.length), []).append(r)
+        self.groups: list[tuple[int, int, Tensor, Tensor]] = []
+        for (count, past), rows in alike.items():
+            tokens = (firsts[rows][:, None] + np.arange(count)).ravel()
+            pages = np.array([pieces[r][0].pages[: -(-(past + count) // PAGE)] for r in rows])
+            self.groups.append((count, past, torch.as_tensor(tokens, device=device), torch.as_tensor(pages, device=device)))
+
+    def extend(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        self.layer = i
+        for pages, new in ((self.pool.keys[i], k), (self.pool.values[i], v)):
+            pages.view(-1, *new.shape[1:])[self.slots] = new
+        return k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Each row's queries over its own keys: the new ones, and those in its pages.
+
+        q: (N, H, Dh);  k: (N, H, Dh);  v: (N, H, Dh)  ->  (N, H, Dh)
+        """
+        O = torch.empty_like(q)
+        for count, past, tokens, pages in self.groups:
+            shape = (-1, count, *q.shape[1:])
+            if past:
+                keys, values = (a[self.layer][pages].flatten(1, 2)[:, : past + count] for a in (self.pool.keys, self.pool.values))
+            else:
+                keys, values = (a[tokens].view(shape) for a in (k, v))
+            O[tokens] = attention_lse(q[tokens].view(shape), keys, values, scale)[0].flatten(0, 1)
+        return O
+
+    def advance(self, _: int) -> None: ...

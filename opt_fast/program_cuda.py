@@ -1,0 +1,213 @@
+"""Decoding on a GPU: all that one token of some rows needs, started at one stroke.
+
+A Program works on tensors that stay where they are: each row's newest token, how many tokens stand in its pages, and which pages these are. What it
+does is captured as a CUDA graph at its first use, and ends in writing what greedy search would ask for next: the likeliest tokens, and lengths that
+are larger by one. So it can start again before Python has seen a token, and it does: when `read` is asked for the tokens that scored highest, the
+answer is under way already. Where it is asked for others, what was computed is not used.
+
+float16 and bfloat16 models with heads of 64, 80 or 128 are computed by one kernel (kernels/program.cu), whose lines program_lines.py writes; all else
+goes through model.py, in torch's operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opt_fast import ops_cuda
+from opt_fast.attention_cuda import Seen, plain
+from opt_fast.paged_cache import PAGE, Pages, Row
+from opt_fast.program_lines import one_kernel
+from opt_np import model
+from opt_np.arrays import host
+from opt_np.config import OPTConfig
+from opt_np.tree import flatten
+
+
+class Program:
+    """One token of up to B rows with up to P pages each, over a pool's pages."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages, B: int, P: int) -> None:
+        self.params, self.cfg, self.keys, self.values, self.layer = params, cfg, pool.keys, pool.values, 0
+        self.ids, self.lengths, self.pages = self.zeros(torch.int64, B), self.zeros(torch.int32, B), self.zeros(torch.int32, B, P)
+        self.logits, self.found = self.zeros(self.keys.dtype, B, cfg.vocab_size), self.zeros(torch.float64, 2, B)
+        self.kernel = one_kernel(params, cfg, self)
+        self.graph: Any = None
+        self.next: Next | None = None
+
+    def zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.keys.device)
+
+    def read(self, rows: list[Row]) -> Scores:
+        """What follows the next token of each row, for which it has reserved room.
+
+        A row only grows, or is given back and read again from its beginning: so what was begun for its next token stays right until that is read.
+        """
+        expected, self.next = self.next, None
+        ids, lengths, pages = [int(row.text[row.length]) for row in rows], [row.length for row in rows], [[*row.pages] for row in rows]
+        follows = expected is not None and expected.rows == rows and expected.lengths == lengths
+        guessed = follows and expected.before.best.tolist() == ids  # type: ignore[union-attr]
+        if guessed and expected.scores and expected.pages == pages:  # type: ignore[union-attr]
+            scores = expected.scores  # type: ignore[union-attr]
+        else:
+            self.put(ids, lengths, pages)
+            scores = self.start(len(rows))
+        room = all(n + 1 < min(PAGE * len(row.pages), self.cfg.max_position_embeddings) for n, row in zip(lengths, rows, strict=True))
+        likely = guessed or not follows  # whoever draws tokens by lot seldom wants the likeliest
+        self.next = Next(rows, [n + 1 for n in lengths], pages, scores, self.start(len(rows)) if likely and room else None)
+        return scores
+
+    def put(self, ids: list[int], lengths: list[int], pages: list[list[int]]) -> None:
+        """To the GPU; rows that are not there compute what the last one does."""
+        B, P = self.pages.shape
+        table = np.zeros((B, P), np.int32)
+        for row, some in zip(table, pages, strict=False):
+            row[: len(some)] = some
+        table[len(pages) :] = table[len(pages) - 1]
+        more = B - len(ids)
+        for target, source in ((self.ids, ids + ids[-1:] * more), (self.lengths, lengths + lengths[-1:] * more), (self.pages, table)):
+            target.copy_(torch.as_tensor(np.asarray(source)))
+
+    def start(self, rows: int) -> Scores:
+        """Begins to compute, and leaves the results where they are until they are asked for."""
+        if not self.keys.is_cuda:
+            self.compute()
+        else:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        return Scores(self.logits[:rows].clone(), self.found[:, :rows])
+
+    def capture(self) -> None:
+        before, aside = [a.clone() for a in (self.ids, self.lengths)], torch.cuda.Stream(self.keys.device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            self.compute()  # once outside of the graph: kernels are compiled, and libraries take their memory
+            for a, b in zip((self.ids, self.lengths), before, strict=True):
+                a.copy_(b)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.compute()
+
+    def compute(self) -> None:
+        """The logits, and what greedy search would read next."""
+        if self.kernel:
+            self.kernel.launch(self.lengths, self.pages)
+        else:
+            x = model.embeddings(self.params, self.ids, self, ops_cuda, model.no_tap)  # type: ignore[arg-type]
+            x = model.decoder(self.params, x, self.cfg, self, ops_cuda, self)  # type: ignore[arg-type]
+            h = model.final(self.params, x, self.cfg, ops_cuda, model.no_tap)
+            self.logits.copy_(model.lm_logits(self.params, h[None], ops_cuda)[0])
+        best, at = self.logits.max(-1)
+        self.found[0], self.found[1] = at, best
+        self.ids.copy_(at)
+        self.lengths += 1
+
+    # ---- what model.decoder takes as its layout and as its cache -------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> Tensor:
+        return self.lengths
+
+    def extend(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer i's new keys and values to their pages.  k: (B, H, Dh);  v: (B, H, Dh)"""
+        self.layer = i
+        page = self.pages.gather(1, self.lengths[:, None].long() // PAGE)[:, 0]
+        for pages, new in ((self.keys[i], k), (self.values[i], v)):
+            pages.view(-1, *new.shape[1:])[(page * PAGE + self.lengths % PAGE).long()] = new
+        return k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q: (B, H, Dh);  k: (B, H, Dh);  v: (B, H, Dh)  ->  (B, H, Dh)"""
+        keys, values = (a[self.layer][self.pages.long()].flatten(1, 2) for a in (self.keys, self.values))  # (B, P · PAGE, H, Dh)
+        visible = torch.arange(keys.shape[1], device=q.device) <= self.lengths[:, None]
+        values = values.masked_fill(~visible[..., None, None], 0)  # 0 · NaN, from whoever had the page before, would be NaN
+        return plain(q[:, None], keys, values, scale, Seen(visible, None))[0][:, 0]
+
+    def advance(self, _: int) -> None: ...
+
+
+@dataclass
+class Next:
+    """What greedy search would ask for after a step, and the answer where it is under way."""
+
+    rows: list[Row]
+    lengths: list[int]
+    pages: list[list[int]]
+    before: Scores  # the tokens would be the best of these
+    scores: Scores | None
+
+
+class Scores:
+    """Logits (N, V) on the GPU, and on their way from it which is the highest of each row; as an array they are fetched, and float32."""
+
+    def __init__(self, logits: Tensor, found: Tensor | None = None) -> None:
+        if found is None:
+            best, at = logits.max(-1)
+            found = torch.stack([at.double(), best.double()])
+        self.logits, self.ready = logits, None
+        self.found = found.clone()
+        if logits.is_cuda:
+            self.found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self.found.copy_(found, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    @functools.cached_property
+    def highest(self) -> np.ndarray:
+        """Where the highest are, and what.  ->  (2, N)"""
+        if self.ready:
+            self.ready.synchronize()
+        return host(self.found)
+
+    @property
+    def best(self) -> np.ndarray:
+        """->  (N)"""
+        return self.highest[0].astype(np.int64)
+
+    def argmax(self, axis: int = -1) -> np.ndarray:
+        return self.best
+
+    def max(self, axis: int = -1) -> np.ndarray:
+        return self.highest[1]
+
+    @functools.cached_property
+    def array(self) -> np.ndarray:
+        """->  (N, V)"""
+        if not self.ready:
+            return host(self.logits).astype(np.float32, copy=False)
+        with torch.cuda.stream(beside(self.logits.get_device())):  # lest it waits for the next token, which is under way
+            self.ready.wait()
+            return host(self.logits).astype(np.float32, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.array if dtype is None else self.array.astype(dtype)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if not isinstance(rows, slice):
+            return self.array[rows]
+        if rows.indices(len(self)) == (0, len(self), 1):
+            return self
+        part = Scores.__new__(Scores)
+        part.logits, part.found, part.ready = self.logits[rows], self.found[:, rows], self.ready
+        return part
+
+
+@functools.cache
+def beside(device: int) -> Any:
+    """A stream on which nothing waits for what is computed meanwhile."""
+    return torch.cuda.Stream(device)
+
+
+def leaves(params: dict) -> list[Any]:
+    """What programs hold on to: if one of these is another tensor, they are stale."""
+    return list(flatten(params).values())

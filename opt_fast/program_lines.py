@@ -1,0 +1,167 @@
+"""OPT's decoder as lines of kernels/program.cu: what model.py says for one token of B rows, from its embedding to its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opt_fast import program_cpp
+from opt_np.config import OPTConfig
+
+HALVES = (torch.float16, torch.bfloat16)
+Address = Callable[[Tensor], Any]
+
+
+def one_kernel(params: dict, cfg: OPTConfig, program: Any) -> OneKernel | None:
+    """The kernel for a program's tensors (program_cuda.Program), where it takes them and this GPU."""
+    keys, B = program.keys, len(program.ids)
+    if not keys.is_cuda or torch.cuda.get_device_capability(keys.device) < (8, 0) or not takes(params, cfg, keys.dtype, B):
+        return None
+    return OneKernel(params, cfg, program)
+
+
+def takes(params: dict, cfg: OPTConfig, dtype: torch.dtype, B: int) -> bool:
+    """Whether the kernel computes such a model for B rows."""
+    sizes = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
+    known = cfg.head_dim in (64, 80, 128) and cfg.activation_function in program_cpp.ACTIVATIONS and B <= program_cpp.MOST_ROWS
+    return known and dtype in HALVES and all(n % 16 == 0 for n in sizes) and all(readable(p, dtype) for p in matrices(params))
+
+
+def matrices(params: dict) -> list[dict]:
+    """All leaves that a matrix is among."""
+    found = [params[name] for name in ("embed_tokens", "embed_positions", "project_in", "project_out", "lm_head") if name in params]
+    for layer in params["layers"]:
+        found += [layer["fc1"], layer["fc2"], *layer["self_attn"].values()]
+    return found
+
+
+def readable(p: dict, dtype: torch.dtype) -> bool:
+    """Whether the kernel reads these leaves: a matrix in 16 bits, or in int8 with a factor for each row."""
+    whole = p["weight"].dtype == (torch.int8 if "scale" in p else dtype)
+    return whole and p.keys() <= {"weight", "bias", "scale"} and all(leaf.is_contiguous() and leaf.data_ptr() % 16 == 0 for leaf in p.values())
+
+
+class OneKernel:
+    """A program's lines on the GPU, and the memory that they work on."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, program: Any) -> None:
+        from cuda.core import Device
+
+        keys, B, H, gpu = program.keys, len(program.ids), cfg.num_attention_heads, Device(program.keys.get_device()).properties
+        bf16, widths = int(keys.dtype == torch.bfloat16), (cfg.hidden_size, cfg.ffn_dim)
+        self.fit = program_cpp.fit(B, cfg.head_dim, bf16, gpu.multiprocessor_count, gpu.max_shared_memory_per_block_optin, widths)
+        self.written = Writer(params, cfg, program, buffers(cfg, keys, B), self.fit, Tensor.data_ptr)
+        self.lines = torch.tensor(self.written.lines, device=keys.device)
+        self.state = torch.zeros(program_cpp.state_size(B, H), dtype=torch.int32, device=keys.device)
+        self.parts = torch.empty(program_cpp.parts_size(B, H, cfg.head_dim, self.fit.grid), dtype=torch.float32, device=keys.device)
+
+    def launch(self, lengths: Tensor, pages: Tensor) -> None:
+        """lengths: (B) int32;  pages: (B, P) int32"""
+        program_cpp.launch(self.fit, self.lines, lengths, pages, self.state, self.parts)
+
+
+class Buffers(NamedTuple):
+    """Activations of one token of B rows."""
+
+    x: Tensor  # (B, D): the residual stream
+    s: Tensor  # (B, D): a post-norm block's, before its norm
+    h: Tensor  # (B, D): a branch's input, where it is written at all
+    q: Tensor  # (B, D)
+    O: Tensor  # (B, D)
+    ff: Tensor  # (B, F)
+    e: Tensor  # (B, W): beside the token matrix, where tokens are projected
+
+
+def buffers(cfg: OPTConfig, like: Tensor, B: int) -> Buffers:
+    D, F, W = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
+    return Buffers(*(like.new_empty((B, width)) for width in (D, D, D, D, D, F, W)))
+
+
+class Writer:
+    """Writes `lines`. `address` says where a tensor's numbers begin."""
+
+    def __init__(self, params: dict, cfg: OPTConfig, program: Any, b: Buffers, fit: program_cpp.Fit, address: Address) -> None:
+        self.cfg, self.b, self.fit, self.address = cfg, b, fit, address
+        self.lines: list[list[Any]] = []
+        self.held: list[Tensor] = []  # what stands in them, and nowhere else
+        self.first = 0  # the block that is to take the next tile of outputs: lines that do not wait share the blocks evenly
+        self.embeddings(params, program)
+        stream = {"x": b.x}
+        for layer, keys, values in zip(params["layers"], program.keys, program.values, strict=True):
+            stream = self.block(layer, keys, values, stream)
+        self.ending(params, program.logits, stream)
+
+    def embeddings(self, params: dict, program: Any) -> None:
+        """model.embeddings"""
+        b, at, table = self.b, self.at, params["embed_tokens"]
+        tokens = {"table": at(table["weight"]), "ids": at(program.ids), "scale": at(self.factors(table))}
+        positions = at(params["embed_positions"]["weight"])
+        if "project_in" not in params:
+            self.lines.append(program_cpp.embed(at(b.x), b.x.shape[1], positions=positions, **tokens))
+            return
+        self.lines.append(program_cpp.embed(at(b.e), b.e.shape[1], **tokens))
+        self.lines.append(program_cpp.embed(at(b.x), b.x.shape[1], positions=positions))
+        self.linear(b.x, params["project_in"], {"x": b.e}, residual=at(b.x))
+
+    def block(self, layer: dict, keys: Tensor, values: Tensor, stream: dict) -> dict:
+        """model.decoder_layer. `stream`, and what is returned: the residual stream as `linear` takes it, with the norm that is still to come.
+
+        keys: (pages, 64, H, Dh);  values: (pages, 64, H, Dh)
+        """
+        b, at, cfg, pre, attn = self.b, self.at, self.cfg, self.cfg.do_layer_norm_before, layer["self_attn"]
+        norms = [layer.get(name, {}) for name in ("self_attn_layer_norm", "final_layer_norm")]
+        h = self.normed(b.x, norms[0], b.h) if pre else stream
+        self.linear(b.q, attn["q_proj"], h)
+        for name, cache in (("k_proj", keys), ("v_proj", values)):
+            self.linear(cache, attn[name], h, again=True, paged=True)
+        self.lines.append(program_cpp.attend(at(b.O), cfg.num_attention_heads, at(b.q), at(keys), at(values), cfg.head_dim**-0.5))
+        s = b.x if pre else b.s
+        self.linear(s, attn["out_proj"], {"x": b.O}, residual=at(b.x))
+        h = self.normed(b.x, norms[1], b.h) if pre else self.normed(b.s, norms[0], b.x, needed=True)
+        self.linear(b.ff, layer["fc1"], h, activation=cfg.activation_function)
+        self.linear(s, layer["fc2"], {"x": b.ff}, residual=at(b.x))
+        return {"x": b.x} if pre else self.normed(b.s, norms[1], b.x, needed=True)
+
+    def ending(self, params: dict, logits: Tensor, stream: dict) -> None:
+        """model.final and model.lm_logits"""
+        if self.cfg.has_final_layer_norm:
+            stream = self.normed(self.b.x, params.get("final_layer_norm", {}), self.b.h)
+        if "project_out" in params:
+            self.linear(self.b.e, params["project_out"], stream)
+            stream = {"x": self.b.e}
+        self.linear(logits, params.get("lm_head", params["embed_tokens"]), stream)
+
+    def normed(self, x: Tensor, p: dict, target: Tensor, needed: bool = False) -> dict:
+        """LayerNorm of x as `linear` takes it: with the product, where shared memory holds all rows, and written to `target` only if that is needed;
+        else in a line before it."""
+        weight, bias = self.at(p.get("weight")), self.at(p.get("bias"))
+        if self.fit.holds(x.shape[1]):
+            return {"x": x, "norm": (weight, bias), "normed": self.at(target) if needed else None}
+        self.lines.append(program_cpp.norm(self.at(target), x.shape[1], self.at(x), weight, bias))
+        return {"x": target}
+
+    def linear(self, y: Tensor, p: dict, source: dict, again: bool = False, **options: Any) -> None:
+        """A product; with `again`, of what the line before has read."""
+        (O, I), x, at, blocks = p["weight"].shape, source["x"], self.at, self.fit.grid
+        staged = self.fit.holds(I)
+        options |= {name: source[name] for name in ("norm", "normed") if name in source}
+        if again:
+            options |= {"kept": staged, "wait": False, "normed": None}
+        self.lines.append(program_cpp.linear(at(y), O, at(x), I, at(p["weight"]), at(p.get("bias")), scale=at(self.factors(p)), staged=staged,
+                                             first=self.first if again else 0, **options))  # fmt: skip
+        self.first = ((self.first if again else 0) - (-O // 8)) % blocks
+
+    def factors(self, p: dict) -> Tensor | None:
+        """An int8 matrix's factors in float32."""
+        if "scale" not in p:
+            return None
+        if p["scale"].dtype != torch.float32:
+            self.held.append(p["scale"].float())
+            return self.held[-1]
+        return p["scale"]
+
+    def at(self, a: Tensor | None) -> Any:
+        return None if a is None else self.address(a)
