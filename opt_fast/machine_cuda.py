@@ -17,7 +17,8 @@ from torch import Tensor
 from opt_fast import ops_cuda, paged_cache
 from opt_fast.attention_cuda import attention_lse
 from opt_fast.paged_cache import PAGE, Row
-from opt_fast.program_cuda import Program, Scores, leaves
+from opt_fast.program_cuda import Program, leaves
+from opt_fast.scores_cuda import Scores, highest
 from opt_np import model
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
@@ -77,7 +78,8 @@ class Machine:
         ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
         if done:
             h = self.final(x[torch.as_tensor(ends[done] - 1, device=x.device)])
-            scores = Scores(model.lm_logits(self.params, h[None], ops_cuda)[0])
+            logits = model.lm_logits(self.params, h[None], ops_cuda)[0]
+            scores = Scores.fetched(logits, highest(logits))
         for row, count, end in zip(rows, counts, ends, strict=True):  # only now, for a pass may be broken off and repeated
             if row.hidden is not None:
                 row.hidden.append(host(self.final(x[end - count : end])))

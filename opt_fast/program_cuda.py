@@ -11,7 +11,6 @@ goes through model.py, in torch's operations.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,8 @@ from opt_fast import ops_cuda
 from opt_fast.attention_cuda import Seen, plain
 from opt_fast.paged_cache import PAGE, Pages, Row
 from opt_fast.program_lines import one_kernel
+from opt_fast.scores_cuda import Scores, highest
 from opt_np import model
-from opt_np.arrays import host
 from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
@@ -81,7 +80,7 @@ class Program:
             if self.graph is None:
                 self.capture()
             self.graph.replay()
-        return Scores(self.logits[:rows].clone(), self.found[:, :rows])
+        return Scores.fetched(self.logits[:rows].clone(), self.found[:, :rows])
 
     def capture(self) -> None:
         before, aside = [a.clone() for a in (self.ids, self.lengths)], torch.cuda.Stream(self.keys.device)
@@ -92,7 +91,7 @@ class Program:
                 a.copy_(b)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may be generating, too
             self.compute()
 
     def compute(self) -> None:
@@ -104,9 +103,8 @@ class Program:
             x = model.decoder(self.params, x, self.cfg, self, ops_cuda, self)  # type: ignore[arg-type]
             h = model.final(self.params, x, self.cfg, ops_cuda, model.no_tap)
             self.logits.copy_(model.lm_logits(self.params, h[None], ops_cuda)[0])
-        best, at = self.logits.max(-1)
-        self.found[0], self.found[1] = at, best
-        self.ids.copy_(at)
+        self.found.copy_(highest(self.logits))
+        self.ids.copy_(self.found[0])
         self.lengths += 1
 
     # ---- what model.decoder takes as its layout and as its cache -------------------------------------------------------------------------
@@ -142,70 +140,6 @@ class Next:
     pages: list[list[int]]
     before: Scores  # the tokens would be the best of these
     scores: Scores | None
-
-
-class Scores:
-    """Logits (N, V) on the GPU, and on their way from it which is the highest of each row; as an array they are fetched, and float32."""
-
-    def __init__(self, logits: Tensor, found: Tensor | None = None) -> None:
-        if found is None:
-            best, at = logits.max(-1)
-            found = torch.stack([at.double(), best.double()])
-        self.logits, self.ready = logits, None
-        self.found = found.clone()
-        if logits.is_cuda:
-            self.found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            self.found.copy_(found, non_blocking=True)
-            self.ready = torch.cuda.Event()
-            self.ready.record()
-
-    @functools.cached_property
-    def highest(self) -> np.ndarray:
-        """Where the highest are, and what.  ->  (2, N)"""
-        if self.ready:
-            self.ready.synchronize()
-        return host(self.found)
-
-    @property
-    def best(self) -> np.ndarray:
-        """->  (N)"""
-        return self.highest[0].astype(np.int64)
-
-    def argmax(self, axis: int = -1) -> np.ndarray:
-        return self.best
-
-    def max(self, axis: int = -1) -> np.ndarray:
-        return self.highest[1]
-
-    @functools.cached_property
-    def array(self) -> np.ndarray:
-        """->  (N, V)"""
-        if not self.ready:
-            return host(self.logits).astype(np.float32, copy=False)
-        with torch.cuda.stream(beside(self.logits.get_device())):  # lest it waits for the next token, which is under way
-            self.ready.wait()
-            return host(self.logits).astype(np.float32, copy=False)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.array if dtype is None else self.array.astype(dtype)
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def __getitem__(self, rows: Any) -> Any:
-        if not isinstance(rows, slice):
-            return self.array[rows]
-        if rows.indices(len(self)) == (0, len(self), 1):
-            return self
-        part = Scores.__new__(Scores)
-        part.logits, part.found, part.ready = self.logits[rows], self.found[:, rows], self.ready
-        return part
-
-
-@functools.cache
-def beside(device: int) -> Any:
-    """A stream on which nothing waits for what is computed meanwhile."""
-    return torch.cuda.Stream(device)
 
 
 def leaves(params: dict) -> list[Any]:

@@ -77,8 +77,13 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     return Request(s, prompt, ids, mask, new, seed, reader, stop_check(s.eos_token_id, s.stop_strings, tokenizer), pad, tokenizer)
 
 
-def choose(scores: np.ndarray, draws: list[float]) -> np.ndarray:
-    """Inverts each row's cumulative distribution at its random number in [0, 1).  scores: (N, V);  draws: (N)  ->  (N)"""
+def choose(scores: Any, draws: list[float]) -> np.ndarray:
+    """Inverts each row's cumulative distribution at its random number in [0, 1); scores that are elsewhere may do so there.
+
+    scores: (N, V);  draws: (N)  ->  (N)
+    """
+    if hasattr(scores, "drawn"):
+        return scores.drawn(draws)
     cumulative = np.cumsum(softmax(np.asarray(scores, np.float64)), axis=-1)
     return np.array([np.searchsorted(c, u * c[-1], side="right") for c, u in zip(cumulative, draws, strict=True)])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from opt_np.ops import softmax
 from opt_np.settings import Settings
 
 Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores (B, V), ids (B, T) -> scores (B, V)
+
+
+class Warper(partial):
+    """A processor that looks at no ids."""
+
+    def __call__(self, scores: np.ndarray, _: np.ndarray) -> np.ndarray:
+        return super().__call__(scores)
 
 
 def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Processor]]:
@@ -31,22 +39,26 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
         ("bad_words_ids", len(s.bad_words_ids) > 0, partial(bad_words, words=words)),
         ("min_length", shortest > 0, partial(min_length, length=shortest, eos=s.eos_token_id)),
         ("min_new_tokens", bool(s.min_new_tokens), partial(min_length, length=prompt + (s.min_new_tokens or 0), eos=s.eos_token_id)),
-        ("temperature", s.do_sample and s.temperature != 1, lambda scores, _: scores / float(s.temperature)),
-        ("top_k", s.do_sample and s.top_k > 0, lambda scores, _: top_k(scores, max(s.top_k, least))),
-        ("top_p", s.do_sample and s.top_p < 1, lambda scores, _: top_p(scores, s.top_p, least)),
-        ("min_p", s.do_sample and s.min_p > 0, lambda scores, _: min_p(scores, s.min_p, least)),
-        ("typical_p", s.do_sample and s.typical_p < 1, lambda scores, _: typical_p(scores, s.typical_p, least)),
+        ("temperature", s.do_sample and s.temperature != 1, Warper(temperature, temperature=float(s.temperature))),
+        ("top_k", s.do_sample and s.top_k > 0, Warper(top_k, k=max(s.top_k, least))),
+        ("top_p", s.do_sample and s.top_p < 1, Warper(top_p, p=s.top_p, least=least)),
+        ("min_p", s.do_sample and s.min_p > 0, Warper(min_p, p=s.min_p, least=least)),
+        ("typical_p", s.do_sample and s.typical_p < 1, Warper(typical_p, p=s.typical_p, least=least)),
     ]
     return [(name, processor) for name, on, processor in steps if on]
 
 
-def process(processors: list[tuple[str, Processor]], scores: np.ndarray, ids: np.ndarray,
-            tap: Callable[[str, np.ndarray], None] | None = None) -> np.ndarray:  # fmt: skip
-    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)        Raises ValueError."""
+def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarray,
+            tap: Callable[[str, np.ndarray], None] | None = None) -> Any:  # fmt: skip
+    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)        Raises ValueError.
+
+    Scores that are elsewhere may bring processors of their own, as `after`; to the others they are arrays.
+    """
     for name, processor in processors:
-        scores = processor(np.asarray(scores), ids)
+        own = scores.after(processor) if hasattr(scores, "after") else None
+        scores = processor(np.asarray(scores), ids) if own is None else own
         if tap:
-            tap(name, scores)
+            tap(name, np.asarray(scores))
     best = scores.max(-1)
     if not np.isfinite(best).all():
         raise ValueError(f"row {int((~np.isfinite(best)).argmax())} has no token to choose: the model's scores are NaN or infinite (are its weights? "
@@ -95,6 +107,11 @@ def bad_words(scores: np.ndarray, ids: np.ndarray, words: Sequence[Sequence[int]
 def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[int]) -> np.ndarray:
     """Removes the ends while a row, padding included, is shorter.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
     return removed(scores, np.isin(np.arange(scores.shape[-1]), eos)) if ids.shape[1] < length else scores
+
+
+def temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores that are farther apart below 1, and nearer above.  scores: (B, V)  ->  (B, V)"""
+    return scores / temperature
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from opt_fast import machine_cuda, nvrtc, ops_cuda
 from opt_fast.engine import Engine, Reader
 from opt_fast.paged_cache import PAGE
-from opt_fast.program_cuda import Program, Scores
+from opt_fast.program_cuda import Program
 from opt_np import OPTForCausalLM
 from opt_np.config import parameter_shapes
 from opt_np.reader import Reading
@@ -250,21 +250,7 @@ def test_training_changes_what_is_said_next():
     np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=5, **NO_EOS), numpys.generate(prompt(5), max_new_tokens=5, **NO_EOS))
 
 
-# ---- scores, and errors ------------------------------------------------------------------------------------------------------------------
-
-
-def test_scores_are_an_array_for_whoever_wants_one():
-    logits = torch.tensor([[1.0, 5.0, 5.0], [7.0, -1.0, 2.0]], dtype=torch.bfloat16)
-    scores = Scores(logits)
-    assert scores.argmax(-1).tolist() == [1, 0]
-    assert scores.max(-1).tolist() == [5, 7]
-    assert np.asarray(scores).dtype == np.float32
-    assert len(scores) == 2
-    assert scores[0:2] is scores
-    assert scores[1:2].argmax().tolist() == [0]
-    np.testing.assert_array_equal(scores[1:2], [[7, -1, 2]])
-    np.testing.assert_array_equal(scores[[1, 1]], [[7, -1, 2]] * 2)
-    np.testing.assert_array_equal(np.asarray(scores, np.float64), logits.double())
+# ---- errors -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_that_are_no_numbers_are_told():
