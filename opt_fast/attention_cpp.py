@@ -61,6 +61,28 @@ def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, s
     return dq, dk, dv
 
 
+def sm90_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None = None,
+             deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """kernels/flash_bwd_sm90.cu, for Hopper: as `mma_bwd`, but dq is added up in whatever order blocks come; `deterministic` is `mma_bwd` itself.
+
+    dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
+    -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
+    """
+    if deterministic:
+        return mma_bwd(dO, q, k, v, O, L, scale, ranges)
+    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], Sm90Bwd(q.shape[-1])
+    D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()  # (B, H, T)
+    make = torch.empty if ranges is None else torch.zeros  # the kernels leave alone what lies outside
+    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in ((B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)))
+    if q.numel() and k.numel():
+        dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
+        sums = torch.zeros((B, H, *kernel.tiles(T)), dtype=torch.float32, device=q.device)
+        of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, sums, dq, dk, dv, scale, ranges)
+        run(kernel, q, "flash_bwd_sm90.cu", "flash_bwd_sm90", (-(-S // kernel.Bc), H, B), of_keys)
+        run(Round(), q, "flash_bwd_sm90.cu", "flash_bwd_sm90_queries", (sums.shape[2], H, B), of_queries)
+    return dq, dk, dv
+
+
 def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None, splits: int | None = None) -> tuple[Tensor, Tensor]:
     """kernels/flash_decode_mma.cu, for what `mma` takes and up to 16 queries; `splits` of the keys change a result by rounding only.
 
@@ -83,7 +105,8 @@ def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | N
     return O, L.swapaxes(1, 2)
 
 
-def run(kernel: Mma | Sm90 | MmaBwd | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int], arguments: list[Any]) -> None:
+def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int],
+        arguments: list[Any]) -> None:  # fmt: skip
     """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
     from opt_fast import nvrtc
 
@@ -166,6 +189,38 @@ class Sm90:
         """What the kernel takes, in its order."""
         maps = [tensor_map(a, rows) for a, rows in ((q, self.Br), (k, self.Bc), (v, self.Bc))]
         return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O)]
+
+
+class Sm90Bwd:
+    """How flash_bwd_sm90 is launched for heads of Dh."""
+
+    Bc, threads = 128, 384
+
+    def __init__(self, Dh: int) -> None:
+        self.Dh, self.Br = Dh, 64 if Dh > 64 else 128
+        tiles = (
+            -(-Dh // 64) * (2 * self.Bc + 2 * 2 * self.Br) + self.Br // 64 * 2 * self.Bc
+        )  # of rows of 64 numbers: K, V; Q, dO twice; dscores twice
+        self.shared = 2 * 64 * tiles + 4 * 2 * 2 * self.Br + 8 * 5  # and L and D twice, and barriers
+
+    def tiles(self, T: int) -> tuple[int, int]:
+        """Tiles of T queries, and numbers of dQ in each, as flash_bwd_sm90 adds them up."""
+        return -(-T // self.Br), self.Br * self.Dh
+
+    def arguments(self, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor, D: Tensor, sums: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                  scale: float, ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
+        """What flash_bwd_sm90 takes, and what flash_bwd_sm90_queries."""
+        maps = [tensor_map(a, rows) for a, rows in ((dO, self.Br), (q, self.Br), (k, self.Bc), (v, self.Bc))]
+        T, S, scale_ = sizes(q, k, scale)
+        where = 0 if ranges is None else ranges.data_ptr()
+        of_keys = [*maps, *(a.data_ptr() for a in (L, D, sums, dk, dv)), where, T, S, scale_, *strides(dk)]
+        return of_keys, [sums.data_ptr(), dq.data_ptr(), where, T, scale_, *strides(dq)]
+
+
+class Round:
+    """How flash_bwd_sm90_queries is launched."""
+
+    shared, threads = 0, 128
 
 
 def outputs(O: Tensor, L: Tensor, ranges: Tensor | None) -> list[int]:

@@ -114,13 +114,19 @@ def mma_bwd(*args: Any) -> tuple[Any, Any, Any]:
     return attention_cuda.mma_bwd(*args)
 
 
+def sm90_bwd(*args: Any) -> tuple[Any, Any, Any]:
+    from opt_fast import attention_cpp
+
+    return attention_cpp.sm90_bwd(*args)
+
+
 def v3_bwd(*args: Any) -> tuple[Any, Any, Any]:
     from opt_fast import attention_numba
 
     return attention_numba.v3_bwd(*args)
 
 
-BACKWARD = {"numba v3": Pair("numba v3", v3_bwd), "mma": Pair("mma", mma_bwd)}
+BACKWARD = {"numba v3": Pair("numba v3", v3_bwd), "mma": Pair("mma", mma_bwd), "sm90": Pair("sm90", sm90_bwd)}
 
 
 def add_options(parser: Any) -> None:

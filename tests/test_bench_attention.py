@@ -267,12 +267,13 @@ def test_torch_repeats_its_backward_pass_over_one_forward_pass():
 
 
 def test_a_pair_is_refused_as_its_rung_and_goes_through_both_kernels(monkeypatch):
-    from opt_fast import attention_cuda, attention_numba
+    from opt_fast import attention_cpp, attention_cuda, attention_numba
 
     q, k, v, dO = bench.inputs(PASSES[0], "cpu", 0)
-    assert list(bench.BACKWARD) == list(bench.our_lanes(backward=True)) == ["numba v3", "mma"]
+    assert list(bench.BACKWARD) == list(bench.our_lanes(backward=True)) == ["numba v3", "mma", "sm90"]
     assert bench.BACKWARD["mma"].refuses(q) == attention_cuda.RUNGS["mma"].refuses(q) != ""
-    for name, module, kernel in (("numba v3", attention_numba, "v3_bwd"), ("mma", attention_cuda, "mma_bwd")):
+    kernels = ("numba v3", attention_numba, "v3_bwd"), ("mma", attention_cuda, "mma_bwd"), ("sm90", attention_cpp, "sm90_bwd")
+    for name, module, kernel in kernels:
         seen = []
         monkeypatch.setitem(attention_cuda.RUNGS, name, lambda *args: ("O", "L", *args)[:2])
         monkeypatch.setattr(module, kernel, lambda *args, seen=seen: seen.extend(args) or ("dq", "dk", "dv"))

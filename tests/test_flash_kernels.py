@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opt_fast import attention_cuda, nvrtc
-from opt_fast.attention_cpp import Combine, Mma, MmaBwd, MmaDecode, Sm90, aligned, sizes, strides
+from opt_fast.attention_cpp import Combine, Mma, MmaBwd, MmaDecode, Round, Sm90, Sm90Bwd, aligned, mma_bwd, sizes, sm90_bwd, strides
 from opt_fast.attention_cuda import HALVES, plain, plain_bwd, ranges_of
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -22,6 +22,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() != "", reason=nvrtc.missing())
 HEAD_DIMS = (64, 80, 128)
 each_kernel = pytest.mark.parametrize("kernel", [Mma, Sm90])
+each_backward = pytest.mark.parametrize("kernel", [MmaBwd, Sm90Bwd])
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
@@ -238,22 +239,38 @@ def test_any_splits_give_the_same(T, S, splits, Dh, dtype, hidden, seed):
 # ---- backward ----------------------------------------------------------------------------------------------------------------------------
 
 
-def emulated_bwd(dO, q, k, v, O, L, scale, ranges=None, **how):
-    """attention_cpp.mma_bwd, on the CPU."""
-    (B, T, H, Dh), S, made = q.shape, k.shape[1], MmaBwd(q.shape[-1])
+def emulated_bwd(kernel, dO, q, k, v, O, L, scale, ranges=None, **how):
+    """attention_cpp.mma_bwd or sm90_bwd, on the CPU."""
     D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()
     L = L.float().swapaxes(1, 2).contiguous()
-    dq, dk, dv = (torch.full(a.shape, math.nan, dtype=q.dtype) for a in (q, k, k))
+    dq, dk, dv = found = [torch.full(a.shape, math.nan, dtype=q.dtype) for a in (q, k, k)]
     given = [*(a.view(torch.int16).numpy() for a in (dO, q, k, v)), L.numpy(), D.numpy()]
     for array in given:
         array.flags.writeable = False
-    found = [a.view(torch.int16).numpy() for a in (dq, dk, dv)]
-    where = None if ranges is None else ranges.numpy()
-    of_keys, of_queries = made.arguments(dO, q, k, v, L, D, dq, dk, dv, scale, ranges)
-    for name, n, outputs, arguments in (("flash_bwd_keys", S, found[1:], of_keys[9:]), ("flash_bwd_queries", T, found[:1], of_queries[8:])):
-        run = compile_for_cpu(nvrtc.KERNELS / "flash_bwd_mma.cu", name, {"DH": Dh, "BF16": int(q.dtype == torch.bfloat16)})
-        run((-(-n // made.own), H, B), made.threads, made.shared, *given, *outputs, where, *arguments, **how)
+    results, launches = [a.view(torch.int16).numpy() for a in found], launches_of_mma_bwd if kernel is MmaBwd else launches_of_sm90_bwd
+    for file, name, blocks, made, arguments in launches(kernel(q.shape[-1]), given, results, (dO, q, k, v, L, D, dq, dk, dv), scale, ranges):
+        run = compile_for_cpu(nvrtc.KERNELS / file, name, {"DH": q.shape[-1], "BF16": int(q.dtype == torch.bfloat16)})
+        run((blocks, q.shape[2], len(q)), made.threads, made.shared, *arguments, **how)
     return dq, dk, dv
+
+
+def launches_of_mma_bwd(made, given, results, tensors, scale, ranges):
+    """As mma_bwd launches its kernels, with arrays for pointers."""
+    T, S, where = tensors[1].shape[1], tensors[2].shape[1], None if ranges is None else ranges.numpy()
+    of_keys, of_queries = made.arguments(*tensors, scale, ranges)
+    yield "flash_bwd_mma.cu", "flash_bwd_keys", -(-S // made.own), made, [*given, *results[1:], where, *of_keys[9:]]
+    yield "flash_bwd_mma.cu", "flash_bwd_queries", -(-T // made.own), made, [*given, results[0], where, *of_queries[8:]]
+
+
+def launches_of_sm90_bwd(made, given, results, tensors, scale, ranges):
+    """As sm90_bwd launches its kernels; what its copy engine is told, the emulator's is."""
+    _, q, k, *_, dq, dk, _ = tensors
+    where, (T, S, scale_) = None if ranges is None else ranges.numpy(), sizes(q, k, scale)
+    maps = [tensor_map(array, (64, 1, rows, 1)) for array, rows in zip(given[:4], (made.Br, made.Br, made.Bc, made.Bc), strict=True)]
+    sums = np.zeros((len(q), q.shape[2], *made.tiles(int(T))), np.float32)
+    of_keys = [*maps, *given[4:], sums, *results[1:], where, T, S, scale_, *strides(dk)]
+    yield "flash_bwd_sm90.cu", "flash_bwd_sm90", -(-int(S) // made.Bc), made, of_keys
+    yield "flash_bwd_sm90.cu", "flash_bwd_sm90_queries", sums.shape[2], Round(), [sums, results[0], where, T, scale_, *strides(dq)]
 
 
 def gradients_within_the_rule(found, dO, q, k, v, scale, seen=None):
@@ -272,32 +289,54 @@ def gradients_within_the_rule(found, dO, q, k, v, scale, seen=None):
 
 
 @needs_compiler
+@each_backward
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (64, 64), (70, 70), (100, 180), (150, 40)])
-def test_it_computes_the_gradients(T, S, Dh, dtype):
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (64, 64), (70, 132), (100, 180), (150, 40)])
+def test_it_computes_the_gradients(kernel, T, S, Dh, dtype):
     (q, k, v), dO = inputs(1, T, S, 2, Dh, dtype), inputs(1, T, 1, 2, Dh, dtype, seed=5)[0]
-    found = emulated_bwd(dO, q, k, v, *plain(q, k, v, Dh**-0.5), Dh**-0.5)
+    found = emulated_bwd(kernel, dO, q, k, v, *plain(q, k, v, Dh**-0.5), Dh**-0.5)
     assert gradients_within_the_rule(found, dO, q, k, v, Dh**-0.5)
 
 
 @needs_compiler
+@each_backward
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_places_for_tiles_of_queries_are_filled_again_and_again(kernel, Dh):
+    """Six tiles of queries over 100 keys: one block of them, so that dq too has the same bits in each order."""
+    T = 700 if Dh == 64 else 350
+    visible = np.arange(T)[None] < 100
+    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+    (q, k, v), dO = inputs(1, T, T, 1, Dh, torch.float16), inputs(1, T, 1, 1, Dh, torch.float16, seed=1)[0]
+    O, L = plain(q, k, v, Dh**-0.5, seen)
+    first = dq, dk, dv = emulated_bwd(kernel, dO, q, k, v, O, L, Dh**-0.5, seen.ranges, early=True, races=False)
+    shown = seen.visible[..., None, None]
+    assert gradients_within_the_rule((dq, *(torch.where(shown, a, 0) for a in (dk, dv))), dO, q, k, v, Dh**-0.5, seen)
+    for seed in range(6):
+        again = emulated_bwd(kernel, dO, q, k, v, O, L, Dh**-0.5, seen.ranges, seed=seed)
+        assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(again, first, strict=True))
+
+
+@needs_compiler
+@each_backward
 @settings(max_examples=12)
 @given(T=st.integers(1, 100), past=st.integers(-20, 100), Dh=st.sampled_from(HEAD_DIMS), dtype=st.sampled_from(HALVES), seed=st.integers(0, 1000))
-def test_gradients_of_any_shape_in_any_order_of_warps(T, past, Dh, dtype, seed):
+def test_gradients_of_any_shape_in_any_order_of_warps(kernel, T, past, Dh, dtype, seed):
+    """At most two blocks of sm90's add to a dq, and a + b = b + a."""
     S = max(T + past, 1)
     (q, k, v), dO = inputs(1, T, S, 1, Dh, dtype, seed), inputs(1, T, 1, 1, Dh, dtype, seed + 1)[0]
     O, L = plain(q, k, v, Dh**-0.5)
-    found = emulated_bwd(dO, q, k, v, O, L, Dh**-0.5, seed=seed)
+    found = emulated_bwd(kernel, dO, q, k, v, O, L, Dh**-0.5, seed=seed)
     assert gradients_within_the_rule(found, dO, q, k, v, Dh**-0.5)
-    again = emulated_bwd(dO, q, k, v, O, L, Dh**-0.5, seed=seed + 1, early=True, races=False)
+    again = emulated_bwd(kernel, dO, q, k, v, O, L, Dh**-0.5, seed=seed + 1, early=True, races=False)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @needs_compiler
+@each_backward
 @settings(max_examples=8)
 @given(T=st.integers(1, 70), past=st.sampled_from([0, 3, 70]), Dh=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1000))
-def test_hidden_keys_have_no_gradient_and_give_none(T, past, Dh, seed):
+def test_hidden_keys_have_no_gradient_and_give_none(kernel, T, past, Dh, seed):
     rng, S = np.random.default_rng(seed), T + past
     visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (2, 2)))])
     (q, k, v), dO = inputs(2, T, S, 1, Dh, torch.float16, seed), inputs(2, T, 1, 1, Dh, torch.float16, seed + 1)[0]
@@ -305,19 +344,45 @@ def test_hidden_keys_have_no_gradient_and_give_none(T, past, Dh, seed):
     shown = seen.visible[..., None, None]
     clean = [torch.where(shown, a, 0) for a in (k, v)]
     O, L = plain(q, *clean, Dh**-0.5, seen)
-    dq, dk, dv = emulated_bwd(dO, q, *(torch.where(shown, a, math.nan) for a in (k, v)), O, L, Dh**-0.5, seen.ranges)
+    dq, dk, dv = emulated_bwd(kernel, dO, q, *(torch.where(shown, a, math.nan) for a in (k, v)), O, L, Dh**-0.5, seen.ranges)
     assert all(torch.isnan(a[~seen.visible]).all() for a in (dk, dv))  # not touched: mma_bwd begins with zeros
     assert gradients_within_the_rule((dq, *(torch.where(shown, a, 0) for a in (dk, dv))), dO, q, *clean, Dh**-0.5, seen)
 
 
 @needs_compiler
-def test_gradients_where_all_scores_are_low_and_keys_end_early():
-    """exp(0 - L) of a key that is not there would be infinite."""
-    q, k, v = inputs(1, 40, 40, 1, 64, torch.float16)
+@each_backward
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_gradients_of_rows_packed_end_to_end(kernel, Dh):
+    """Each row's are those of a call of its own; what stands between the rows is NaN, and theirs is not touched."""
+    lengths, gap = [(40, 40), (1, 90), (129, 160)], 3
+    queries, keys = (np.cumsum([0, *(pair[i] + gap for pair in lengths)]) for i in (0, 1))
+    ranges = torch.tensor([[queries[b], T, keys[b], S, S - T] for b, (T, S) in enumerate(lengths)], dtype=torch.int32)
+    q, k, v, dO, O = (torch.full((1, n[-1], 2, Dh), math.nan, dtype=torch.bfloat16) for n in (queries, keys, keys, queries, queries))
+    L, alone = torch.full((1, queries[-1], 2), math.nan), []
+    for b, (T, S) in enumerate(lengths):
+        here, there = slice(queries[b], queries[b] + T), slice(keys[b], keys[b] + S)
+        q[:, here], k[:, there], v[:, there] = inputs(1, T, S, 2, Dh, torch.bfloat16, seed=b)
+        dO[:, here] = inputs(1, T, 1, 2, Dh, torch.bfloat16, seed=b + 9)[0]
+        O[:, here], L[:, here] = plain(q[:, here], k[:, there], v[:, there], 0.125)
+        own = [a[:, part].clone() for a, part in ((dO, here), (q, here), (k, there), (v, there), (O, here), (L, here))]
+        alone.append((here, there, emulated_bwd(kernel, *own, 0.125)))
+    found = emulated_bwd(kernel, *(a.expand(3, -1, -1, -1) for a in (dO, q, k, v, O)), L.expand(3, -1, -1), 0.125, ranges)
+    for b, (here, there, expected) in enumerate(alone):
+        for a, part, own in zip(found, (here, there, there), expected, strict=True):
+            assert torch.equal(a[b, part], own[0])
+            assert torch.isnan(a[b, : part.start]).all()
+            assert torch.isnan(a[b, part.stop :]).all()
+
+
+@needs_compiler
+@each_backward
+def test_gradients_where_all_scores_are_low_and_keys_end_early(kernel):
+    """exp(0 - L) of a key that is not there would be infinite; the last queries' tiles are off the diagonal."""
+    q, k, v = inputs(1, 200, 200, 1, 64, torch.float16)
     q, k, dO = q.abs() + 1, -k.abs() - 8, v.clone()  # scores of about -1800
-    visible = np.arange(40)[None] < 20
-    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, 40)))
-    found = emulated_bwd(dO, q, k, v, *plain(q, k, v, 1.0, seen), 1.0, seen.ranges)
+    visible = np.arange(200)[None] < 20
+    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, 200)))
+    found = emulated_bwd(kernel, dO, q, k, v, *plain(q, k, v, 1.0, seen), 1.0, seen.ranges)
     assert torch.isfinite(found[0]).all()
     assert all(torch.isfinite(a[:, :20]).all() for a in found[1:])
 
@@ -330,7 +395,7 @@ def test_gradients_where_all_scores_are_low_and_keys_end_early():
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 @pytest.mark.parametrize(("file", "kernels", "arch"), [
     *(("flash_fwd_mma.cu", 1, arch) for arch in TARGETS), *(("flash_bwd_mma.cu", 2, arch) for arch in TARGETS),
-    *(("flash_decode_mma.cu", 2, arch) for arch in TARGETS), ("flash_fwd_sm90.cu", 1, "sm_90a"),
+    *(("flash_decode_mma.cu", 2, arch) for arch in TARGETS), ("flash_fwd_sm90.cu", 1, "sm_90a"), ("flash_bwd_sm90.cu", 2, "sm_90a"),
 ])  # fmt: skip
 def test_it_compiles_without_spills(file, kernels, arch, Dh, bf16):
     """C75… are ptxas's words for wgmma that waits where it should run on."""
@@ -464,3 +529,39 @@ def test_the_gpus_gradients(T, S, Dh, dtype):
     ours = gradients(lambda *qkv: attention_cuda.attention_lse(*qkv, Dh**-0.5)[0], dtype)
     for a, b, c in zip(ours, low, exact, strict=True):
         assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-5
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (97, 128), (257, 257), (300, 100), (640, 1023), (2048, 2048)])
+@pytest.mark.parametrize("name", ["mma", "sm90"])
+def test_both_backward_kernels(name, T, S, Dh, dtype):
+    q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
+    dO = inputs(2, T, 1, 3, Dh, dtype, seed=9)[0].cuda()
+    if reason := attention_cuda.RUNGS[name].refuses(q):
+        pytest.skip(reason)
+    found = {"mma": mma_bwd, "sm90": sm90_bwd}[name](dO, q, k, v, *plain(q, k, v, Dh**-0.5), Dh**-0.5)
+    assert gradients_within_the_rule(found, dO, q, k, v, Dh**-0.5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("Dh", HEAD_DIMS)
+def test_hoppers_gradients_see_no_padding_and_repeat(Dh):
+    """Hidden keys are NaN. dk and dv have the same bits each time, dq but for the order of its sums; where they are to be the same, all have."""
+    visible = np.array([(np.arange(500) >= a) & (np.arange(500) < b) for a, b in ((0, 500), (9, 500), (0, 400), (450, 460))])
+    q, k, v = (a.cuda() for a in inputs(4, 500, 500, 3, Dh, torch.float16))
+    dO = inputs(4, 500, 1, 3, Dh, torch.float16, seed=9)[0].cuda()
+    if reason := attention_cuda.RUNGS["sm90"].refuses(q):
+        pytest.skip(reason)
+    seen = attention_cuda.on_device(visible, 500, q.device)
+    shown = seen.visible[..., None, None]
+    clean, poisoned = ([torch.where(shown, a, other) for a in (k, v)] for other in (0, math.nan))
+    given = dO, q, *poisoned, *plain(q, *clean, Dh**-0.5, seen), Dh**-0.5, seen.ranges
+    first, same = sm90_bwd(*given), sm90_bwd(*given, deterministic=True)
+    assert gradients_within_the_rule(first, dO, q, *clean, Dh**-0.5, seen)
+    for _ in range(200):
+        again = sm90_bwd(*given)
+        assert all(torch.equal(a, b) for a, b in zip(again[1:], first[1:], strict=True))
+        assert (again[0] - first[0]).abs().max() <= 2e-3 * first[0].abs().max()
+        assert all(torch.equal(a, b) for a, b in zip(sm90_bwd(*given, deterministic=True), same, strict=True))

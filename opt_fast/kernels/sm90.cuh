@@ -44,6 +44,14 @@ __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, 
 // What this thread has written to shared memory is seen by the copy engine and by wgmma from here on.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- sums in global memory
+
+// Four numbers are added to those at p, a multiple of 16 bytes, whoever else adds to them at the same time.
+__device__ __forceinline__ void reduce_add_v4(float* p, float x, float y, float z, float w) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+
 // ---- registers of a warpgroup
 
 template <int R> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R)); }
@@ -57,7 +65,7 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
 // Where a swizzled tile lies. Products that sum along the 128-byte rows (Q and K): stride_bytes from 8 rows to the next 8. Products that sum from row to
-// row (V): stride_bytes likewise, leading_bytes from one tile of 64 columns to the next.
+// row (V, both factors of wgmma_tt): stride_bytes likewise, leading_bytes from one tile of 64 columns to the next.
 __device__ __forceinline__ unsigned long long descriptor(const void* tile, unsigned leading_bytes, unsigned stride_bytes) {
   return (unsigned long long)((shared_address(tile) & 0x3FFFF) >> 4) | (unsigned long long)(leading_bytes >> 4) << 16 |
          (unsigned long long)(stride_bytes >> 4) << 32 | 1ull << 62;
@@ -71,8 +79,24 @@ __device__ __forceinline__ unsigned long long descriptor(const void* tile, unsig
 
 // d (64 x N) = A (64 x 16) B + (add ? d : 0); A and B in shared memory, B with N rows of which 16 numbers are summed along.
 template <int N> __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add);
-// The same with A in registers, as mma_m16n8k16 has it, and B with 16 rows of N numbers.
+// The same, summing from row to row: A with 16 rows of 64 numbers, B with 16 rows of N.
+template <int N> __device__ __forceinline__ void wgmma_tt(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add);
+// With A in registers, as mma_m16n8k16 has it, and B with 16 rows of N numbers.
 template <int N> __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, bool add);
+
+template <> __device__ __forceinline__ void wgmma_ss<64>(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"((int)add));
+}
 
 template <> __device__ __forceinline__ void wgmma_ss<128>(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
   asm volatile(
@@ -91,6 +115,30 @@ template <> __device__ __forceinline__ void wgmma_ss<128>(float (&d)[64], unsign
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"((int)add));
+}
+
+template <> __device__ __forceinline__ void wgmma_tt<16>(float (&d)[8], unsigned long long a, unsigned long long b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPES
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, p, 1, 1, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(a), "l"(b), "r"((int)add));
+}
+
+template <> __device__ __forceinline__ void wgmma_tt<64>(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPES
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"((int)add));
 }
 

@@ -7,10 +7,11 @@ __device__ __forceinline__ void fill(half_t* tiles, const half_t* image, int n) 
   __syncthreads();
 }
 
-// A B^T, or with A's fragments from registers A B, of one warpgroup. The tiles lie in `image`; places names where each k-step of 16 begins in it.
+// A B^T, with A's fragments from registers A B, or A^T B, of one warpgroup. The tiles lie in `image`; places names where each k-step of 16 begins in it.
 // a: (steps, 128, 4) or nullptr;  places: (steps, 2)  ->  d: (128, N / 2)
 template <int N>
-__device__ void product(const half_t* image, int n, const unsigned* a, const int* places, int steps, int leading, int stride, bool add, float* d) {
+__device__ void product(const half_t* image, int n, const unsigned* a, bool transposed, const int* places, int steps, int leading, int stride,
+                        bool add, float* d) {
   extern __shared__ __align__(1024) half_t tiles[];
   float D[N / 2];
   for (int i = 0; i < N / 2; i++) D[i] = d[threadIdx.x * (N / 2) + i];
@@ -21,6 +22,7 @@ __device__ void product(const half_t* image, int n, const unsigned* a, const int
     unsigned A[4];
     for (int i = 0; i < 4; i++) A[i] = a ? a[(s * 128 + threadIdx.x) * 4 + i] : 0;
     if (a) wgmma_rs<N>(D, A, b, add || s > 0);
+    else if (transposed) wgmma_tt<N>(D, descriptor(tiles + places[2 * s], leading, stride), b, add || s > 0);
     else wgmma_ss<N>(D, descriptor(tiles + places[2 * s], leading, stride), b, add || s > 0);
   }
   wgmma_commit();
@@ -28,15 +30,22 @@ __device__ void product(const half_t* image, int n, const unsigned* a, const int
   for (int i = 0; i < N / 2; i++) d[threadIdx.x * (N / 2) + i] = D[i];
 }
 
-extern "C" __global__ void products(int N, const half_t* image, int n, const unsigned* a, const int* places, int steps, int leading, int stride,
-                                    bool add, float* d) {
+extern "C" __global__ void products(int N, const half_t* image, int n, const unsigned* a, bool transposed, const int* places, int steps, int leading,
+                                    int stride, bool add, float* d) {
   switch (N) {
-    case 8: product<8>(image, n, a, places, steps, leading, stride, add, d); break;
-    case 64: product<64>(image, n, a, places, steps, leading, stride, add, d); break;
-    case 80: product<80>(image, n, a, places, steps, leading, stride, add, d); break;
-    case 128: product<128>(image, n, a, places, steps, leading, stride, add, d); break;
-    case 256: product<256>(image, n, a, places, steps, leading, stride, add, d); break;
+    case 8: product<8>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
+    case 16: product<16>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
+    case 64: product<64>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
+    case 80: product<80>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
+    case 128: product<128>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
+    case 256: product<256>(image, n, a, transposed, places, steps, leading, stride, add, d); break;
   }
+}
+
+// Each thread adds its four numbers to place to[thread] of the sums.  x: (n, 4);  to: (n)
+extern "C" __global__ void added(const float* x, const int* to, float* sums) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  reduce_add_v4(sums + to[t], x[4 * t], x[4 * t + 1], x[4 * t + 2], x[4 * t + 3]);
 }
 
 // What accumulators hold after each step: two groups of one product each, the second not waited for at first.  ->  seen: (3, 128, 4)
@@ -95,7 +104,8 @@ pipeline(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
   }
   if (broken != NO_SYNC) __syncthreads();
   if (group == 0) {
-    registers_fewer<24>();
+    if (broken == MANY_REGISTERS) registers_fewer<32>();
+    else registers_fewer<24>();
     if (t != 0) return;
     for (int j = 0; j < n; j++) {
       const int s = j % 2, bytes = 2 * 64 * 64 * 2 + (broken == MORE_BYTES) * 16 - (broken == FEWER_BYTES) * 64 * 64 * 2;
@@ -108,8 +118,7 @@ pipeline(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
     }
     return;
   }
-  if (broken == MANY_REGISTERS) registers_more<248>();
-  else registers_more<240>();
+  registers_more<240>();
   float D[32] = {};
   for (int j = 0; j < n; j++) {
     const int s = j % 2;

@@ -1,6 +1,6 @@
 // opt_fast/kernels/sm90.cuh for a CPU: Hopper's copies, barriers and matrix products, written from the PTX ISA manual and not from the kernels.
 // "mbarrier"; "cp.async.bulk.tensor"; "Tensor swizzling modes"; "barrier"; "Asynchronous warpgroup level matrix instructions": "Register fragments",
-// "Shared memory matrix layout", "Strides", "Canonical layouts", "Matrix descriptor".
+// "Shared memory matrix layout", "Strides", "Canonical layouts", "Matrix descriptor"; "red".
 //
 // Copies and products happen as late as the manual lets them, or at once (`early`): a copy lands when the seed says so, a whole box together, its
 // place being NaN until then; a product reads its operands and writes its accumulators, NaN until then, at the wait for its group.
@@ -13,7 +13,7 @@
 //   what nobody waits for: a wgmma, a store, the last copy to a barrier; a barrier that is none yet, or no longer
 //   a deadlock; it is told who waits for what
 // What cannot be seen: plain reads of what is in flight, but for the NaN in their numbers; an async_proxy_fence that another thread's makes up for;
-// a change of A's registers between issue and wait. mbarriers and named barriers are no barriers for the race checks of cp.async and ldmatrix.
+// A's registers touched between issue and wait. mbarriers and named barriers are no barriers for the race checks of cp.async and ldmatrix.
 #pragma once
 
 #include "mma.cuh"
@@ -85,7 +85,7 @@ struct Accumulators {  // 64 x n numbers, four warps' registers, from the first 
 
 struct Product {
   unsigned n, accumulators;
-  bool add, from_registers, computed;
+  bool add, from_registers, transposed, computed;  // transposed: B is MN-major, and A where it is not from registers
   uint64_t group;
   const void* site;
   float a[64][16];  // from registers
@@ -432,7 +432,7 @@ struct Wgmma {
   const unsigned* a;  // nullptr: from shared memory
   unsigned long long a_descriptor, b_descriptor;
   unsigned n;
-  bool add;
+  bool add, transposed;
   Thread* thread;
 };
 
@@ -501,17 +501,20 @@ inline unsigned column_of(unsigned lane, unsigned i) { return 8 * (i / 4) + lane
 inline void compute(Warpgroup& g, Product& p) {
   static double A[64][16], B[16][256];
   unsigned n = p.n;
-  for (unsigned row = 0; row < 64; ++row)
-    for (unsigned half = 0; half < 2; ++half) {
-      if (!p.from_registers) widen8(p.a_places[2 * row + half], &A[row][8 * half]);
-      else
-        for (unsigned k = 8 * half; k < 8 * half + 8; ++k) A[row][k] = p.a[row][k];
+  for (unsigned i = 0; i < 128; ++i) {
+    double numbers[8];
+    if (!p.from_registers) widen8(p.a_places[i], numbers);
+    for (unsigned j = 0; j < 8; ++j) {
+      if (p.from_registers) A[i / 2][i % 2 * 8 + j] = p.a[i / 2][i % 2 * 8 + j];
+      else if (p.transposed) A[i % 8 * 8 + j][i / 8] = numbers[j];
+      else A[i / 2][i % 2 * 8 + j] = numbers[j];
     }
+  }
   for (unsigned i = 0; i < 2 * n; ++i) {
     double numbers[8];
     widen8(p.b_places[i], numbers);
     for (unsigned j = 0; j < 8; ++j) {
-      if (p.from_registers) B[i / (n / 8)][i % (n / 8) * 8 + j] = numbers[j];
+      if (p.transposed) B[i / (n / 8)][i % (n / 8) * 8 + j] = numbers[j];
       else B[i % 2 * 8 + j][i / 2] = numbers[j];
     }
   }
@@ -586,9 +589,10 @@ inline void check_group(const Warpgroup& g, const Thread& t) {
 
 inline void find_operands(Product& p, const Wgmma& o) {
   const Thread& t = *o.thread;
-  p.n = o.n, p.add = o.add, p.from_registers = o.a != nullptr, p.computed = false, p.site = t.site;
-  if (o.a) find_columns(t, o.b_descriptor, o.n, p.b_places, "B");
-  else find_rows(t, o.a_descriptor, 64, p.a_places, "A"), find_rows(t, o.b_descriptor, o.n, p.b_places, "B");
+  p.n = o.n, p.add = o.add, p.from_registers = o.a != nullptr, p.transposed = o.transposed, p.computed = false, p.site = t.site;
+  auto find = o.transposed ? find_columns : find_rows;
+  if (!o.a) find(t, o.a_descriptor, 64, p.a_places, "A");
+  find(t, o.b_descriptor, o.n, p.b_places, "B");
 }
 
 // calls f(i, place) for the 16-byte pieces of shared memory that a product reads
@@ -621,7 +625,7 @@ inline void issue_product(void* const* operands) {
   Warpgroup& g = warpgroups[t.id / GROUP];
   for (unsigned i = 1; i < GROUP; ++i) {
     const Wgmma& x = *static_cast<Wgmma*>(operands[i]);
-    if (x.n != o.n || x.add != o.add || x.b_descriptor != o.b_descriptor || x.a_descriptor != o.a_descriptor)
+    if (x.n != o.n || x.add != o.add || x.transposed != o.transposed || x.b_descriptor != o.b_descriptor || x.a_descriptor != o.a_descriptor)
       fail(*x.thread, t.site, "wgmma: N, the descriptors or `add` are not those of thread %u of its warpgroup", t.id);
   }
   check_group(g, t);
@@ -695,6 +699,16 @@ void set_registers(void* const* operands) {
   warpgroups[t.id / GROUP].site = t.site;
 }
 
+// ---- sums in global memory --------------------------------------------------------------------------------------------------------------
+
+// One thread's four numbers, added where they lie: other blocks' come before or after, never between.
+__attribute__((noinline)) inline void reduce(float* p, const float (&x)[4]) {
+  const void* site = __builtin_return_address(0);
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail(*current, site, "reduce_add_v4: the address %p is no multiple of 16", static_cast<void*>(p));
+  if (!registered(p, 16)) fail(*current, site, "reduce_add_v4: the 16 bytes at %p are in none of the arrays", static_cast<void*>(p));
+  for (int i = 0; i < 4; ++i) p[i] += x[i];
+}
+
 // ---- a block ----------------------------------------------------------------------------------------------------------------------------
 
 inline void begin_engine() {
@@ -744,15 +758,15 @@ inline void check_end() {
     for (uint64_t known : m.known) waited |= known >= m.loads;
     if (!waited) fail(threads[m.made.thread], nullptr, "the block ends, and nobody has waited for the last loads of %s", name_of(m.address));
   }
-  unsigned registers = 0;
+  unsigned registers = 0, most = min(65536 / count / 8 * 8, 255u) * count;  // a block has what it was started with, whatever a processor has
   for (unsigned i = 0; i < count / GROUP; ++i) {
     Warpgroup& g = warpgroups[i];
     if (g.products.count) fail(threads[i * GROUP], g.products[0].site, "the block ends, and warpgroup %u has not waited for this wgmma", i);
     for (const Accumulators* x : g.accumulators)
       if (x->live) fail(threads[i * GROUP], x->site, "the block ends, and not all warps of warpgroup %u have waited for this wgmma", i);
     registers += g.registers;
-    if (registers * GROUP > 65536)
-      fail(threads[i * GROUP], g.site, "the warpgroups ask for %u registers together; a processor has 65536", registers * GROUP);
+    if (registers * GROUP > most)
+      fail(threads[i * GROUP], g.site, "the warpgroups ask for %u registers together; a block of %u threads has %u", registers * GROUP, count, most);
   }
 }
 
@@ -791,6 +805,7 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   cuda_on_cpu::Arrival a = {id, threads, 0, cuda_on_cpu::current};
   cuda_on_cpu::together("named_barrier_sync", cuda_on_cpu::arrive_named, &a);
   cuda_on_cpu::wait_named(a, cuda_on_cpu::current->site);
+  cuda_on_cpu::sleep_perhaps(cuda_on_cpu::current->site);
 }
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
@@ -798,6 +813,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   cuda_on_cpu::together("named_barrier_arrive", cuda_on_cpu::arrive_named, &a);
   cuda_on_cpu::sleep_perhaps(cuda_on_cpu::current->site);
 }
+
+__device__ __forceinline__ void reduce_add_v4(float* p, float x, float y, float z, float w) { cuda_on_cpu::reduce(p, {x, y, z, w}); }
 
 template <int R>
 __device__ __forceinline__ void registers_more() {
@@ -827,13 +844,20 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int N>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add) {
   static_assert(N % 8 == 0 && 8 <= N && N <= 256, "a multiple of 8 up to 256");
-  cuda_on_cpu::Wgmma operands = {d, nullptr, a, b, N, add, cuda_on_cpu::current};
+  cuda_on_cpu::Wgmma operands = {d, nullptr, a, b, N, add, false, cuda_on_cpu::current};
   cuda_on_cpu::together("wgmma_ss", cuda_on_cpu::issue_product, &operands, true, cuda_on_cpu::look_first);
+}
+
+template <int N>
+__device__ __forceinline__ void wgmma_tt(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add) {
+  static_assert(N % 8 == 0 && 8 <= N && N <= 256, "a multiple of 8 up to 256");
+  cuda_on_cpu::Wgmma operands = {d, nullptr, a, b, N, add, true, cuda_on_cpu::current};
+  cuda_on_cpu::together("wgmma_tt", cuda_on_cpu::issue_product, &operands, true, cuda_on_cpu::look_first);
 }
 
 template <int N>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, bool add) {
   static_assert(N % 8 == 0 && 8 <= N && N <= 256, "a multiple of 8 up to 256");
-  cuda_on_cpu::Wgmma operands = {d, a, 0, b, N, add, cuda_on_cpu::current};
+  cuda_on_cpu::Wgmma operands = {d, a, 0, b, N, add, true, cuda_on_cpu::current};
   cuda_on_cpu::together("wgmma_rs", cuda_on_cpu::issue_product, &operands, true, cuda_on_cpu::look_first);
 }
