@@ -82,12 +82,16 @@ def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any
     return found
 
 
-def launch(found: Any, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any) -> None:
-    """Starts a kernel on a stream, given by its handle; integers are pointers or 64 bits wide, narrower numbers come as NumPy's scalars."""
+def launch(found: Any, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any, cooperative: bool = False) -> None:
+    """Starts a kernel on a stream, given by its handle; integers are pointers or 64 bits wide, narrower numbers come as NumPy's scalars.
+
+    `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; more than fit are refused.
+    """
     from cuda.core import LaunchConfig, Stream
     from cuda.core import launch as start
 
-    start(Stream.from_handle(stream), LaunchConfig(grid=grid, block=block, shmem_size=shared), found, *arguments)
+    together = {"is_cooperative": True} if cooperative else {}
+    start(Stream.from_handle(stream), LaunchConfig(grid=grid, block=block, shmem_size=shared, **together), found, *arguments)
 
 
 def missing() -> str:

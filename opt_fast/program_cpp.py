@@ -1,14 +1,16 @@
 """A token of decoding in one kernel, kernels/program.cu: its lines, what it needs of a GPU, and its launch over torch tensors.
 
 A line is a list of WORDS numbers, an operation and its operands; a program is a table of lines, (N, WORDS) int64 on the GPU. Pointers are addresses,
-such as `Tensor.data_ptr()`, and None where there is nothing; the builders below only put them into place. What the operations do is told at the top
-of program.cu. Rows of all lines: B, those of the launch.
+such as `Tensor.data_ptr()`, all of them multiples of 16, and None where there is nothing; the builders below only put them into place. What the
+operations do is told at the top of program.cu. Rows of all lines: B, those of the launch. Nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import struct
 from typing import Any, NamedTuple
+
+import numpy as np
 
 WORDS = 16  # of a line
 THREADS, WARPS = 256, 8  # of a block
@@ -18,6 +20,11 @@ MOST_ROWS = 64
 EMBED, NORM, LINEAR, ATTEND = range(4)
 WAIT, NORMED, STAGED, KEPT, INT8, FLOAT, PAGED = (1 << i for i in range(7))  # a line's flags
 ACTIVATIONS = (None, "relu", "gelu", "gelu_new")
+
+
+class TooLittle(ValueError):
+    """A GPU without the shared memory that the kernel needs."""
+
 
 Address = Any  # an int; tests put arrays here, whose addresses they fill in later
 
@@ -46,9 +53,9 @@ def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, b
     x: (B, I);  weight: (O, I);  bias: (O);  scale: (O) float32;  residual: (B, O)  ->  y: (B, O)
 
     `scale`: the weight is int8, and I a multiple of 16, else of 8. `staged`: x is copied to shared memory first, where `Fit.holds(I)`. `norm`: and
-    normalised there, with this weight and bias (or None); block 0 writes what comes of it to `normed` (B, I), which is not x. `kept`: as the line before had it, same
-    x and norm. `paged`: y is a layer's keys or values, a pool of pages (64, O); row b goes to its place lengths[b]. `float32`: so is y. `first`: the
-    block that takes the first 8 outputs; the following blocks take the following ones. Raises ValueError.
+    normalised there, with this weight and bias (or None); block 0 writes what comes of it to `normed` (B, I), which is not x. `kept`: as the line
+    before had it, same x and norm. `paged`: y is a layer's keys or values, a pool of pages (64, O); row b goes to its place lengths[b]. `float32`: so
+    is y. `first`: the block that takes the first 8 outputs; the following blocks take the following ones. Raises ValueError.
     """
     if inputs % (8 if scale is None else 16):
         raise ValueError(f"a matrix with rows of {inputs} numbers; the kernel takes multiples of {8 if scale is None else 16}")
@@ -98,7 +105,7 @@ class Fit(NamedTuple):
 def fit(B: int, Dh: int, bf16: int, grid: int, limit: int, widths: tuple[int, ...]) -> Fit:
     """As many weights on their way as `limit` bytes of shared memory allow, beside rows of the largest of `widths` that leaves room for 4 steps.
 
-    Raises ValueError for more than 64 rows, heads that the kernel does not take, and a GPU with too little shared memory.
+    Raises ValueError for more than 64 rows and heads that the kernel does not take, TooLittle for a GPU with too little shared memory.
     """
     if not 1 <= B <= MOST_ROWS or Dh not in (64, 80, 128):
         raise ValueError(f"{B} rows and heads of {Dh}; the kernel takes 1 to {MOST_ROWS} rows and heads of 64, 80 or 128")
@@ -107,7 +114,7 @@ def fit(B: int, Dh: int, bf16: int, grid: int, limit: int, widths: tuple[int, ..
         for depth in depths:
             if bytes_needed(B, Dh, depth, room) <= limit:
                 return Fit(B, Dh, bf16, grid, depth, limit)
-    raise ValueError(f"heads of {Dh} need {bytes_needed(B, Dh, 1, one)} bytes of shared memory a block; this GPU gives {limit}")
+    raise TooLittle(f"heads of {Dh} need {bytes_needed(B, Dh, 1, one)} bytes of shared memory a block; this GPU gives {limit}")
 
 
 def tiles(B: int) -> int:
@@ -143,15 +150,18 @@ def launch(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: An
 
     lengths[b] tokens of row b stand in the cache before this one; < 0: the row is not in use. pages[b] are its pages' numbers.
     """
-    import numpy as np
     import torch
 
     from opt_fast import nvrtc
 
     end = len(lines) if end is None else end
-    numbers = [np.int32(n) for n in (begin, end, how.B, pages.shape[1])]
     with torch.cuda.device(lines.device):
         found = nvrtc.kernel(lines.get_device(), "program.cu", "program", how.shared, **how.macros)
-        stream = torch.cuda.current_stream().cuda_stream
-        arguments = [lines.data_ptr(), *numbers[:3], lengths.data_ptr(), pages.data_ptr(), numbers[3], state.data_ptr(), parts.data_ptr()]
-        nvrtc.launch(found, stream, (how.grid,), THREADS, how.shared, *arguments, cooperative=end - begin > 1)
+        given = arguments(how, lines, lengths, pages, state, parts, begin, end)
+        nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, (how.grid,), THREADS, how.shared, *given, cooperative=end - begin > 1)
+
+
+def arguments(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: Any, begin: int, end: int) -> list[Any]:
+    """What the kernel takes, in its order."""
+    first, last, B, most = (np.int32(n) for n in (begin, end, how.B, pages.shape[1]))
+    return [lines.data_ptr(), first, last, B, lengths.data_ptr(), pages.data_ptr(), most, state.data_ptr(), parts.data_ptr()]

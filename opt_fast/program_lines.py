@@ -20,7 +20,10 @@ def one_kernel(params: dict, cfg: OPTConfig, program: Any) -> OneKernel | None:
     keys, B = program.keys, len(program.ids)
     if not keys.is_cuda or torch.cuda.get_device_capability(keys.device) < (8, 0) or not takes(params, cfg, keys.dtype, B):
         return None
-    return OneKernel(params, cfg, program)
+    try:
+        return OneKernel(params, cfg, program)
+    except program_cpp.TooLittle:
+        return None
 
 
 def takes(params: dict, cfg: OPTConfig, dtype: torch.dtype, B: int) -> bool:

@@ -59,7 +59,8 @@ class Region(ctypes.Structure):
 
 class Launch(ctypes.Structure):
     _fields_ = (("grid", Dim), ("block", Dim), ("shared_bytes", ctypes.c_uint), ("region_count", ctypes.c_uint), ("regions", ctypes.c_void_p),
-                ("values", ctypes.c_void_p), ("seed", ctypes.c_uint64), ("races", ctypes.c_int), ("early", ctypes.c_int))  # fmt: skip
+                ("values", ctypes.c_void_p), ("seed", ctypes.c_uint64), ("races", ctypes.c_int), ("early", ctypes.c_int),
+                ("cooperative", ctypes.c_int))  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -104,7 +105,7 @@ def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kern
 
 
 class Kernel:
-    """A compiled kernel: kernel(grid, block, shared_bytes, *arguments) runs it over the grid, block by block."""
+    """A compiled kernel: kernel(grid, block, shared_bytes, *arguments) runs it over the grid, block by block or, cooperative, all at once."""
 
     def __init__(self, library: Path, file: str, name: str):
         self.file, self.name, self.path = file, name, library
@@ -116,28 +117,37 @@ class Kernel:
         self.types = self.library.cuda_on_cpu_signature().decode().split()
 
     def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], shared_bytes: int, *arguments: Any, seed: int = 0, races: bool = True,
-                 early: bool = False) -> None:  # fmt: skip
-        """Arguments are NumPy arrays or None for pointers, numbers, and ctypes structures, tensor_map's among them; arrays that are not writeable
-        must not be written.
+                 early: bool = False, cooperative: bool = False) -> None:  # fmt: skip
+        """Arguments are NumPy arrays, a Table or None for pointers, numbers, and ctypes structures, tensor_map's among them; arrays that are not
+        writeable must not be written.
 
         `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's, and what sm90.cuh names. What is asynchronous
-        happens when it is waited for or, `early`, when it is issued: run a kernel both ways. Raises KernelError, and TypeError for wrong arguments.
+        happens when it is waited for or, `early`, when it is issued: run a kernel both ways. `cooperative`: blocks may wait for each other. Raises
+        KernelError, and TypeError for wrong arguments.
         """
         if len(arguments) != len(self.types):
             raise TypeError(f"{self.name} has {len(self.types)} parameters: {', '.join(self.types)}; {len(arguments)} were given")
         memories = [Memory(self.library, owner, arrays) for owner, arrays in owners(arguments)]
         try:
+            for x in arguments:
+                if isinstance(x, Table):
+                    x.write(memories)
+            for memory in memories:
+                memory.protect()
             values = [self.value(i, type_, x, memories) for i, (type_, x) in enumerate(zip(self.types, arguments, strict=True))]
-            self.launch(three(grid), three(block), shared_bytes, values, regions(arguments, memories), seed, races, early)
+            self.launch(three(grid), three(block), shared_bytes, values, regions(arguments, memories), seed, races, early,
+                        cooperative)  # fmt: skip
         finally:
             damaged = [memory for memory in memories if not memory.close()]
         if damaged:
             raise KernelError(f"{self.name}: some thread wrote just outside {', '.join(map(str, damaged))}")
 
-    def launch(self, grid: Dim, block: Dim, shared_bytes: int, values: list, regions: Any, seed: int, races: bool, early: bool) -> None:
+    def launch(self, grid: Dim, block: Dim, shared_bytes: int, values: list, regions: Any, seed: int, races: bool, early: bool,
+               cooperative: bool) -> None:  # fmt: skip
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         site = ctypes.c_void_p()
-        launch = Launch(grid, block, shared_bytes, len(regions), ctypes.addressof(regions), ctypes.addressof(pointers), seed, races, early)
+        launch = Launch(grid, block, shared_bytes, len(regions), ctypes.addressof(regions), ctypes.addressof(pointers), seed, races, early,
+                        cooperative)  # fmt: skip
         message = self.library.cuda_on_cpu_launch(ctypes.byref(launch), ctypes.byref(site))
         if message is not None:
             raise KernelError(f"{self.name}: {message.decode()}{self.line(site.value)}")
@@ -146,6 +156,7 @@ class Kernel:
         """One argument as the kernel's parameter has it."""
         if isinstance(x, TensorMap) and type_ != "struct":
             raise TypeError(f"{self.name}: argument {i} is a TensorMap; the parameter is {type_}")
+        x = x.words if isinstance(x, Table) else x
         if type_.endswith("*"):
             if x is not None and not isinstance(x, np.ndarray):
                 raise TypeError(f"{self.name}: argument {i} is {type(x).__name__}; {type_} takes an array or None")
@@ -186,8 +197,11 @@ class Memory:
         self.begin = first + self.offset
         self.pages[:] = 0xFF
         ctypes.memmove(self.begin, self.host, self.bytes)
-        if not writeable:
-            self.library.cuda_on_cpu_only_read(first, pages)
+
+    def protect(self) -> None:
+        """From here on a kernel's write to an array that is not writeable is an error."""
+        if not self.writeable:
+            self.library.cuda_on_cpu_only_read(self.first, len(self.pages))
 
     def __str__(self) -> str:
         return f"an array {self.owner.dtype}{self.owner.shape}"
@@ -212,10 +226,9 @@ def owner_of(x: np.ndarray) -> np.ndarray:
 def owners(arguments: Sequence[Any]) -> list[tuple[np.ndarray, bool]]:
     """Each array behind the arguments once, and whether one of them may be written."""
     found: dict[int, tuple[np.ndarray, bool]] = {}
-    for x in map(array_of, arguments):
-        if x is not None:
-            owner = owner_of(x)
-            found[id(owner)] = owner, x.flags.writeable or found.get(id(owner), (owner, False))[1]
+    for x in (x for argument in arguments for x in arrays_of(argument)):
+        owner = owner_of(x)
+        found[id(owner)] = owner, x.flags.writeable or found.get(id(owner), (owner, False))[1]
     return list(found.values())
 
 
@@ -230,7 +243,7 @@ def address_of(x: np.ndarray, memories: list[Memory]) -> int:
 
 def regions(arguments: Sequence[Any], memories: list[Memory]) -> Any:
     """What cp.async may read."""
-    found = [(memory_of(x, memories), i) for i, x in enumerate(map(array_of, arguments)) if x is not None]
+    found = [(memory_of(x, memories), i) for i, argument in enumerate(arguments) for x in arrays_of(argument)]
     return (Region * len(found))(*(Region(memory.begin, memory.begin + memory.bytes, i) for memory, i in found))
 
 
@@ -265,9 +278,26 @@ def tensor_map(array: np.ndarray, box: Sequence[int]) -> TensorMap:
     return TensorMap(array, tuple(int(n) for n in box))
 
 
-def array_of(x: Any) -> np.ndarray | None:
-    """The array that an argument lets a kernel reach."""
-    return x.array if isinstance(x, TensorMap) else x if isinstance(x, np.ndarray) else None
+class Table:
+    """Rows of 64-bit words for a kernel that finds its operands there: numbers, and arrays, which stand for their addresses."""
+
+    def __init__(self, rows: Sequence[Sequence[int | np.ndarray]]):
+        self.rows = rows
+        self.words = np.zeros((len(rows), len(rows[0])), np.int64)
+        self.words.flags.writeable = False
+
+    def write(self, memories: list[Memory]) -> None:
+        """Puts the addresses of this launch's copies into the table's own."""
+        memory = memory_of(self.words, memories)
+        words = np.array([address_of(x, memories) if isinstance(x, np.ndarray) else x for row in self.rows for x in row], np.int64)
+        ctypes.memmove(memory.begin, words.ctypes.data, memory.bytes)
+
+
+def arrays_of(x: Any) -> list[np.ndarray]:
+    """The arrays that an argument lets a kernel reach."""
+    if isinstance(x, Table):
+        return [x.words, *(word for row in x.rows for word in row if isinstance(word, np.ndarray))]
+    return [x.array] if isinstance(x, TensorMap) else [x] if isinstance(x, np.ndarray) else []
 
 
 def three(n: int | Sequence[int]) -> Dim:

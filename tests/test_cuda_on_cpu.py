@@ -1,5 +1,6 @@
 """The machine that runs CUDA kernels on a CPU: every instruction against NumPy, and every rule by breaking it."""
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import cuda_emulator
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_emulator import HERE, KernelError, compile_for_cpu
+from cuda_emulator import HERE, KernelError, Table, compile_for_cpu
 
 from opt_fast import __file__ as opt_fast
 
@@ -113,6 +114,20 @@ def test_exp2_approx_flushes_to_zero():
     assert np.isnan(powers[np.isnan(x)]).all()
 
 
+@both
+def test_numbers_of_other_widths(bf16):
+    every, n = np.arange(2**16).astype(np.uint16), 2**16
+    a, b = (halves(n, 2, bf16=bf16, seed=seed) for seed in (1, 2))
+    which = words(n) & 0x7777
+    y, less, chosen = np.zeros(n, np.float32), np.zeros((n, 2), HALVES[bf16]), np.zeros(n, np.uint32)
+    kernel("widths", bf16)(64, 1024, 0, every, a.view(np.uint32), b.view(np.uint32), which, y, less.view(np.uint32), chosen)
+    np.testing.assert_array_equal(y, every.view(HALVES[bf16]).astype(np.float32))
+    assert bf16 or (less == a - b).all()
+    both_words = np.concatenate([a.view(np.uint8).reshape(n, 4), b.view(np.uint8).reshape(n, 4)], 1)
+    places = which[:, None] >> 4 * np.arange(4) & 7
+    assert (chosen == np.take_along_axis(both_words, places.astype(np.int64), 1).view(np.uint32)[:, 0]).all()
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 5, 16, 31])
 def test_shuffles(lanes):
     x = np.random.default_rng(lanes).normal(size=96).astype(np.float32)
@@ -146,10 +161,11 @@ def test_threads_know_their_places():
 
 def test_functions():
     x = np.linspace(0.1, 3, 64, dtype=np.float32)
-    y = np.zeros((6, 64), np.float32)
+    y = np.zeros((8, 64), np.float32)
     kernel("functions")(1, 64, 0, x, y)
     steps = np.maximum(x, 1).view(np.int32) + np.minimum(np.arange(64), 5).astype(np.int32)
-    np.testing.assert_allclose(y, [np.exp(x), np.log(x), np.log2(x), x / 3, 1 / np.sqrt(x), steps.view(np.float32)], rtol=1e-6, atol=1e-6)
+    exact = [np.exp(x), np.log(x), np.log2(x), x / 3, 1 / np.sqrt(x), steps.view(np.float32), [*map(math.erf, x)], np.tanh(x)]
+    np.testing.assert_allclose(y, exact, rtol=1e-6, atol=1e-6)
     assert (y[5] == steps.view(np.float32)).all()
 
 
@@ -219,6 +235,65 @@ def test_a_seed_is_one_order():
     for row in y:
         kernel("rotated<false>")(1, 128, 0, x, row, seed=3)
     assert y[0].tobytes() == y[1].tobytes()
+
+
+# ---- blocks that wait for each other, and operands in tables ----------------------------------------------------------------------------
+
+
+def relayed(blocks, rounds, without=-1, seed=0, stays_away=-1, cooperative=True, state=None):
+    x = np.zeros((2, blocks), np.int32)
+    kernel("relay")(blocks, 64, 16, x, np.zeros(1, np.uint32) if state is None else state, rounds, without, stays_away, seed=seed,
+                    cooperative=cooperative)  # fmt: skip
+    return x[rounds % 2]
+
+
+def in_rounds(blocks, rounds):
+    x = np.zeros(blocks, np.int32)
+    for _ in range(rounds):
+        x = np.roll(x, -1) + np.arange(blocks, dtype=np.int32)
+    return x
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+def test_a_grid_barrier_holds_in_every_order(blocks):
+    state = np.zeros(1, np.uint32)
+    for seed in range(10):
+        assert (relayed(blocks, 5, seed=seed, state=state) == in_rounds(blocks, 5)).all()  # and leaves its state ready for the next launch
+        assert state[0] in (0, 2**31)
+
+
+def test_a_grid_barrier_left_out_is_seen_in_the_numbers():
+    wrong = [(relayed(7, 5, without=2, seed=seed) != in_rounds(7, 5)).any() for seed in range(20)]
+    assert sum(wrong) >= 10
+
+
+def test_a_grid_barrier_that_a_block_never_reaches_is_told():
+    with pytest.raises(KernelError, match=r"deadlock: nothing can happen any more; .*grid_barrier, to which 2 of 3 blocks have come"):
+        relayed(3, 2, stays_away=1)
+    with pytest.raises(KernelError, match="grid_barrier, to which 1 of 3 blocks have come"):  # each block alone
+        relayed(3, 2, cooperative=False)
+    with pytest.raises(KernelError, match="its state counts 2 blocks, and 0 have come: it was not 0 at first"):
+        relayed(3, 2, state=np.full(1, 2, np.uint32))
+    assert (relayed(3, 2) == in_rounds(3, 2)).all()
+
+
+def test_what_blocks_would_share_is_refused():
+    with pytest.raises(KernelError, match="in a cooperative launch; here each block has dynamic shared memory only"):
+        kernel("fixed_place")(2, 32, 0, np.zeros(32, np.int32), cooperative=True)
+
+
+def test_a_table_holds_the_addresses_of_arrays():
+    whole = np.arange(40, dtype=np.float32)
+    a, b, y = whole[:16], whole[24:], np.full((2, 16), -1, np.float32)
+    whole.flags.writeable = False
+    kernel("moves")(1, 32, 0, Table([[a, y[1], 16], [b, y[0], 10]]), 2)
+    assert (y[1] == a).all()
+    assert (y[0] == [*b[:10], *[-1] * 6]).all()
+    with pytest.raises(KernelError, match="reads or writes where it may not: 160 bytes from the start of argument 0, which has 160"):
+        kernel("moves")(1, 32, 0, Table([[b, y[0], 17]]), 1)
+    a.flags.writeable = False
+    with pytest.raises(KernelError, match="reads or writes where it may not"):
+        kernel("moves")(1, 32, 0, Table([[y[0], a, 10]]), 1)
 
 
 # ---- rules -------------------------------------------------------------------------------------------------------------------------------
@@ -330,6 +405,9 @@ def test_the_same_file_compiles_for_a_gpu():
         "copies",
         "groups",
         "places",
+        "widths",
+        "relay",
+        "moves",
         "functions",
         "pipeline",
         "rotated<true>",

@@ -1,4 +1,4 @@
-"""Decoding over pages with backend="cuda": on torch's CPU tensors, without graphs, all that Python does is the same, and tokens are NumPy's."""
+"""Decoding over pages with backend="cuda": tokens are NumPy's. On torch's CPU tensors, without graphs, all that Python does is the same."""
 
 import gc
 import threading
@@ -26,11 +26,15 @@ WAYS = ({}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 2, 
         {"penalty_alpha": 0.5, "top_k": 3})  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch):
-    """backend="cuda" on torch's CPU tensors."""
-    monkeypatch.setattr(ops_cuda, "device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(nvrtc, "missing", lambda: "")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))]
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    """Where the backend puts parameters."""
+    monkeypatch.setattr(ops_cuda, "device", lambda: torch.device(request.param))
+    if request.param == "cpu":
+        monkeypatch.setattr(nvrtc, "missing", lambda: "")
 
 
 def talkative(cfg):

@@ -4,9 +4,13 @@
 // warpgroup owns 64 queries, and has its products done by wgmma, which reads shared memory itself: Q Kᵀ of a tile and P V of the tile before run at the
 // same time, and while they run, the softmax of the tile between is computed. The warpgroups take turns in asking for products, so that one's softmax
 // falls into another's products.
-// DH (head_dim) and BF16 are set when this is compiled.
+// DH (head_dim) and BF16 are set when this is compiled, and POLYNOMIAL: every so many-th exponential is computed by multiply-adds, for the unit that is
+// made for exponentials limits heads of 64; 0 for none.
 #include "sm90.cuh"
 
+#ifndef POLYNOMIAL
+#define POLYNOMIAL 0
+#endif
 constexpr int Dh = DH, Bc = 128, CONSUMERS = Dh > 64 ? 2 : 3, STAGES = Dh > 64 ? 2 : 4, Br = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int SLABS = (Dh + 63) / 64;            // tiles of 64 columns that a head is made of; what a head of 80 lacks, the copy engine fills with zeros
 constexpr int SLAB_Q = Br * 64, SLAB = Bc * 64;  // numbers of one
@@ -54,6 +58,14 @@ __device__ __forceinline__ void probs_value(float (&acc)[Dh / 2], const unsigned
   wgmma_commit();
 }
 
+// 2^x by multiply-adds: a polynomial for what x has beside a whole number, which is added to the exponent. Off by 7.5e-5, less than P's rounding to come.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  const float shifted = x + 12582912.f;  // 1.5 · 2^23: the nearest whole number is in the last bits
+  const float f = x - (shifted - 12582912.f);
+  const float p = ((0.0551716685f * f + 0.242611125f) * f + 0.693260968f) * f + 0.999928057f;
+  return x < -126.f ? 0.f : __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
+
 // scores become weights under the new maximum; `shrink` is what sums under the old one are to be multiplied by.
 __device__ __forceinline__ void online_softmax(float (&scores)[Bc / 2], float (&m)[2], float (&l)[2], float (&shrink)[2], float log2_scale) {
 #pragma unroll
@@ -69,7 +81,10 @@ __device__ __forceinline__ void online_softmax(float (&scores)[Bc / 2], float (&
 #pragma unroll
     for (int n = 0; n < Bc / 8; n++)
 #pragma unroll
-      for (int c = 4 * n + 2 * r; c < 4 * n + 2 * r + 2; c++) sum += scores[c] = exp2_approx(scores[c] * log2_scale - safe);
+      for (int c = 4 * n + 2 * r; c < 4 * n + 2 * r + 2; c++) {
+        const float x = scores[c] * log2_scale - safe;
+        sum += scores[c] = POLYNOMIAL && n % max(POLYNOMIAL, 1) == 0 ? exp2_polynomial(x) : exp2_approx(x);
+      }
     m[r] = m_new, l[r] = sum;
   }
 }
@@ -169,15 +184,18 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
   }
 }
 
-// Q: (B, T, H, Dh);  K: (B, S, H, Dh);  V: (B, S, H, Dh)  ->  O: (B, T, H, Dh), L: (B, H, T).  Grid: (tiles of Br queries, H, B).
+// Q: (B, T, H, Dh);  K: (B, S, H, Dh);  V: (B, S, H, Dh)  ->  O: (B, T, H, Dh), L: (B, H, T).  Grid: tiles of Br queries · H · B. `together` heads
+// begin side by side, all of them with the tiles that see the most keys: as many as have their K and V in the second-level cache.
 // `ranges` as in flash_fwd_mma.cu. The maps' boxes are (1, Br or Bc, 1, 64), swizzled by 128 bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_fwd_sm90(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, half_t* O,
-               float* L, const int* ranges, int T, int S, float scale, long long o_batch, int o_token, int o_head) {
+               float* L, const int* ranges, int T, int S, float scale, long long o_batch, int o_token, int o_head, int H, int together) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *(Shared*)memory;
-  const int row = blockIdx.z, head = blockIdx.y, group = threadIdx.x / 128;
-  const int i = (gridDim.x - 1 - blockIdx.x) * Br;  // the last queries see the most keys: they begin first
+  const int group = threadIdx.x / 128, block = blockIdx.x, tiles = (T + Br - 1) / Br, heads = gridDim.x / tiles;  // of all rows
+  const int first = block / (tiles * together) * together, some = min(together, heads - first), place = block - first * tiles;
+  const int row = (first + place % some) / H, head = (first + place % some) % H;
+  const int i = (tiles - 1 - place / some) * Br;  // the last queries see the most keys: they begin first
   const int* range = ranges + 5 * row;
   const int first_query = ranges ? range[0] : 0, queries = ranges ? range[1] : T;
   const int first_key = ranges ? range[2] : 0, keys = ranges ? range[3] : S, past = ranges ? range[4] : S - T;  // query t stands at key past + t
@@ -200,7 +218,7 @@ flash_fwd_sm90(const __grid_constant__ TensorMap map_q, const __grid_constant__ 
     registers_more<CONSUMERS == 2 ? 240 : 160>();
     const int t = i + 64 * group;
     O += row * o_batch + head * (long long)o_head + (first_query + t) * (long long)o_token;
-    L += ((long long)row * gridDim.y + head) * T + first_query + t;
+    L += ((long long)row * H + head) * T + first_query + t;
     consume(shared, group, O, L, o_token, queries - t, past + t, keys, seen, scale);
   }
 }

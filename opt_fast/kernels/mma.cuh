@@ -41,6 +41,9 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Waits until all but the last N groups of this thread have arrived; a barrier must follow before other threads' copies may be read.
 template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// A line of memory, of 128 bytes, on its way into the GPU's common cache.
+__device__ __forceinline__ void prefetch_L2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -57,3 +60,23 @@ __device__ __forceinline__ unsigned pack2(float low, float high) {
 #endif
   return y;
 }
+
+// A number of 16 bits as float32.
+__device__ __forceinline__ float unpack(half_t x) {
+#if BF16
+  return __uint_as_float((unsigned)x << 16);
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+#endif
+}
+
+#if !BF16
+// a - b, two numbers of 16 bits each.
+__device__ __forceinline__ unsigned subtract2(unsigned a, unsigned b) {
+  unsigned y;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+#endif

@@ -1,10 +1,13 @@
-// What the mma.sync kernels share: tiles of rows of one head in shared memory, and their two products. A block has four warps; each owns 16 M rows of a
-// product, in registers, as mma_m16n8k16 leaves them: number 2 r + c of piece n is at row lane / 4 + 8 r, column 8 n + lane % 4 * 2 + c of 16 rows.
-// DH (head_dim) and BF16 are set when a kernel is compiled.
+// What the mma.sync kernels share: tiles of rows of one head in shared memory, and their two products. A block has four warps, or BLOCK_WARPS; each
+// owns 16 M rows of a product, in registers, as mma_m16n8k16 leaves them: number 2 r + c of piece n is at row lane / 4 + 8 r, column
+// 8 n + lane % 4 * 2 + c of 16 rows. DH (head_dim) and BF16 are set when a kernel is compiled.
 #pragma once
 #include <mma.cuh>  // not by quotes: the tests put another mma.cuh in front
 
-constexpr int Dh = DH, WARPS = 4, THREADS = 32 * WARPS;
+#ifndef BLOCK_WARPS
+#define BLOCK_WARPS 4
+#endif
+constexpr int Dh = DH, WARPS = BLOCK_WARPS, THREADS = 32 * WARPS;
 constexpr int PITCH = Dh + 8;  // numbers from row to row of a tile: 16 bytes more than a row has, so that ldmatrix meets 8 rows in 8 different banks
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(Dh % 16 == 0, "heads are made of pieces of 16 numbers");

@@ -5,13 +5,14 @@
 //   extern __shared__ __align__(16) T name[];    any T and name, in a function or outside
 //   __shared__ T name[n];                        in a function, one name; cuda_emulator.py rewrites these two forms of __shared__
 //   threadIdx blockIdx blockDim gridDim; uint2 uint3 uint4 int2 int4 float2 float4 dim3 and their make_…
-//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __ldg; what mma.cuh and sm90.cuh have
-//   fmaxf fminf fabsf fmaf expf exp2f logf log2f sqrtf, __expf __logf __log2f __fdividef rsqrtf, min, max, INFINITY,
-//   __float_as_int __int_as_float __float_as_uint __uint_as_float
+//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __threadfence __ldg; what mma.cuh, sm90.cuh and grid.cuh have
+//   fmaxf fminf fabsf fmaf expf exp2f logf log2f sqrtf erff tanhf, __expf __logf __log2f __fdividef rsqrtf, min, max, INFINITY,
+//   __float_as_int __int_as_float __float_as_uint __uint_as_float __byte_perm
 //
 // The rules of the machine, each with its error: every lane of a warp meets the same warp-wide instruction, and no lane has left; all threads of a
 // block meet at __syncthreads; pointers are aligned and inside the caller's arrays or the shared memory; an index stays inside its array.
 // Which warp and which lane runs next is drawn from a seed, and shared memory begins as NaN: a barrier left out shows in the results.
+// Blocks run one after the other, or, in a cooperative launch, all at once, some of them far ahead of others.
 #pragma once
 
 #include <cfloat>
@@ -31,7 +32,7 @@
 
 extern "C" {  // what of <cmath> a kernel may call; the header itself and <vector> would take half of the time of compiling one
 float expf(float), exp2f(float), logf(float), log2f(float), sqrtf(float), fabsf(float);
-float fminf(float, float), fmaxf(float, float), fmaf(float, float, float);
+float fminf(float, float), fmaxf(float, float), fmaf(float, float, float), erff(float), tanhf(float);
 double fabs(double), ldexp(double, int), nearbyint(double);
 int ilogb(double);
 }
@@ -154,18 +155,30 @@ struct Engine {  // what works beside the threads: sm90.cuh's
 
 enum Warp { RUNS, ALONE, AT_BARRIER, AT_GROUP, GONE };  // ALONE: some lanes wait for an event
 
-static Thread threads[MOST_THREADS], scheduler;
-static Thread* current;
-static Warp warps[MOST_THREADS / WARP];
+struct Block {  // what each block has of its own; while it runs, the variables of the same names below are these
+  Thread threads[MOST_THREADS];
+  Warp warps[MOST_THREADS / WARP];
+  unsigned barriers, warp_barriers[MOST_THREADS / WARP];
+  char *stacks, *shared_memory;
+  Array<Chunk> chunks;
+  uint3 index;
+  bool done;
+};
+
+static Array<Block*> blocks;  // one, or in a cooperative launch all of the grid
+static Block* block;          // that runs
+static Thread *threads, scheduler, *current;
+static Warp* warps;
 static Engine engine;
-static unsigned count, shared_bytes, barriers, warp_barriers[MOST_THREADS / WARP];
+static unsigned count, shared_bytes, barriers, *warp_barriers;
 static char *stacks, *shared_memory, *fixed_memory;
 static size_t fixed_bytes;  // of __shared__ T name[n], as far as the kernel has met them
+static bool fixed_place;    // extern __shared__ stands outside a function
 static Array<Chunk> chunks;
-static bool races, early;
+static bool races, early, cooperative;
 static const Region* regions;
 static unsigned region_count;
-static uint64_t state;
+static uint64_t state, launches;
 static void (*body)();  // the kernel with its arguments
 static sigjmp_buf escape;
 static char message[4096];
@@ -392,8 +405,9 @@ inline const Thread& tell_wait(unsigned warp, char* text, size_t size) {
   fail(*first, first->site, "deadlock: nothing can happen any more%s", text);
 }
 
-// No warp can run: a barrier that all have reached opens, or the machine beside the threads goes on, or it is an error.
-inline void resolve(unsigned n) {
+// No warp can run: a barrier that all have reached opens, or the machine beside the threads goes on, or only another block can help, or it is an
+// error.
+inline bool resolve(unsigned n) {
   unsigned at_barrier = 0, gone = 0;
   for (unsigned w = 0; w < n; ++w) at_barrier += warps[w] == AT_BARRIER, gone += warps[w] == GONE;
   if (at_barrier == n) {
@@ -401,26 +415,30 @@ inline void resolve(unsigned n) {
     for (unsigned w = 0; w < n; ++w) let_go(w);
   } else if (engine.idle && engine.idle()) {
   } else if (at_barrier + gone == n) fail_at_barrier(n);
+  else if (cooperative) return false;
   else fail_in_deadlock(n);
+  return true;
 }
 
-inline void run_block() {
+// Runs the block until it is done or waits for another one, or for so many turns of its warps; false if nothing happened in it.
+inline bool run_block(unsigned turns) {
   unsigned n = count / WARP, stuck = 0;
-  for (unsigned w = 0; w < n; ++w) warps[w] = RUNS;
-  for (;;) {
+  bool moved = false;
+  while (turns--) {
     unsigned w = drawn(n), gone = 0;
     if (engine.step) engine.step();
     if (can_run(w)) {
       run_for_a_while(w);
-      stuck = 0;
+      stuck = 0, moved = true;
     } else if (++stuck > n) {  // perhaps all of them: look
       bool some = false;
       for (unsigned i = 0; i < n; ++i) some |= can_run(i), gone += warps[i] == GONE;
-      if (gone == n) return;
-      if (!some) resolve(n);
-      stuck = 0;
+      if (gone == n) return block->done = true;
+      if (!some && !resolve(n)) return moved;
+      stuck = 0, moved |= !some;
     }
   }
+  return moved;
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------------------------------------
@@ -430,14 +448,29 @@ inline char* reserve(size_t bytes) {
   return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
 }
 
+// The variables are this block's from now on.
+inline void enter(Block* b) {
+  if (block) block->barriers = barriers, block->chunks = chunks;
+  block = b, threads = b->threads, warps = b->warps, barriers = b->barriers, warp_barriers = b->warp_barriers;
+  stacks = b->stacks, shared_memory = b->shared_memory, chunks = b->chunks, blockIdx = b->index;
+}
+
+inline void make_blocks(unsigned n) {
+  while (blocks.count < n) blocks.push_back(static_cast<Block*>(calloc(1, sizeof(Block))));
+}
+
 inline char* dynamic_shared() {  // the same place for every launch; what lies beyond a launch's bytes is closed
-  if (!shared_memory) shared_memory = reserve(SHARED_MOST + GUARD);
+  if (!block) make_blocks(1), enter(blocks[0]);
+  if (!launches) fixed_place = true;
+  if (!shared_memory) shared_memory = block->shared_memory = reserve(SHARED_MOST + GUARD);
   return shared_memory;
 }
 
 // A place for one __shared__ T name[n]: the same for all threads, as only one block is there at a time.
 template <class T>
 T& fixed() {
+  if (cooperative)
+    fail(*current, __builtin_return_address(0), "__shared__ T name[n] in a cooperative launch; here each block has dynamic shared memory only");
   size_t place = fixed_bytes, end = place + (sizeof(T) + 15) / 16 * 16;
   if (end > FIXED_MOST || end + shared_bytes > SHARED_MOST)
     fail(*current, __builtin_return_address(0), "%zu fixed and %u dynamic bytes of shared memory; %u and %u in all are the most", end, shared_bytes,
@@ -564,8 +597,9 @@ struct Faults {  // caught while a kernel runs; then as before
 
 // ---- a launch ---------------------------------------------------------------------------------------------------------------------------
 
-inline void begin_block(unsigned block) {
-  blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+inline void begin_block(unsigned n) {
+  blockIdx = block->index = {n % gridDim.x, n / gridDim.x % gridDim.y, n / gridDim.x / gridDim.y};
+  block->done = false;
   memset(dynamic_shared(), 0xFF, pages(shared_bytes));  // NaN, in every float format
   memset(fixed_memory, 0xFF, fixed_bytes);
   chunks.resize(shared_bytes / 16);
@@ -575,6 +609,7 @@ inline void begin_block(unsigned block) {
     chunk.readers.count = 0;
   }
   barriers = 0;
+  for (unsigned w = 0; w < count / WARP; ++w) warps[w] = RUNS;
   for (unsigned i = 0; i < count; ++i) {
     threads[i].id = i;
     threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -598,6 +633,8 @@ inline const char* refused() {
     snprintf(text, sizeof text, "a block of %u threads; it has whole warps of 32 here, and at most %u", count, MOST_THREADS);
   else if (shared_bytes > SHARED_MOST)
     snprintf(text, sizeof text, "%u bytes of dynamic shared memory; %u are the most", shared_bytes, SHARED_MOST);
+  else if (cooperative && (engine.begin || fixed_place))
+    snprintf(text, sizeof text, "a cooperative launch; it has nothing of sm90.cuh, and shared memory in functions only");
   else return nullptr;
   return text;
 }
@@ -608,12 +645,59 @@ inline bool open_memory() {
     if (!fixed_memory) return false;
     memset(fixed_memory, 0xFF, FIXED_MOST);
   }
-  stacks = reserve(count * STACK);
-  if (!stacks || !dynamic_shared()) return false;
-  for (unsigned i = 0; i < count; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
-  size_t opened = pages(shared_bytes);
-  mprotect(dynamic_shared(), SHARED_MOST + GUARD, PROT_NONE);
-  return mprotect(dynamic_shared(), opened, PROT_READ | PROT_WRITE) == 0;
+  unsigned n = cooperative ? gridDim.x * gridDim.y * gridDim.z : 1;
+  make_blocks(n);
+  for (unsigned b = 0; b < n; ++b) {
+    enter(blocks[b]);
+    stacks = block->stacks = reserve(count * STACK);
+    if (!stacks || !dynamic_shared()) return false;
+    for (unsigned i = 0; i < count; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
+    mprotect(dynamic_shared(), SHARED_MOST + GUARD, PROT_NONE);
+    if (mprotect(dynamic_shared(), pages(shared_bytes), PROT_READ | PROT_WRITE)) return false;
+  }
+  return true;
+}
+
+inline void close_memory() {  // each closed page of stacks counts towards what a process may have, and there may be many kernels
+  for (Block* b : blocks) {
+    if (b->stacks) munmap(b->stacks, count * STACK);
+    b->stacks = nullptr;
+  }
+}
+
+inline void run_in_turn(const Array<unsigned>& order) {
+  for (unsigned i = 0; i < order.count; ++i) {
+    begin_block(order.items[i]);
+    while (!block->done) run_block(~0u);
+    end_block();
+  }
+}
+
+inline bool go_on(Block* b, unsigned turns) {
+  if (b->done) return false;
+  enter(b);
+  bool moved = run_block(turns);
+  if (b->done) end_block();
+  return moved;
+}
+
+// All blocks at once: one runs for a while, up to thousands of instructions, then another.
+inline void run_together(unsigned n) {
+  for (unsigned b = 0; b < n; ++b) enter(blocks[b]), begin_block(b);
+  for (;;) {
+    for (unsigned idle = 0, slow = n; idle < 4 * n;) {
+      if (drawn(4 * n) == 0) slow = drawn(2 * n);  // for a while this one, if there is one, hardly runs
+      unsigned b = drawn(n);
+      idle = go_on(blocks[b == slow ? drawn(n) : b], drawn(3) ? 1u << drawn(11) : 1) ? 0 : idle + 1;
+    }
+    Block* left = nullptr;  // perhaps none can go on: look
+    bool moved = false;
+    for (unsigned b = 0; b < n; ++b) moved |= go_on(blocks[b], ~0u);
+    for (unsigned b = 0; b < n; ++b) left = blocks[b]->done ? left : blocks[b];
+    if (!left) return;
+    enter(left);
+    if (!moved) fail_in_deadlock(count / WARP);
+  }
 }
 
 inline void run_grid() {
@@ -622,11 +706,8 @@ inline void run_grid() {
   order.resize(n);
   for (unsigned i = 0; i < n; ++i) order[i] = i;
   for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[drawn(i)]);
-  for (unsigned block : order) {
-    begin_block(block);
-    run_block();
-    end_block();
-  }
+  if (cooperative) run_together(n);
+  else run_in_turn(order);
 }
 
 struct Launch {
@@ -635,7 +716,7 @@ struct Launch {
   const Region* regions;
   void* const* values;  // where each argument is
   uint64_t seed;
-  int races, early;
+  int races, early, cooperative;
 };
 
 static void* const* values;
@@ -656,16 +737,17 @@ void call(void (*kernel)(P...), std::index_sequence<I...>) {
 template <auto kernel, class... P>
 const char* launch(void (*)(P...), const Launch& l, const void** site) {
   gridDim = l.grid, blockDim = l.block, shared_bytes = l.shared_bytes, regions = l.regions, region_count = l.region_count, values = l.values;
-  state = l.seed, races = l.races, early = l.early, count = blockDim.x * blockDim.y * blockDim.z;
+  state = l.seed, races = l.races, early = l.early, cooperative = l.cooperative, count = blockDim.x * blockDim.y * blockDim.z;
+  ++launches;
   body = [] { call(kernel, std::index_sequence_for<P...>()); };
   if (const char* text = refused()) return text;
-  if (!open_memory()) return "no memory for the threads' stacks and shared memory";
+  if (!open_memory()) return close_memory(), "no memory for the threads' stacks and shared memory";
   static Faults faults;
   faults.take();
   bool failed = sigsetjmp(escape, 1);
   if (!failed) run_grid();
   faults.give_back();
-  munmap(stacks, count * STACK);  // each closed page of theirs counts towards what a process may have, and there may be many kernels
+  close_memory();
   Dl_info library;
   *site = nullptr;
   if (failed && failed_at && dladdr(failed_at, &library))
@@ -739,12 +821,21 @@ inline unsigned __float_as_uint(float x) { return cuda_on_cpu_bits<unsigned>(x);
 inline float __int_as_float(int x) { return cuda_on_cpu_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_on_cpu_bits<float>(x); }
 
+// Each digit of `which` names one of the eight bytes of b and a, the lowest is a's.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
+  unsigned y = 0;
+  for (unsigned i = 0; i < 4; ++i) y |= unsigned(bytes >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  return y;
+}
+
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
 template <class T> inline T __ldg(const T* p) { return *p; }
+inline void __threadfence() {}  // fibres see what others have written
 template <class T> inline T atomicAdd(T* p, T x) {  // fibres do not interrupt each other
   T before = *p;
   *p += x;

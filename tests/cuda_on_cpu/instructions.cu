@@ -1,5 +1,6 @@
 // Small kernels for test_cuda_on_cpu.py: each instruction of mma.cuh, a pipeline with its barriers left out on demand, and what is forbidden.
 #include "mma.cuh"
+#include <grid.cuh>
 
 // Lane t gives row t of 32, 16 bytes each.  source: (32, 8)  ->  plain: (32, 4), transposed: (32, 4)
 extern "C" __global__ void matrices(const uint4* source, unsigned* plain, unsigned* transposed) {
@@ -122,11 +123,51 @@ extern "C" __global__ void places(unsigned* out) {
   place[3] = threadIdx.z, place[4] = threadIdx.y, place[5] = threadIdx.x;
 }
 
-// The functions of one float32.  x: (threads)  ->  y: (6, threads)
+// A number for each thread as float32; two numbers less two others; bytes of two words.  x: (threads);  a: (threads);  b: (threads);
+// which: (threads)  ->  y: (threads), less: (threads), chosen: (threads)
+extern "C" __global__ void widths(const half_t* x, const unsigned* a, const unsigned* b, const unsigned* which, float* y, unsigned* less,
+                                  unsigned* chosen) {
+  const int t = blockIdx.x * blockDim.x + threadIdx.x;
+  y[t] = unpack(x[t]);
+#if !BF16
+  less[t] = subtract2(a[t], b[t]);
+#endif
+  chosen[t] = __byte_perm(a[t], b[t], which[t]);
+}
+
+// Each block adds its number to what the block before it has had in the round before.  x: (2, blocks)  ->  x: (2, blocks)
+extern "C" __global__ void relay(int* x, unsigned* state, int rounds, int without, int stays_away) {
+  extern __shared__ __align__(16) int mine[];  // each block's own
+  const int block = blockIdx.x, blocks = gridDim.x;
+  if (threadIdx.x == 0) mine[0] = block;
+  __syncthreads();
+  if (block == stays_away) return;
+  for (int round = 0; round < rounds; round++) {
+    const int before = x[round % 2 * blocks + (block + 1) % blocks];
+    if (threadIdx.x == 40) x[(round + 1) % 2 * blocks + block] = before + mine[0];
+    __threadfence();
+    if (round != without) grid_barrier(state);
+  }
+}
+
+// Arrays that are told by their addresses.  lines: (n, 3): from, to, how many numbers
+extern "C" __global__ void moves(const long long* lines, int n) {
+  for (int i = 0; i < n; i++)
+    if (threadIdx.x < lines[3 * i + 2]) ((float*)lines[3 * i + 1])[threadIdx.x] = ((const float*)lines[3 * i])[threadIdx.x];
+}
+
+// Shared memory that would be the same for all blocks here.
+extern "C" __global__ void fixed_place(int* x) {
+  __shared__ int numbers[32];
+  numbers[threadIdx.x] = x[threadIdx.x];
+}
+
+// The functions of one float32.  x: (threads)  ->  y: (8, threads)
 extern "C" __global__ void functions(const float* x, float* y) {
   const int t = threadIdx.x, n = blockDim.x;
   y[t] = __expf(x[t]), y[n + t] = __logf(x[t]), y[2 * n + t] = __log2f(x[t]), y[3 * n + t] = __fdividef(x[t], 3);
   y[4 * n + t] = rsqrtf(x[t]), y[5 * n + t] = __int_as_float(__float_as_int(max(x[t], 1.f)) + min(int(threadIdx.x), 5));
+  y[6 * n + t] = erff(x[t]), y[7 * n + t] = tanhf(x[t]);
 }
 
 // What the machine forbids or leaves undefined, one at a time.  x: (64, 8) that may only be read;  y: (64, 8)

@@ -154,9 +154,23 @@ __device__ __forceinline__ void cp_async_wait() {
   cuda_on_cpu::wait(N);
 }
 
+__attribute__((noinline)) inline void prefetch_L2(const void* global) {
+  using namespace cuda_on_cpu;
+  if (!registered(global, 1)) fail(*current, __builtin_return_address(0), "prefetch: %p is outside the caller's arrays", global);
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {  // .ftz: what is not normal is 0
   float y = exp2f(x);
   return y < FLT_MIN ? 0 : y;
 }
 
 __device__ __forceinline__ unsigned pack2(float low, float high) { return cuda_on_cpu::narrowed(high) << 16 | cuda_on_cpu::narrowed(low); }
+
+__device__ __forceinline__ float unpack(half_t x) { return cuda_on_cpu::widened(x); }
+
+#if !BF16
+__device__ __forceinline__ unsigned subtract2(unsigned a, unsigned b) {
+  using cuda_on_cpu::half_of;
+  return pack2(half_of(a, 0) - half_of(b, 0), half_of(a, 1) - half_of(b, 1));  // a float32 holds a difference, or rounds it far below
+}
+#endif
