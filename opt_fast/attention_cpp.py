@@ -21,9 +21,11 @@ def mma(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = N
     return in_cpp(Mma(q.shape[-1]), q, k, v, scale, ranges)
 
 
-def sm90(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """kernels/flash_fwd_sm90.cu, for Hopper: as `mma`."""
-    return in_cpp(Sm90(q.shape[-1]), q, k, v, scale, ranges)
+def sm90(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None, ordered: bool = False, polynomial: int = 0
+) -> tuple[Tensor, Tensor]:
+    """kernels/flash_fwd_sm90.cu, for Hopper: as `mma`; see Sm90."""
+    return in_cpp(Sm90(q.shape[-1], ordered, polynomial), q, k, v, scale, ranges)
 
 
 def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,7 @@ def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ra
     O, L = results(q)
     if O.numel():
         q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
-        run(kernel, q, f"{kernel.name}.cu", kernel.name, (-(-T // kernel.Br), H, B), kernel.arguments(q, k, v, O, L, scale, ranges))
+        run(kernel, q, f"{kernel.name}.cu", kernel.name, kernel.grid(B, T, H), kernel.arguments(q, k, v, O, L, scale, ranges), **kernel.macros)
     return O, L.swapaxes(1, 2)
 
 
@@ -106,12 +108,12 @@ def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | N
 
 
 def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int],
-        arguments: list[Any]) -> None:  # fmt: skip
+        arguments: list[Any], **macros: int) -> None:  # fmt: skip
     """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
     from opt_fast import nvrtc
 
     with torch.cuda.device(q.device):
-        found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16))
+        found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16), **macros)
         nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
 
 
@@ -121,7 +123,11 @@ class Mma:
     name, Br, threads = "flash_fwd_mma", 128, 128
 
     def __init__(self, Dh: int) -> None:
+        self.macros: dict[str, int] = {}
         self.shared = 2 * (self.Br + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)  # a tile of Q, and two each of K and V; rows are 8 numbers longer
+
+    def grid(self, B: int, T: int, H: int) -> tuple[int, int, int]:
+        return -(-T // self.Br), H, B
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
         """What the kernel takes, in its order."""
@@ -176,19 +182,32 @@ class Combine:
 
 
 class Sm90:
-    """How flash_fwd_sm90 is launched for heads of Dh."""
+    """How flash_fwd_sm90 is launched for heads of Dh.
+
+    `ordered`: heads begin side by side, as many as have their keys and values in the second-level cache, all with their longest tiles. `polynomial`:
+    every so many-th exponential is computed by multiply-adds.
+    """
 
     name, Bc = "flash_fwd_sm90", 128
+    cache = 24 * 2**20  # bytes of keys and values, half of an H200's second-level cache
 
-    def __init__(self, Dh: int) -> None:
+    def __init__(self, Dh: int, ordered: bool = False, polynomial: int = 0) -> None:
         consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (3, 4, 1)
         self.Br, self.threads = 64 * consumers, 128 * (consumers + 1)
         self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 numbers, and barriers
+        self.ordered, self.macros = ordered, {"POLYNOMIAL": polynomial} if polynomial else {}
+
+    def grid(self, B: int, T: int, H: int) -> tuple[int, int, int]:
+        return -(-T // self.Br) * H * B, 1, 1
+
+    def together(self, k: Tensor) -> int:
+        """Heads that begin side by side."""
+        return max(self.cache // (4 * k.shape[1] * k.shape[-1]), 1) if self.ordered else 1
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
         """What the kernel takes, in its order."""
         maps = [tensor_map(a, rows) for a, rows in ((q, self.Br), (k, self.Bc), (v, self.Bc))]
-        return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O)]
+        return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O), np.int32(q.shape[2]), np.int32(self.together(k))]
 
 
 class Sm90Bwd:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -215,6 +216,8 @@ RUNGS = {
     "numba v3": numba_rung("v3"),
     "mma": Rung(mma, HALVES, (64, 80, 128), (8, 0)),
     "sm90": Rung(sm90, HALVES, (64, 80, 128), (9, 0), 9),
+    "sm90 order": Rung(partial(sm90, ordered=True), HALVES, (64, 80, 128), (9, 0), 9),
+    "sm90 exp": Rung(partial(sm90, ordered=True, polynomial=4), HALVES, (64, 80, 128), (9, 0), 9),
 }
 
 

@@ -4,6 +4,7 @@ On a GPU, where there is one, the same cases run through attention_cuda.
 """
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,8 @@ needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not())
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() != "", reason=nvrtc.missing())
 HEAD_DIMS = (64, 80, 128)
-each_kernel = pytest.mark.parametrize("kernel", [Mma, Sm90])
+STEPS = partial(Sm90, ordered=True, polynomial=4)
+each_kernel = pytest.mark.parametrize("kernel", [Mma, Sm90, pytest.param(STEPS, id="Sm90, ordered, polynomial")])
 each_backward = pytest.mark.parametrize("kernel", [MmaBwd, Sm90Bwd])
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
@@ -30,17 +32,19 @@ def emulated(kernel, q, k, v, scale, ranges=None, **how):
     """attention_cpp.mma or sm90, on the CPU."""
     B, T, H, Dh = q.shape
     made = kernel(Dh)
-    run = compile_for_cpu(nvrtc.KERNELS / f"{made.name}.cu", made.name, {"DH": Dh, "BF16": int(q.dtype == torch.bfloat16)})
+    run = compile_for_cpu(nvrtc.KERNELS / f"{made.name}.cu", made.name, {"DH": Dh, "BF16": int(q.dtype == torch.bfloat16), **made.macros})
     O, L = torch.full((B, T, H, Dh), math.nan, dtype=q.dtype), torch.full((B, H, T), math.nan)  # poison: every number must be written
     bits = [a.view(torch.int16).numpy() for a in (q, k, v, O)]
     for array in bits[:3]:
         array.flags.writeable = False  # a write to Q, K or V is an error
     given = bits[:3]
-    if kernel is Sm90:
+    if isinstance(made, Sm90):
+        made.cache = 3 * 4 * k.shape[1] * Dh  # three heads side by side
         given = [tensor_map(array, (64, 1, rows, 1)) for array, rows in zip(given, (made.Br, made.Bc, made.Bc), strict=True)]
     rest = [*sizes(q, k, scale), *(step for a in (q, k, v) if kernel is Mma for step in strides(a)), *strides(O)]
+    rest += [H, made.together(k)] if isinstance(made, Sm90) else []
     arguments = [*given, bits[3], L.numpy(), None if ranges is None else ranges.numpy(), *rest]
-    run((-(-T // made.Br), H, B), made.threads, made.shared, *arguments, **how)
+    run(made.grid(B, T, H), made.threads, made.shared, *arguments, **how)
     return O, L.swapaxes(1, 2)
 
 
@@ -399,7 +403,7 @@ def test_gradients_where_all_scores_are_low_and_keys_end_early(kernel):
 ])  # fmt: skip
 def test_it_compiles_without_spills(file, kernels, arch, Dh, bf16):
     """C75… are ptxas's words for wgmma that waits where it should run on."""
-    code, said = nvrtc.compile(file, arch, DH=Dh, BF16=bf16)
+    code, said = nvrtc.compile(file, arch, DH=Dh, BF16=bf16, **(STEPS(Dh).macros if bf16 and "fwd_sm90" in file else {}))
     assert code[:4] == b"\x7fELF"
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels
     assert "warning" not in said.lower()
