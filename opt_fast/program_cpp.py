@@ -30,13 +30,15 @@ Address = Any  # an int; tests put arrays here, whose addresses they fill in lat
 
 
 def embed(y: Address, width: int, table: Address = None, ids: Address = None, positions: Address = None, scale: Address = None,
-          wait: bool = False) -> list[Address]:  # fmt: skip
-    """y[b] = table[ids[b]] · scale[ids[b]] + positions[lengths[b] + 2]; table with ids, or positions, may be missing. `scale`: the table is int8.
+          columns: Address = None, wait: bool = False) -> list[Address]:  # fmt: skip
+    """y[b] = table[ids[b]] · scale[ids[b]] · columns + positions[lengths[b] + 2]; table with ids, or positions, may be missing.
 
-    ids: (B) int64;  table: (V, W);  positions: (P, W);  scale: (V) float32  ->  y: (B, W)
+    `scale`: the table is int8, which may have `columns`.
+
+    ids: (B) int64;  table: (V, W);  positions: (P, W);  scale: (V) float32;  columns: (W) float32  ->  y: (B, W)
     """
     flags = wait * WAIT | (scale is not None) * INT8
-    return line(EMBED, flags, y, width, table, ids, positions, scale)
+    return line(EMBED, flags, y, width, table, ids, positions, scale, columns)
 
 
 def norm(y: Address, width: int, x: Address, weight: Address = None, bias: Address = None, wait: bool = True) -> list[Address]:
@@ -45,17 +47,18 @@ def norm(y: Address, width: int, x: Address, weight: Address = None, bias: Addre
 
 
 def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, bias: Address = None, *, scale: Address = None,
-           residual: Address = None, activation: str | None = None, norm: tuple[Address, Address] | None = None, normed: Address = None,
-           staged: bool = False, kept: bool = False, paged: bool = False, float32: bool = False, first: int = 0,
+           columns: Address = None, residual: Address = None, activation: str | None = None, norm: tuple[Address, Address] | None = None,
+           normed: Address = None, staged: bool = False, kept: bool = False, paged: bool = False, float32: bool = False, first: int = 0,
            wait: bool = True) -> list[Address]:  # fmt: skip
     """y = activation(x weightᵀ · scale + bias) + residual, rounded once; residual may be y.
 
-    x: (B, I);  weight: (O, I);  bias: (O);  scale: (O) float32;  residual: (B, O)  ->  y: (B, O)
+    x: (B, I);  weight: (O, I);  bias: (O);  scale: (O) float32;  columns: (I) float32;  residual: (B, O)  ->  y: (B, O)
 
     `scale`: the weight is int8, and I a multiple of 16, else of 8. `staged`: x is copied to shared memory first, where `Fit.holds(I)`. `norm`: and
-    normalised there, with this weight and bias (or None); block 0 writes what comes of it to `normed` (B, I), which is not x. `kept`: as the line
-    before had it, same x and norm. `paged`: y is a layer's keys or values, a pool of pages (64, O); row b goes to its place lengths[b]. `float32`: so
-    is y. `first`: the block that takes the first 8 outputs; the following blocks take the following ones. Raises ValueError.
+    normalised there, with this weight and bias (or None); block 0 writes what comes of it to `normed` (B, I), which is not x. `columns`: and then
+    multiplied by them, as int8 may want it. `kept`: as the line before had it, same x and norm. `paged`: y is a layer's keys or values, a pool of
+    pages (64, O); row b goes to its place lengths[b]. `float32`: so is y. `first`: the block that takes the first 8 outputs; the following blocks
+    take the following ones. Raises ValueError.
     """
     if inputs % (8 if scale is None else 16):
         raise ValueError(f"a matrix with rows of {inputs} numbers; the kernel takes multiples of {8 if scale is None else 16}")
@@ -63,11 +66,13 @@ def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, b
         raise ValueError(f"activation is {activation!r}; it is one of {ACTIVATIONS}")
     if normed is not None and norm is None:
         raise ValueError("normed is where normalised rows go, and there is no norm")
+    if columns is not None and (kept or not (staged or norm is not None)):
+        raise ValueError("columns multiply rows that are staged, and not those that other lines keep")
     flags = wait * WAIT | (norm is not None) * NORMED | (staged or norm is not None) * STAGED | kept * KEPT | (scale is not None) * INT8
     flags |= float32 * FLOAT | paged * PAGED
-    return line(
-        LINEAR, flags, y, outputs, x, inputs, weight, scale, bias, residual, ACTIVATIONS.index(activation), *(norm or (None, None)), normed, first
-    )
+    of_norm = norm or (None, None)
+    which = ACTIVATIONS.index(activation)
+    return line(LINEAR, flags, y, outputs, x, inputs, weight, scale, bias, residual, which, *of_norm, normed, first, columns)
 
 
 def attend(O: Address, heads: int, q: Address, keys: Address, values: Address, scale: float, wait: bool = True) -> list[Address]:

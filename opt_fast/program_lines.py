@@ -12,6 +12,7 @@ from opt_fast import program_cpp
 from opt_np.config import OPTConfig
 
 HALVES = (torch.float16, torch.bfloat16)
+COLUMNS = 64.0  # times which numbers of x still are float16: int8 matrices with columns more uneven go through torch
 Address = Callable[[Tensor], Any]
 
 
@@ -43,8 +44,9 @@ def matrices(params: dict) -> list[dict]:
 
 def readable(p: dict, dtype: torch.dtype) -> bool:
     """Whether the kernel reads these leaves: a matrix in 16 bits, or in int8 with a factor for each row."""
-    whole = p["weight"].dtype == (torch.int8 if "scale" in p else dtype)
-    return whole and p.keys() <= {"weight", "bias", "scale"} and all(leaf.is_contiguous() and leaf.data_ptr() % 16 == 0 for leaf in p.values())
+    whole = p["weight"].dtype == (torch.int8 if "scale" in p else dtype) and p.keys() <= {"weight", "bias", "scale", "columns"}
+    even = "columns" not in p or bool(((p["columns"] <= COLUMNS) & (p["columns"] >= 1 / COLUMNS)).all())
+    return whole and even and all(leaf.is_contiguous() and leaf.data_ptr() % 16 == 0 for leaf in p.values())
 
 
 class OneKernel:
@@ -90,6 +92,7 @@ class Writer:
         self.cfg, self.b, self.fit, self.address = cfg, b, fit, address
         self.lines: list[list[Any]] = []
         self.held: list[Tensor] = []  # what stands in them, and nowhere else
+        self.uneven = False
         self.first = 0  # the block that is to take the next tile of outputs: lines that do not wait share the blocks evenly
         self.embeddings(params, program)
         stream = {"x": b.x}
@@ -100,7 +103,7 @@ class Writer:
     def embeddings(self, params: dict, program: Any) -> None:
         """model.embeddings"""
         b, at, table = self.b, self.at, params["embed_tokens"]
-        tokens = {"table": at(table["weight"]), "ids": at(program.ids), "scale": at(self.factors(table))}
+        tokens = {"table": at(table["weight"]), "ids": at(program.ids), "scale": at(self.factors(table)), "columns": at(table.get("columns"))}
         positions = at(params["embed_positions"]["weight"])
         if "project_in" not in params:
             self.lines.append(program_cpp.embed(at(b.x), b.x.shape[1], positions=positions, **tokens))
@@ -147,15 +150,21 @@ class Writer:
         return {"x": target}
 
     def linear(self, y: Tensor, p: dict, source: dict, again: bool = False, **options: Any) -> None:
-        """A product; with `again`, of what the line before has read."""
-        (O, I), x, at, blocks = p["weight"].shape, source["x"], self.at, self.fit.grid
+        """A product; with `again`, of what the line before has read.
+
+        Raises TooLittle where an int8 matrix has uneven columns, and shared memory no room for x.
+        """
+        (O, I), at, columns = p["weight"].shape, self.at, p.get("columns")
         staged = self.fit.holds(I)
+        if columns is not None and not staged:
+            raise program_cpp.TooLittle(f"rows of {I} numbers do not fit into shared memory, where an int8 matrix with uneven columns wants them")
         options |= {name: source[name] for name in ("norm", "normed") if name in source}
         if again:
-            options |= {"kept": staged, "wait": False, "normed": None}
-        self.lines.append(program_cpp.linear(at(y), O, at(x), I, at(p["weight"]), at(p.get("bias")), scale=at(self.factors(p)), staged=staged,
-                                             first=self.first if again else 0, **options))  # fmt: skip
-        self.first = ((self.first if again else 0) - (-O // 8)) % blocks
+            options |= {"kept": staged and columns is None and not self.uneven, "wait": False, "normed": None}
+        self.lines.append(program_cpp.linear(at(y), O, at(source["x"]), I, at(p["weight"]), at(p.get("bias")), scale=at(self.factors(p)),
+                                             columns=at(columns), staged=staged, first=self.first if again else 0, **options))  # fmt: skip
+        self.first = ((self.first if again else 0) - (-O // 8)) % self.fit.grid
+        self.uneven = columns is not None  # what is in shared memory is another matrix's
 
     def factors(self, p: dict) -> Tensor | None:
         """An int8 matrix's factors in float32."""

@@ -102,10 +102,11 @@ def test_embed(B, W, grid, what):
     if what == "int8":
         table = m.bytes(11, W)
     given = {"table": table, "ids": ids} if what != "positions" else {}
-    given |= {"scale": factors} if what == "int8" else {}
+    columns = only_read(np.exp2(m.rng.integers(-2, 3, W)).astype(np.float32))
+    given |= {"scale": factors, "columns": columns} if what == "int8" else {}
     m.run([cpp.embed(y, W, positions=None if what == "tokens" else positions, **given)], seed=B)
     safe = np.where(m.lengths < 0, 0, ids)
-    expected = wide(table)[safe] * (wide(factors)[safe, None] if what == "int8" else 1) if given else 0.0
+    expected = wide(table)[safe] * (wide(factors)[safe, None] * columns if what == "int8" else 1) if given else 0.0
     expected = expected + (wide(positions)[np.maximum(m.lengths, 0) + 2] if what != "tokens" else 0)
     assert m.rounded(y, np.where(m.lengths[:, None] < 0, 0, expected), 1)
 
@@ -154,12 +155,15 @@ def product(m, I, O, kind, source, seed, **how):
         given |= {"norm": norm, "normed": normed}
         h = normal(x, *norm)
     given["staged"] = source == "staged"
+    if kind == "int8" and source != "where it is":
+        given["columns"] = columns = only_read(np.exp2(rng.integers(-3, 4, I)).astype(np.float32))
+        h = h * columns
     W = wide(weight) * (wide(factors)[:, None] if kind == "int8" else 1)
     exact = h @ W.T + (0 if bias is None else wide(bias))
     size = np.abs(h) @ np.abs(W.T) + (m.of_rounded(h, W) if source == "norm" else 0)
     exact = FUNCTIONS[function](exact) + (0 if residual is None else wide(residual))
     m.run([cpp.linear(y, O, x, I, weight, bias, residual=residual, activation=function, first=seed % m.fit.grid, **given)], seed=seed, **how)
-    assert source != "norm" or m.rounded(normed, h, 10)
+    assert source != "norm" or m.rounded(normed, normal(x, *norm), 10)
     return y, exact, size
 
 

@@ -5,7 +5,7 @@
 // while blocks wait for each other, normalise, or attend.
 //
 // A line has WORDS numbers of 64 bits: an operation, flags, operands; pointers are addresses, 0 where there is nothing. Numbers of 16 bits are float16
-// or bfloat16, those of the kernel; int8 matrices have a float32 factor for each output. opt_fast/program_cpp.py writes lines.
+// or bfloat16, those of the kernel; int8 matrices have a float32 factor for each output, and may have one for each column, a power of two. opt_fast/program_cpp.py writes lines.
 //
 //   word    EMBED              NORM             LINEAR                                        ATTEND
 //   2       y (B, W)           y (B, D)         y (B, O), 16 bits; FLOAT: float32; PAGED      O (B, H, Dh)
@@ -14,12 +14,13 @@
 //   5       ids (B), 64 bits   weight (D)       I                                             keys (pages, 64, H, Dh)
 //   6       positions (P, W)   bias (D)         weight (O, I), as in the checkpoint           values (pages, 64, H, Dh)
 //   7       factors (V)                         factors (O)                                   the scores' scale, a float32's bits
-//   8                                           bias (O)
+//   8       columns (W)                         bias (O)
 //   9                                           residual (B, O), may be y
 //   10                                          0; 1: relu; 2: gelu; 3: gelu_new
 //   11, 12                                      the LayerNorm's weight and bias (I)
 //   13                                          where block 0 writes the normalised rows (B, I), not x
 //   14                                          the block that takes the first 8 outputs
+//   15                                          columns (I)
 //
 //   EMBED   y = table[ids] + positions[lengths + 2], either of them alone too; 0 for a row that is not in use
 //   NORM    y = LayerNorm(x)
@@ -184,6 +185,20 @@ __device__ __forceinline__ void normalize(char* rows, int B, int width, const ha
   __syncthreads();
 }
 
+// Rows in shared memory times what an int8 matrix has taken out of its columns.
+__device__ __forceinline__ void scale_columns(char* rows, int B, int width, const float* columns) {
+  __syncthreads();  // a block may be writing the rows back
+  for (int i = threadIdx.x; i < B * (width / 8); i += THREADS) {
+    const int row = i / (width / 8), c = i % (width / 8);
+    uint4* place = (uint4*)(rows + row * pitch(width)) + c;
+    const float* by = columns + 8 * c;
+    const Eight x = unpack8(*place);
+    *place = make_uint4(pack2(x.at[0] * by[0], x.at[1] * by[1]), pack2(x.at[2] * by[2], x.at[3] * by[3]), pack2(x.at[4] * by[4], x.at[5] * by[5]),
+                        pack2(x.at[6] * by[6], x.at[7] * by[7]));
+  }
+  __syncthreads();
+}
+
 __device__ __forceinline__ void norm(const long long* line, int B, char* memory) {
   half_t* y = (half_t*)line[2];
   const half_t* x = (const half_t*)line[4];
@@ -202,13 +217,13 @@ __device__ __forceinline__ void embed(const long long* line, Rows rows) {
   const half_t *table = (const half_t*)line[4], *positions = (const half_t*)line[6];
   const signed char* bytes = (const signed char*)line[4];
   const long long* ids = (const long long*)line[5];
-  const float* factors = (const float*)line[7];
+  const float *factors = (const float*)line[7], *columns = (const float*)line[8];
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows.B * width; i += gridDim.x * THREADS) {
     const int row = i / width, column = i % width, length = rows.lengths[row];
     float x = 0;
     if (length >= 0 && table) {
       const long long place = ids[row] * width + column;
-      x = line[1] & INT8 ? bytes[place] * factors[ids[row]] : unpack(table[place]);
+      x = line[1] & INT8 ? bytes[place] * factors[ids[row]] * (columns ? columns[column] : 1.f) : unpack(table[place]);
     }
     if (length >= 0 && positions) x += unpack(positions[(long long)(length + POSITION_OFFSET) * width + column]);
     y[i] = pack(x);
@@ -335,6 +350,7 @@ __device__ __forceinline__ void linear(const long long* line, const Rows& rows, 
       stage(copy, (const half_t*)x, rows.B, width);
       if (flags & NORMED) normalize(copy, rows.B, width, (const half_t*)line[11], (const half_t*)line[12], (float*)memory);
       if (line[13] && blockIdx.x == 0) write_back((half_t*)line[13], copy, rows.B, width);
+      if (line[15]) scale_columns(copy, rows.B, width, (const float*)line[15]);
     }
     x = copy, step = pitch(width);
   }
