@@ -6,6 +6,7 @@ query, its queries, its first key, its keys, and the key before which its first 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ra
     """Runs a forward kernel of CUDA C++ on torch's current stream."""
     B, T, H, _ = q.shape
     O, L = results(q)
+    if not k.numel():  # the copy engine wants something to copy
+        return O.zero_(), L.fill_(-math.inf).swapaxes(1, 2)
     if O.numel():
         q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
         run(kernel, q, f"{kernel.name}.cu", kernel.name, kernel.grid(B, T, H), kernel.arguments(q, k, v, O, L, scale, ranges), **kernel.macros)
@@ -192,7 +195,7 @@ class Sm90:
     cache = 24 * 2**20  # bytes of keys and values, half of an H200's second-level cache
 
     def __init__(self, Dh: int, ordered: bool = False, polynomial: int = 0) -> None:
-        consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (3, 4, 1)
+        consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (2 if polynomial else 3, 4, 1)
         self.Br, self.threads = 64 * consumers, 128 * (consumers + 1)
         self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 numbers, and barriers
         self.ordered, self.macros = ordered, {"POLYNOMIAL": polynomial} if polynomial else {}
@@ -201,8 +204,9 @@ class Sm90:
         return -(-T // self.Br) * H * B, 1, 1
 
     def together(self, k: Tensor) -> int:
-        """Heads that begin side by side."""
-        return max(self.cache // (4 * k.shape[1] * k.shape[-1]), 1) if self.ordered else 1
+        """Heads that begin side by side.  k: (B, S, H, Dh)"""
+        B, S, H, Dh = k.shape
+        return min(max(self.cache // (4 * max(S, 1) * Dh), 1), B * H) if self.ordered else 1
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
         """What the kernel takes, in its order."""

@@ -152,7 +152,8 @@ class Handle:
 class Engine:
     """Continuous batching over a fixed number of pages, 64 tokens each.
 
-    pages        for keys and values; by default as many as max_batch rows of the full context need. Memory is taken when it is first used
+    pages        for keys and values; by default as many as max_batch rows of the full context need. Memory is
+                 taken when it is first used, a GPU's at once
     max_batch    rows that are continued in a round; where there are more, they take turns
     dtype        of keys and values. On the CPU float32; float16 and bfloat16 take half the memory, and then results differ from model.generate's.
                  On a GPU the model's own, and no other

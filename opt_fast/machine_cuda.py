@@ -8,6 +8,8 @@ host goes on with others, what was computed is not used.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 from opt_fast import ops_cuda, paged_cache
 from opt_fast.attention_cuda import attention_lse
 from opt_fast.paged_cache import PAGE, Row
-from opt_fast.program_cuda import Program, leaves
+from opt_fast.program_cuda import Aside, Program, leaves
 from opt_fast.scores_cuda import Scores, highest
 from opt_np import model
 from opt_np.arrays import host
@@ -34,7 +36,8 @@ class Pages(paged_cache.Pages):
 
     def add(self, count: int) -> None:
         try:
-            super().add(count)
+            with torch.inference_mode(False):  # they outlive whoever asks for them
+                super().add(count)
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{len(self.counts) + count} pages of {PAGE} tokens do not fit on the GPU; ask for fewer ({error})") from None
 
@@ -48,17 +51,40 @@ class Machine:
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
         self.params, self.cfg, self.pool = dict(params), cfg, pool
-        self.leaves = leaves(params)
+        self.leaves, self.aside, self.whole = leaves(params), Aside(), True
+        self.last: Any = None  # when the pass before has ended, on the GPU
         self.programs: dict[tuple[int, int], Program] = {}  # by the number of rows, and of their pages
 
     def serves(self, params: dict) -> bool:
         """Whether these are still the parameters that programs were made for."""
         found = leaves(params)
-        return len(found) == len(self.leaves) and all(a is b for a, b in zip(found, self.leaves, strict=True))
+        return len(found) == len(self.leaves) and all(a is b and p == q for (a, p), (b, q) in zip(found, self.leaves, strict=True))
 
-    @torch.no_grad()
     def read(self, pieces: list[tuple[Row, int]]) -> None:
         """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        with self.alone():
+            self.whole = False
+            self._read(pieces)
+            self.whole = True  # else nobody else is given this machine
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Whatever modes, device or stream the caller has: no gradients, tensors that stay, and one pass after the other."""
+        device = self.pool.keys.device
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda" if self.pool.keys.is_cuda else "cpu", enabled=False):
+            if not self.pool.keys.is_cuda:
+                yield
+                return
+            with torch.cuda.device(device):
+                if self.last is not None:
+                    torch.cuda.current_stream().wait_event(self.last)
+                self.last = torch.cuda.Event()
+                try:
+                    yield
+                finally:
+                    self.last.record()
+
+    def _read(self, pieces: list[tuple[Row, int]]) -> None:
         tokens = [row for row, count in pieces if count == row.left == 1 and row.hidden is None]
         prompts = [(row, count) for row, count in pieces if not (count == row.left == 1 and row.hidden is None)]
         if prompts:
@@ -93,10 +119,11 @@ class Machine:
     def program(self, rows: list[Row]) -> Program:
         """One for at least so many rows, with at least so many pages."""
         B, pages = room_for(len(rows)), min(power_of_two(max(len(row.pages) for row in rows)), self.pool.most)
-        found = self.programs.get((B, pages))
-        if found is None or found.keys is not self.pool.keys:  # the pool has grown, and lies elsewhere
-            found = self.programs[B, pages] = Program(self.params, self.cfg, self.pool, B, pages)
-        return found
+        if any(program.keys is not self.pool.keys for program in self.programs.values()):  # the pool has grown, and lies elsewhere
+            self.programs.clear()
+        if (B, pages) not in self.programs:
+            self.programs[B, pages] = Program(self.params, self.cfg, self.pool, B, pages, self.aside)
+        return self.programs[B, pages]
 
 
 def room_for(rows: int) -> int:

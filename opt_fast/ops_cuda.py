@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opt_fast import attention_cuda, nvrtc, train_cuda
 from opt_fast.attention_cuda import attention_bwd, attention_lse
+from opt_np import reader as reading
 from opt_np.config import OPTConfig
 from opt_np.ops import LAYER_NORM_EPS, group_size
 from opt_np.tree import map_leaves
@@ -161,25 +162,35 @@ class Params(dict):
         super().__init__(tree)
         self.idle: list[Any] = []
 
+    def __reduce__(self) -> tuple:
+        return Params, (dict(self),)  # a copy makes its own machines
+
 
 def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
     """The model over so many pages, for the engine; keys and values have the parameters' dtype. Raises ValueError for another one."""
     from opt_fast.machine_cuda import Machine, Pages  # which import this module
 
+    if type(params["layers"]) is not list:
+        raise ValueError("layers that are read from their files at every pass have no pages on a GPU: load the model without stream_layers")
     like = params["embed_positions"]["weight"]
     if dtype not in (None, own := str(like.dtype).removeprefix("torch.")):
         raise ValueError(f"dtype={dtype!r}: on a GPU keys and values have the model's dtype, {own}; load the model in another one")
     return Machine(params, cfg, Pages(cfg, pages, like.detach()))
 
 
-def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
-    """As opt_np.reader.Reader, over pages, which are given back with the reader."""
+def reader(params: dict, cfg: OPTConfig, ops: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
+    """As opt_np.reader.Reader, over pages, which are given back with the reader; plainly where layers come and go."""
     from opt_fast.engine import Reader
     from opt_fast.machine_cuda import KEPT
     from opt_fast.paged_cache import pages_for
 
+    if type(params["layers"]) is not list:
+        return PlainReader(params, cfg, ops, first, most)
     count, idle = pages_for(*most), getattr(params, "idle", [])
-    found = idle.pop() if idle else None
+    try:
+        found = idle.pop()
+    except IndexError:  # not asked before: another thread may be faster
+        found = None
     if found is None or not found.serves(params):
         found = machine(params, cfg, count)
     found.pool.make_room(count)
@@ -187,8 +198,16 @@ def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[
 
     def give_back() -> None:
         found.pool.clear()
-        if found.pool.nbytes <= KEPT and not idle:
+        if found.whole and found.pool.nbytes <= KEPT and not idle:
             idle.append(found)
 
     weakref.finalize(made, give_back)
     return made
+
+
+class PlainReader(reading.Reader):
+    """As opt_np.reader.Reader, without a thought of gradients."""
+
+    @torch.no_grad()
+    def __call__(self, asked: reading.Reading) -> reading.Said:
+        return super().__call__(asked)

@@ -75,12 +75,12 @@ def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, b
     return line(LINEAR, flags, y, outputs, x, inputs, weight, scale, bias, residual, which, *of_norm, normed, first, columns)
 
 
-def attend(O: Address, heads: int, q: Address, keys: Address, values: Address, scale: float, wait: bool = True) -> list[Address]:
+def attend(O: Address, heads: int, q: Address, keys: Address, values: Address, scale: float) -> list[Address]:
     """Attention of one query a row over the lengths[b] + 1 keys that stand in its pages.
 
     q: (B, H, Dh);  keys: (pages, 64, H, Dh);  values: (pages, 64, H, Dh)  ->  O: (B, H, Dh)
     """
-    return line(ATTEND, wait * WAIT, O, heads, q, keys, values, struct.unpack("i", struct.pack("f", scale))[0])
+    return line(ATTEND, WAIT, O, heads, q, keys, values, struct.unpack("i", struct.pack("f", scale))[0])
 
 
 def line(*words: Address) -> list[Address]:

@@ -11,6 +11,7 @@ goes through model.py, in torch's operations.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ from opt_np import model
 from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
+_capturing = threading.Lock()
+
 
 class Program:
     """One token of up to B rows with up to P pages each, over a pool's pages."""
 
-    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages, B: int, P: int) -> None:
-        self.params, self.cfg, self.keys, self.values, self.layer = params, cfg, pool.keys, pool.values, 0
+    def __init__(self, params: dict, cfg: OPTConfig, pool: Pages, B: int, P: int, aside: Aside | None = None) -> None:
+        self.params, self.cfg, self.keys, self.values, self.layer, self.aside = params, cfg, pool.keys, pool.values, 0, aside or Aside()
         self.ids, self.lengths, self.pages = self.zeros(torch.int64, B), self.zeros(torch.int32, B), self.zeros(torch.int32, B, P)
         self.logits, self.found = self.zeros(self.keys.dtype, B, cfg.vocab_size), self.zeros(torch.float64, 2, B)
         self.kernel = one_kernel(params, cfg, self)
@@ -83,16 +86,18 @@ class Program:
         return Scores.fetched(self.logits[:rows].clone(), self.found[:, :rows])
 
     def capture(self) -> None:
-        before, aside = [a.clone() for a in (self.ids, self.lengths)], torch.cuda.Stream(self.keys.device)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self.compute()  # once outside of the graph: kernels are compiled, and libraries take their memory
-            for a, b in zip((self.ids, self.lengths), before, strict=True):
-                a.copy_(b)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may be generating, too
-            self.compute()
+        """Once outside of the graph, for kernels to be compiled and libraries to take their memory; then into it, which computes nothing."""
+        before, graph, (stream, memory) = [a.clone() for a in (self.ids, self.lengths)], torch.cuda.CUDAGraph(), self.aside.of(self.keys.device)
+        with _capturing:  # torch allows one at a time in a process
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.compute()
+                for a, b in zip((self.ids, self.lengths), before, strict=True):
+                    a.copy_(b)
+                with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):  # other threads may be generating
+                    self.compute()
+            torch.cuda.current_stream().wait_stream(stream)
+        self.graph = graph  # only now, for a capture may be broken off
 
     def compute(self) -> None:
         """The logits, and what greedy search would read next."""
@@ -131,6 +136,18 @@ class Program:
     def advance(self, _: int) -> None: ...
 
 
+class Aside:
+    """Where graphs are captured that never run at the same time: a stream, and memory that they share."""
+
+    def __init__(self) -> None:
+        self.made: tuple[Any, Any] | None = None
+
+    def of(self, device: torch.device) -> tuple[Any, Any]:
+        if self.made is None:
+            self.made = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        return self.made
+
+
 @dataclass
 class Next:
     """What greedy search would ask for after a step, and the answer where it is under way."""
@@ -142,6 +159,6 @@ class Next:
     scores: Scores | None
 
 
-def leaves(params: dict) -> list[Any]:
-    """What programs hold on to: if one of these is another tensor, they are stale."""
-    return list(flatten(params).values())
+def leaves(params: dict) -> list[tuple[Tensor, int]]:
+    """What programs hold on to, and where it lies: if one of these is another tensor, or elsewhere, they are stale."""
+    return [(leaf, leaf.data_ptr() if leaf.is_cuda else 0) for leaf in flatten(params).values()]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opt_np import processors
 from opt_np.arrays import host
+from opt_np.generate import choose
 
 
 class Scores:
@@ -28,7 +29,7 @@ class Scores:
         """With what was found on its way from the GPU."""
         if not logits.is_cuda:
             return cls(logits, found.clone())
-        there, ready = torch.empty(found.shape, dtype=found.dtype, pin_memory=True), torch.cuda.Event()
+        there, ready = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
         there.copy_(found, non_blocking=True)
         ready.record()
         return cls(logits, there, ready)
@@ -62,11 +63,15 @@ class Scores:
 
     def after(self, processor: Any) -> Scores | None:
         """What a processor of opt_np.processors makes of them, on the GPU; None where it is only there for arrays."""
+        if torch.are_deterministic_algorithms_enabled():  # a GPU's running sums are not
+            return None
         own = PROCESSORS.get(processor.func) if isinstance(processor, processors.Warper) else None
         return None if own is None else Scores(own(self.logits.float(), **processor.keywords))
 
     def drawn(self, draws: list[float]) -> np.ndarray:
         """As opt_np.generate.choose.  draws: (N)  ->  (N)"""
+        if torch.are_deterministic_algorithms_enabled():
+            return choose(self.array, draws)
         cumulative = torch.softmax(self.logits.double(), -1).cumsum(-1)
         at = torch.tensor(draws, dtype=torch.float64, device=cumulative.device)[:, None] * cumulative[:, -1:]
         return host(torch.searchsorted(cumulative, at, right=True)[:, 0])

@@ -67,13 +67,12 @@ def explain(request: Request, top: int) -> list[Choice]:
 
 def choices(number: int, step: Step, stages: dict[str, np.ndarray], top: int, tokenizer: Any) -> Iterator[Choice]:
     """What one step chose in each row that was not finished."""
-    logits = np.asarray(step.logits)
-    P = softmax([logits, *stages.values()][-1])
-    leading = highest(logits, min(top, P.shape[1]))  # (N, top)
+    P = softmax([step.logits, *stages.values()][-1])
+    leading = highest(step.logits, min(top, P.shape[1]))  # (N, top)
     for row in np.flatnonzero(step.active).tolist():
         chosen = int(step.ids[row])
         shown = [*leading[row].tolist(), *([chosen] if chosen not in leading[row] else [])]
-        yield Choice(number, row, chosen, [candidate(i, row, logits, stages, float(P[row, i]), tokenizer) for i in shown])
+        yield Choice(number, row, chosen, [candidate(i, row, step.logits, stages, float(P[row, i]), tokenizer) for i in shown])
 
 
 def candidate(i: int, row: int, logits: np.ndarray, stages: dict[str, np.ndarray], probability: float, tokenizer: Any) -> Candidate:

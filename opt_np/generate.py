@@ -113,12 +113,17 @@ class Step:
     ids: np.ndarray
     finished: np.ndarray
     active: np.ndarray = field(repr=False)
-    logits: np.ndarray = field(repr=False)  # (N, V)
+    scores: Any = field(repr=False)  # logits, wherever they are
     text: list[str] | None = None
 
     @functools.cached_property
+    def logits(self) -> np.ndarray:
+        """->  (N, V)"""
+        return np.asarray(self.scores)
+
+    @functools.cached_property
     def _log_probabilities(self) -> np.ndarray:
-        return log_softmax(np.asarray(self.logits))
+        return log_softmax(self.logits)
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:
@@ -133,7 +138,7 @@ class Step:
         """Forgets the logits, once what they tell of each row has been worked out."""
         assert self.logprobs is not None
         assert self.entropies is not None
-        self.logits = self.__dict__["_log_probabilities"] = np.empty((len(self.ids), 0))
+        self.scores = self.logits = self.__dict__["_log_probabilities"] = np.empty((len(self.ids), 0))
 
 
 def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iterator[Step]:

@@ -1,8 +1,11 @@
 """Decoding over pages with backend="cuda": tokens are NumPy's. On torch's CPU tensors, without graphs, all that Python does is the same."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +18,7 @@ from opt_fast.engine import Engine, Reader
 from opt_fast.paged_cache import PAGE
 from opt_fast.program_cuda import Program
 from opt_np import OPTForCausalLM
+from opt_np import generate as decoding
 from opt_np.config import parameter_shapes
 from opt_np.reader import Reading
 from opt_np.tree import map_leaves, unflatten
@@ -252,6 +256,97 @@ def test_training_changes_what_is_said_next():
         map_leaves(lambda leaf: leaf.mul_(1.1), ours.params)
     map_leaves(lambda leaf: np.multiply(leaf, np.float32(1.1), out=leaf), numpys.params)
     np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=5, **NO_EOS), numpys.generate(prompt(5), max_new_tokens=5, **NO_EOS))
+
+
+# ---- whatever else a caller does ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "no_grad", "autocast"]
+)
+def test_modes_of_the_caller_change_nothing(mode):
+    """Not even where a stream that has begun in one goes on outside."""
+    ours, numpys = both()
+    expected = numpys.generate(prompt(5), max_new_tokens=9, **NO_EOS)
+    with mode():
+        np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=9, **NO_EOS), expected)
+        steps = ours.stream(prompt(5), max_new_tokens=9, **NO_EOS)
+        found = [next(steps).ids for _ in range(3)]
+    found += [step.ids for step in steps]
+    np.testing.assert_array_equal(np.stack(found, 1), expected[:, 5:])
+    np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=9, **NO_EOS), expected)
+
+
+def test_a_model_is_copied_without_its_machines():
+    ours, numpys = both()
+    ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
+    assert ours.params.idle
+    for params in (copy.deepcopy(ours.params), pickle.loads(pickle.dumps(ours.params))):
+        assert type(params) is ops_cuda.Params
+        assert params.idle == []
+        found = decoding.generate(params, prompt(5), CFG, ops=ops_cuda, max_new_tokens=4, **NO_EOS)
+        np.testing.assert_array_equal(found, numpys.generate(prompt(5), max_new_tokens=4, **NO_EOS))
+
+
+def test_layers_that_come_and_go_are_read_plainly(tmp_path):
+    numpys = both()[1]
+    numpys.save_pretrained(tmp_path)
+    ours = OPTForCausalLM.from_pretrained(tmp_path, backend="cuda", stream_layers=True)
+    np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=4, **NO_EOS), numpys.generate(prompt(5), max_new_tokens=4, **NO_EOS))
+    with pytest.raises(ValueError, match="have no pages on a GPU: load the model without stream_layers"):
+        Engine(ours)
+
+
+def test_a_machine_whose_pass_was_broken_off_serves_nobody_else(monkeypatch):
+    ours, numpys = both()
+    ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
+    (machine,) = ours.params.idle
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "compute", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
+    gc.collect()
+    assert ours.params.idle == []
+    np.testing.assert_array_equal(ours.generate(prompt(5), max_new_tokens=5, **NO_EOS), numpys.generate(prompt(5), max_new_tokens=5, **NO_EOS))
+    assert ours.params.idle != [machine]
+
+
+def test_a_capture_that_is_broken_off_leaves_no_graph(monkeypatch):
+    """With a torch.cuda made up of nothing."""
+    ours, _ = both()
+    program = Program(ours.params, CFG, ops_cuda.machine(ours.params, CFG, 2).pool, 1, 2)
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    for name in ("CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    calls, compute = [], Program.compute
+
+    def broken(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        compute(self)
+
+    monkeypatch.setattr(Program, "compute", broken)
+    before = program.lengths.clone()
+    with pytest.raises(KeyboardInterrupt):
+        program.capture()
+    assert program.graph is None
+    assert program.lengths.equal(before)  # the first time counted nothing
+    program.capture()
+    assert program.graph is not None
+
+
+def test_pages_that_have_moved_are_not_kept():
+    ours, _ = both()
+    machine = ops_cuda.machine(ours.params, CFG, 1)
+    reader, ids = Reader(machine, 0), prompt(2 * PAGE)
+    for end in range(PAGE - 3, PAGE + 3):
+        reader(Reading(ids[:, :end], np.ones((1, end), np.int64)))
+    assert [program.keys is machine.pool.keys for program in machine.programs.values()] == [True]
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------------------------

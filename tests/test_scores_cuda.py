@@ -78,3 +78,14 @@ def test_scores_are_an_array_for_whoever_wants_one():
     np.testing.assert_array_equal(scores[1:2], [[7, -1, 2]])
     np.testing.assert_array_equal(scores[[1, 1]], [[7, -1, 2]] * 2)
     np.testing.assert_array_equal(np.asarray(scores, np.float64), logits.double())
+
+
+def test_where_sums_have_to_be_the_same_each_time_tokens_are_drawn_by_numpy():
+    scores, draws = torch.from_numpy(np.random.default_rng(0).normal(0, 2, (4, 50)).astype(np.float32)), [0.1, 0.5, 0.7, 0.99]
+    expected = generate.choose(scores.numpy(), draws).tolist()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Scores(scores).after(Warper(processors.top_p, p=0.5)) is None
+        assert generate.choose(Scores(scores), draws).tolist() == expected
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -215,6 +215,7 @@ __device__ __forceinline__ void consume(Shared& shared, int group, float* sums, 
       differentiate(dP, P, shared.D[stage] + lane % 4 * 2);
       pack(right, dP);
     } else {
+      before_waiting(P[0]);
       wgmma_wait<0>();
       differentiate(dP, P, shared.D[stage] + lane % 4 * 2);
       pack(left, P), pack(right, dP);

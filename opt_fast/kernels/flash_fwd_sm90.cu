@@ -5,13 +5,13 @@
 // same time, and while they run, the softmax of the tile between is computed. The warpgroups take turns in asking for products, so that one's softmax
 // falls into another's products.
 // DH (head_dim) and BF16 are set when this is compiled, and POLYNOMIAL: every so many-th exponential is computed by multiply-adds, for the unit that is
-// made for exponentials limits heads of 64; 0 for none.
+// made for exponentials limits heads of 64; 0 for none. It takes registers that three warpgroups do not have.
 #include "sm90.cuh"
 
 #ifndef POLYNOMIAL
 #define POLYNOMIAL 0
 #endif
-constexpr int Dh = DH, Bc = 128, CONSUMERS = Dh > 64 ? 2 : 3, STAGES = Dh > 64 ? 2 : 4, Br = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+constexpr int Dh = DH, Bc = 128, CONSUMERS = Dh > 64 || POLYNOMIAL ? 2 : 3, STAGES = Dh > 64 ? 2 : 4, Br = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int SLABS = (Dh + 63) / 64;            // tiles of 64 columns that a head is made of; what a head of 80 lacks, the copy engine fills with zeros
 constexpr int SLAB_Q = Br * 64, SLAB = Bc * 64;  // numbers of one
 static_assert(Dh % 16 == 0 && Dh <= 128, "heads are made of pieces of 16 numbers, and O has to fit into registers");
@@ -148,6 +148,7 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
       if (lane == 0) mbarrier_arrive(&shared.k_empty[next]);
       if (j + Bc - 1 > min(reach, keys - 1)) mask(scores, j, first, keys);
       online_softmax(scores, m, l, shrink, log2_scale);
+      before_waiting(l[0]);
       wgmma_wait<0>();
       if (lane == 0) mbarrier_arrive(&shared.v_empty[stage]);
 #pragma unroll
@@ -159,9 +160,10 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
     probs_value(acc, P, shared.V[tile % STAGES]);
     wgmma_wait<0>();
     if (group == 0) named_barrier_sync(1, 256);  // the turn that nobody took
+    named_barrier_sync(1 + CONSUMERS + group, 128);  // the products of all four warps have read Q
   }
 
-  // O leaves by way of Q's place, whose rows nobody but this warp's products have read, swizzled as it lies there, 16 bytes at a time.
+  // O leaves by way of Q's place, each warp's by way of its own rows, swizzled as it lies there, 16 bytes at a time.
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int t = 16 * warp + lane / 4 + 8 * r;

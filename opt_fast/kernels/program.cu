@@ -26,7 +26,8 @@
 //   NORM    y = LayerNorm(x)
 //   LINEAR  y = activation(x weightᵀ + bias) + residual. STAGED: x is copied to shared memory first; NORMED: and normalised; KEPT: it is there from
 //           the line before, unless this is the first of a launch. PAGED: y is a pool of pages (64, O), and row b goes to its place lengths[b].
-//   ATTEND  each row's query over the lengths[b] + 1 keys in its pages; keys are split over blocks where there are more blocks than heads
+//   ATTEND  each row's query over the lengths[b] + 1 keys in its pages; keys are split over blocks where there are more blocks than heads. A barrier
+//           has to stand between two of them
 //   WAIT    the line needs what lines before it wrote: a barrier of the grid stands before it. The first line of a launch never waits.
 //
 // lengths[b] tokens of row b stand in the cache before this one; below 0, the row is not in use: it is written to no page, and O is 0.
@@ -392,9 +393,9 @@ __device__ __forceinline__ void attend(const long long* line, const Rows& rows, 
     }
     if (splits > 1) {
       int* last = (int*)tile_q;
-      __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) {
+        __threadfence();  // for what all threads have written
         *last = atomicAdd(counts + pair, 1u) == splits - 1u;
         if (*last) counts[pair] = 0;
         __threadfence();

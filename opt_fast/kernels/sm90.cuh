@@ -31,6 +31,11 @@ __device__ __forceinline__ void mbarrier_wait(mbarrier_t* b, unsigned parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
+// What x needs is computed before the next wait for products: else ptxas moves that wait up to the last branch, and nothing runs beside them. x >= 0.
+__device__ __forceinline__ void before_waiting(float x) {
+  if (__any_sync(0xffffffff, x < 0.f)) __nanosleep(1);
+}
+
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 

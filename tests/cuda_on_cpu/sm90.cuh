@@ -801,6 +801,9 @@ __device__ __forceinline__ void async_proxy_fence() {
   memcpy(cuda_on_cpu::published, cuda_on_cpu::shared_memory, cuda_on_cpu::shared_bytes);
 }
 
+// For the compiler of the GPU; here the order is the source's.
+__device__ __forceinline__ void before_waiting(float x) {}
+
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   cuda_on_cpu::Arrival a = {id, threads, 0, cuda_on_cpu::current};
   cuda_on_cpu::together("named_barrier_sync", cuda_on_cpu::arrive_named, &a);
