@@ -46,7 +46,7 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="rows " + words("batches"))
     parser.add_argument("--contexts", nargs="+", type=int, metavar="N", help="tokens of a row's prompt " + words("contexts"))
     parser.add_argument("--new", type=int, metavar="N", help=f"tokens that follow, fewer where they take {BUDGET:g} s " + words("new"))
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="that lanes take turns in (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="that lanes take turns in")
     parser.add_argument("--seed", type=int, metavar="N", help="of weights and tokens (default: another one each time)")
     parser.add_argument("--json", dest="json_file", metavar="FILE", help="also write the line of JSON there")
 
