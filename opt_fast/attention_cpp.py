@@ -47,6 +47,18 @@ def results(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
 
 
+def rowsum(dO: Tensor, O: Tensor) -> Tensor:
+    """dO: (B, T, H, Dh);  O: (B, T, H, Dh)  ->  (B, H, T)"""
+    return (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()
+
+
+def gradients(q: Tensor, k: Tensor, ranges: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dq, (B, T, H, Dh), dk and dv, (B, S, H, Dh); zeros where kernels leave alone what lies outside the ranges."""
+    make = torch.empty if ranges is None else torch.zeros
+    dq, dk, dv = (make(a.shape, dtype=q.dtype, device=q.device) for a in (q, k, k))
+    return dq, dk, dv
+
+
 def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
             ranges: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """kernels/flash_bwd_mma.cu, its two kernels, for what `mma` takes; no number depends on the order in which blocks run.
@@ -54,10 +66,8 @@ def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, s
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], MmaBwd(q.shape[-1])
-    D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()  # (B, H, T)
-    make = torch.empty if ranges is None else torch.zeros  # the kernels leave alone what lies outside
-    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in ((B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)))
+    (B, T, H, _), S, kernel = q.shape, k.shape[1], MmaBwd(q.shape[-1])
+    D, (dq, dk, dv) = rowsum(dO, O), gradients(q, k, ranges)
     if q.numel() and k.numel():
         dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
         of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, dq, dk, dv, scale, ranges)
@@ -75,10 +85,8 @@ def sm90_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, 
     """
     if deterministic:
         return mma_bwd(dO, q, k, v, O, L, scale, ranges)
-    (B, T, H, Dh), S, kernel = q.shape, k.shape[1], Sm90Bwd(q.shape[-1])
-    D = (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()  # (B, H, T)
-    make = torch.empty if ranges is None else torch.zeros  # the kernels leave alone what lies outside
-    dq, dk, dv = (make(shape, dtype=q.dtype, device=q.device) for shape in ((B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)))
+    (B, T, H, _), S, kernel = q.shape, k.shape[1], Sm90Bwd(q.shape[-1])
+    D, (dq, dk, dv) = rowsum(dO, O), gradients(q, k, ranges)
     if q.numel() and k.numel():
         dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
         sums = torch.zeros((B, H, *kernel.tiles(T)), dtype=torch.float32, device=q.device)

@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, njit, types
 
-from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, many, micro_kernel, one, widened
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, many, micro_kernel, one, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
@@ -496,15 +496,6 @@ def put(typing_context, numbers, i, number):
         return context.get_dummy_value()
 
     return types.void(numbers, types.int64, types.float32), generate
-
-
-def bfloat16_bits(builder: Any, bits: Any) -> Any:
-    """The upper half of a float32, rounded."""
-    word = bits.type
-    upper = builder.lshr(bits, word(16))
-    rounded = builder.lshr(builder.add(bits, builder.add(builder.and_(upper, word(1)), word(0x7FFF))), word(16))
-    nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
-    return builder.select(nan, builder.or_(upper, word(0x40)), rounded)
 
 
 def float16_bits(builder: Any, bits: Any) -> Any:

@@ -130,10 +130,7 @@ BACKWARD = {"numba v3": Pair("numba v3", v3_bwd), "mma": Pair("mma", mma_bwd), "
 
 
 def add_options(parser: Any) -> None:
-    def words(key: str) -> str:
-        told = {device: " ".join(map(str, default[key])) for device, default in DEFAULTS.items()}
-        return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
-
+    words = partial(default_words, DEFAULTS)
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda", help="cpu is for trying this command")
     parser.add_argument("--backward", action="store_true", help="time the backward pass, alone and together with the forward pass")
     parser.add_argument("--grid", dest="grids", nargs="+", choices=GRIDS, metavar="GRID",
@@ -177,11 +174,22 @@ def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None
 
 
 def check_options(rounds: int, head_dims: Iterable[int], lengths: Iterable[int], plot: str | None, json_file: str | None) -> None:
-    for name, values in (("rounds", [rounds]), ("head-dims", head_dims), ("lengths", lengths)):
-        for value in values:
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
+    check_least({"rounds": rounds, "head-dims": head_dims, "lengths": lengths})
     check_files(plot, json_file)
+
+
+def default_words(defaults: dict[str, dict[str, Any]], key: str) -> str:
+    """What an option is on either device where nothing is said, for its help."""
+    told = {device: " ".join(map(str, np.atleast_1d(default[key]))) for device, default in defaults.items()}
+    return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
+
+
+def check_least(options: dict[str, Any], least: int = 1) -> None:
+    """Raises ValueError for a number, or one of several, that is smaller."""
+    for name, values in options.items():
+        for value in np.atleast_1d(list(values) if isinstance(values, Iterable) else values):
+            if value < least:
+                raise ValueError(f"--{name} is {value}; it must be at least {least}")
 
 
 def check_files(plot: str | None, json_file: str | None) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from opt_fast import bench_attention, bench_hf
-from opt_fast.bench import say
-from opt_fast.bench_attention import Clock, check_files, described, free_cached, measure_limits, nvidia_smi, tell
+from opt_fast.bench import middle, say, spread
+from opt_fast.bench_attention import Clock, check_files, check_least, default_words, described, free_cached, measure_limits, nvidia_smi, tell
 from opt_np.config import OPTConfig
 
 PARTS = ("models", "attention")
@@ -35,10 +35,7 @@ QUERIES = (1, 2, 4, 8, 16)
 
 
 def add_options(parser: Any) -> None:
-    def words(key: str) -> str:
-        told = {device: str(default[key]).strip("()").replace(",", "").replace("'", "") for device, default in DEFAULTS.items()}
-        return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
-
+    words = partial(default_words, DEFAULTS)
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda", help="cpu is for trying this command, on tiny models")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help="models, attention (default: both)")
     parser.add_argument("--lanes", nargs="+", choices=LANES, metavar="LANE", help=f"of {', '.join(LANES)} (default: all)")
@@ -85,10 +82,8 @@ def run(what: str, device: str, parts: Iterable[str] | None = None, lanes: Itera
 
 def check_options(options: dict[str, Any], json_file: str | None) -> None:
     most = OPTConfig().max_position_embeddings
-    for name in ("batches", "contexts", "new", "rounds"):
-        for value in np.atleast_1d(options[name]):
-            if value < (FIRST + 2 if name == "new" else 1):
-                raise ValueError(f"--{name} is {value}; it must be at least {FIRST + 2 if name == 'new' else 1}")
+    check_least({name: options[name] for name in ("batches", "contexts", "rounds")})
+    check_least({"new": options["new"]}, FIRST + 2)
     if max(options["contexts"]) + options["new"] > most:
         raise ValueError(f"--contexts {max(options['contexts'])} and --new {options['new']}: OPT has {most} positions")
     for size in options["sizes"]:
@@ -117,19 +112,13 @@ def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, ro
             cache = 2 * 2 * B * (T + options["new"] / 2) * model.config.num_hidden_layers * model.config.hidden_size  # bytes, about
             told = {}
             for lane, seconds in taken.items():
-                ratio = {"ours": spread_of(taken["ours"], seconds)} if "ours" in taken and lane != "ours" else {}
+                ratio = {"ours": middle([b / a for a, b in zip(taken["ours"], seconds, strict=True)])} if "ours" in taken and lane != "ours" else {}
                 share = 100 * (nbytes[lane] + cache) / (float(np.median(seconds)) * bandwidth)
                 told[lane] = {"seconds": seconds, "median": float(np.median(seconds)), "percent_of_bandwidth": share, **ratio}
             found.append({"model": size, "batch": B, "context": T, "left_out": left_out | failed, "lanes": told})
     del model, calls
     free_cached(device)
     return found
-
-
-def spread_of(ours: list[float], theirs: list[float]) -> list[float]:
-    """How many times as fast ours was in the same round: median, least, most."""
-    ratios = np.array(theirs) / np.array(ours)
-    return [float(np.median(ratios)), float(ratios.min()), float(ratios.max())]
 
 
 def all_calls(model: Any, lanes: list[str]) -> tuple[dict[str, Callable[..., Said]], dict[str, float]]:
@@ -149,25 +138,25 @@ def our_params(model: Any) -> Any:
     return Params(unflatten(flat))
 
 
-def in_int8(node: Any) -> Any:
+def in_int8(params: Any) -> Any:
     """A tree with its matrices as opt_np.quantize makes them int8, but for the position table."""
+    from opt_fast.ops_cuda import Params, pack_on
+
+    return Params(pack_on(whole_numbers(params), params["embed_positions"]["weight"].device))
+
+
+def whole_numbers(node: Any) -> Any:
     import torch
 
-    from opt_fast.ops_cuda import Params
-
     if isinstance(node, list):
-        return [in_int8(item) for item in node]
+        return [whole_numbers(item) for item in node]
     if not isinstance(node, dict):
         return node
     if "weight" in node and node["weight"].ndim == 2:
         scale = node["weight"].abs().amax(1).float() / 127
         whole = torch.cat([(part / s[:, None]).round() for part, s in zip(node["weight"].split(4096), scale.split(4096), strict=True)])
         return node | {"weight": whole.to(torch.int8), "scale": scale}
-    found = {name: child if name == "embed_positions" else in_int8(child) for name, child in node.items()}
-    if "embed_positions" in found:
-        found["embed_tokens"]["scale"].rows_are = found["embed_positions"]["weight"].dtype
-        return Params(found)
-    return found
+    return {name: child if name == "embed_positions" else whole_numbers(child) for name, child in node.items()}
 
 
 def read_bytes(params: Any) -> float:
@@ -354,7 +343,7 @@ def table(result: dict[str, Any]) -> list[str]:
     for row in result["models"]:
         lines += ["", f"opt-{row['model']}'s shape, batch {row['batch']}, after {row['context']} tokens"]
         for lane, told in row["lanes"].items():
-            ratio = "ours is {:.2f} x as fast ({:.2f} to {:.2f})".format(*told["ours"]) if "ours" in told else ""
+            ratio = f"ours is {spread(told['ours'])} x as fast" if "ours" in told else ""
             lines.append(
                 f"  {lane:10} {1e3 * told['median']:9.3f} ms a token {told['percent_of_bandwidth']:4.0f} % of the bandwidth  {ratio}".rstrip()
             )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from opt_fast.bench import say
-from opt_fast.bench_attention import check_files, free_cached, tell, wait, with_gpu
+from opt_fast.bench_attention import check_files, check_least, default_words, free_cached, tell, wait, with_gpu
 from opt_np.config import OPTConfig
 
 TABLES = ("training", "inference", "diagrams")
@@ -51,10 +51,7 @@ ALLOWED = 3  # times the error of eager in float16, against eager in float32
 
 
 def add_options(parser: Any) -> None:
-    def words(key: str) -> str:
-        told = {device: str(default[key]).strip("()").replace(",", "") for device, default in DEFAULTS.items()}
-        return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
-
+    words = partial(default_words, DEFAULTS)
     parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda", help="cpu is for trying this command, on tiny models")
     parser.add_argument("--tables", nargs="+", choices=TABLES, metavar="TABLE", help=f"of {', '.join(TABLES)} (default: all)")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="rows of a batch; diagrams take the largest " + words("batches"))
@@ -99,10 +96,7 @@ def run(what: str, device: str, tables: Iterable[str] | None = None, seed: int |
 
 def check_options(options: dict[str, Any], plot: str | None, json_file: str | None) -> None:
     most = OPTConfig().max_position_embeddings
-    for name in ("batches", "lengths", "steps"):
-        for value in np.atleast_1d(options[name]):
-            if value < 1:
-                raise ValueError(f"--{name} is {value}; it must be at least 1")
+    check_least({name: options[name] for name in ("batches", "lengths", "steps")})
     if max(options["lengths"]) > most:
         raise ValueError(f"--lengths is {max(options['lengths'])}; OPT has {most} positions")
     check_files(plot, json_file)

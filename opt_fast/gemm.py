@@ -436,15 +436,23 @@ def pair_products(builder: Any, a: Any, b: Any, c: Any, tile: Tile) -> Any:
 
 
 def rounded_pairs(builder: Any, numbers: Any) -> Any:
-    """A vector of float32 as half as many pairs of bfloat16, rounded to the nearest, of two as near to the even one; NaN stays NaN."""
-    words = ir.VectorType(ir.IntType(32), numbers.type.count)
-    bits = builder.bitcast(numbers, words)
-    upper = builder.lshr(bits, every(words, 16))
-    odd = builder.and_(upper, every(words, 1))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, every(words, 0x7FFF))), every(words, 16))
-    half = builder.select(builder.fcmp_unordered("uno", numbers, numbers), builder.or_(upper, every(words, 0x40)), rounded)
-    halves = builder.trunc(half, ir.VectorType(ir.IntType(16), words.count))
-    return builder.bitcast(halves, ir.VectorType(ir.FloatType(), words.count // 2))  # a pair goes where a float32 goes
+    """A vector of float32 as half as many pairs of bfloat16."""
+    count = numbers.type.count
+    bits = bfloat16_bits(builder, builder.bitcast(numbers, ir.VectorType(ir.IntType(32), count)))
+    halves = builder.trunc(bits, ir.VectorType(ir.IntType(16), count))
+    return builder.bitcast(halves, ir.VectorType(ir.FloatType(), count // 2))  # a pair goes where a float32 goes
+
+
+def bfloat16_bits(builder: Any, bits: Any) -> Any:
+    """The upper half of a float32, or of a vector of them, rounded to the nearest, of two as near to the even one; NaN stays NaN."""
+
+    def word(value: int) -> Any:
+        return every(bits.type, value) if isinstance(bits.type, ir.VectorType) else bits.type(value)
+
+    upper = builder.lshr(bits, word(16))
+    rounded = builder.lshr(builder.add(bits, builder.add(builder.and_(upper, word(1)), word(0x7FFF))), word(16))
+    nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
+    return builder.select(nan, builder.or_(upper, word(0x40)), rounded)
 
 
 @intrinsic

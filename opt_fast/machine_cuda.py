@@ -31,9 +31,6 @@ KEPT = 2**30  # bytes of pages that stay with a model between two calls of gener
 class Pages(paged_cache.Pages):
     """Pages on a GPU."""
 
-    def __init__(self, cfg: OPTConfig, count: int, like: Tensor) -> None:
-        super().__init__(cfg, count, like)
-
     def add(self, count: int) -> None:
         try:
             with torch.inference_mode(False):  # they outlive whoever asks for them
@@ -85,8 +82,8 @@ class Machine:
                     self.last.record()
 
     def _read(self, pieces: list[tuple[Row, int]]) -> None:
-        tokens = [row for row, count in pieces if count == row.left == 1 and row.hidden is None]
-        prompts = [(row, count) for row, count in pieces if not (count == row.left == 1 and row.hidden is None)]
+        tokens = [row for row, _ in pieces if row.left == 1 and row.hidden is None]
+        prompts = [(row, count) for row, count in pieces if row.left > 1 or row.hidden is not None]
         if prompts:
             self.read_prompts(prompts)
         if tokens:

@@ -52,16 +52,17 @@ class Program:
         """
         expected, self.next = self.next, None
         ids, lengths, pages = [int(row.text[row.length]) for row in rows], [row.length for row in rows], [[*row.pages] for row in rows]
-        follows = expected is not None and expected.rows == rows and expected.lengths == lengths
-        guessed = follows and expected.before.best.tolist() == ids  # type: ignore[union-attr]
-        if guessed and expected.scores and expected.pages == pages:  # type: ignore[union-attr]
-            scores = expected.scores  # type: ignore[union-attr]
+        if expected and (expected.rows != rows or expected.lengths != lengths):
+            expected = None  # other rows than before
+        guessed = expected is None or expected.before.best.tolist() == ids
+        if expected and guessed and expected.scores and expected.pages == pages:
+            scores = expected.scores
         else:
             self.put(ids, lengths, pages)
             scores = self.start(len(rows))
         room = all(n + 1 < min(PAGE * len(row.pages), self.cfg.max_position_embeddings) for n, row in zip(lengths, rows, strict=True))
-        likely = guessed or not follows  # whoever draws tokens by lot seldom wants the likeliest
-        self.next = Next(rows, [n + 1 for n in lengths], pages, scores, self.start(len(rows)) if likely and room else None)
+        ahead = self.start(len(rows)) if guessed and room else None  # whoever draws tokens by lot seldom wants the likeliest
+        self.next = Next(rows, [n + 1 for n in lengths], pages, scores, ahead)
         return scores
 
     def put(self, ids: list[int], lengths: list[int], pages: list[list[int]]) -> None:

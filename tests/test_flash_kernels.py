@@ -53,6 +53,12 @@ def inputs(B, T, S, H, Dh, dtype, seed=0, size=1.0):
     return [(torch.randn(B, n, H, Dh, generator=generator) * size).to(dtype) for n in (T, S, S)]
 
 
+def some_seen(rows, T, S, rng):
+    """A mask that hides keys at the beginning and at the end of each row."""
+    visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (rows, 2)))])
+    return attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+
+
 def within_the_rule(found, q, k, v, scale, seen=None):
     """FlashAttention's: an error of at most twice that of the plain formula in the low precision, and the rounding of the result itself."""
     O, L = found
@@ -113,10 +119,8 @@ def test_any_shape_in_any_order_of_warps(kernel, T, past, H, Dh, dtype, seed):
 @given(T=st.integers(1, 70), past=st.sampled_from([0, 3, 70]), Dh=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1000))
 def test_padding_is_not_seen_and_may_hold_anything(kernel, T, past, Dh, seed):
     """Left, right and both: hidden keys and values are NaN; rows without any key give 0."""
-    rng, S = np.random.default_rng(seed), T + past
-    visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (3, 2)))])
-    q, k, v = inputs(3, T, S, 1, Dh, torch.float16, seed)
-    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+    S = T + past
+    (q, k, v), seen = inputs(3, T, S, 1, Dh, torch.float16, seed), some_seen(3, T, S, np.random.default_rng(seed))
     clean = [torch.where(seen.visible[..., None, None], a, 0) for a in (k, v)]
     poisoned = [torch.where(seen.visible[..., None, None], a, math.nan) for a in (k, v)]
     assert within_the_rule(emulated(kernel, q, *poisoned, Dh**-0.5, seen.ranges), q, *clean, Dh**-0.5, seen)
@@ -228,8 +232,7 @@ def test_any_splits_give_the_same(T, S, splits, Dh, dtype, hidden, seed):
     q, k, v = inputs(2, T, S, 1, Dh, dtype, seed)
     seen, poisoned = None, [k, v]
     if hidden:
-        visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (2, 2)))])
-        seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+        seen = some_seen(2, T, S, rng)
         poisoned = [torch.where(seen.visible[..., None, None], a, math.nan) for a in (k, v)]
         k, v = (torch.where(seen.visible[..., None, None], a, 0) for a in (k, v))
     ranges = None if seen is None else seen.ranges
@@ -341,10 +344,9 @@ def test_gradients_of_any_shape_in_any_order_of_warps(kernel, T, past, Dh, dtype
 @settings(max_examples=8)
 @given(T=st.integers(1, 70), past=st.sampled_from([0, 3, 70]), Dh=st.sampled_from(HEAD_DIMS), seed=st.integers(0, 1000))
 def test_hidden_keys_have_no_gradient_and_give_none(kernel, T, past, Dh, seed):
-    rng, S = np.random.default_rng(seed), T + past
-    visible = np.array([(np.arange(S) >= a) & (np.arange(S) < b) for a, b in np.sort(rng.integers(0, S + 1, (2, 2)))])
+    S = T + past
     (q, k, v), dO = inputs(2, T, S, 1, Dh, torch.float16, seed), inputs(2, T, 1, 1, Dh, torch.float16, seed + 1)[0]
-    seen = attention_cuda.Seen(torch.tensor(visible), torch.tensor(ranges_of(visible, T)))
+    seen = some_seen(2, T, S, np.random.default_rng(seed))
     shown = seen.visible[..., None, None]
     clean = [torch.where(shown, a, 0) for a in (k, v)]
     O, L = plain(q, *clean, Dh**-0.5, seen)

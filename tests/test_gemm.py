@@ -238,7 +238,7 @@ for kind in ("int8", "int4"):
 @pytest.mark.parametrize("tile", [tile for tile in TILES if tile.name != gemm.TILE.name], ids=lambda tile: tile.name)
 def test_a_model_in_another_processors_tiles(tile, tmp_path):
     """Everything but the registers' width: a model forward, backward and step by step, in the tiles of the processors that this is not."""
-    run_in(tile, MODEL, tmp_path)
+    assert run_in(tile, MODEL, tmp_path)
 
 
 def run_in(tile, program, folder):
@@ -252,6 +252,7 @@ def run_in(tile, program, folder):
         [sys.executable, "-W", "error", "-c", variables + IN_TILES + program], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr
+    return True
 
 
 # ---- products of bfloat16 pairs ----------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def test_a_model_in_products_of_bfloat16(tmp_path):
     (ids, mask), stored = batch("left", T=17), {name: a.astype(ml_dtypes.bfloat16) for name, a in flatten(exact_params).items()}
     arrays = {f"params.{name}": a.astype(np.float32) for name, a in stored.items()}
     np.savez(tmp_path / "given.npz", ids=ids, mask=mask, config=repr(cfg.to_dict()), **arrays)
-    run_in(gemm.TILE._replace(pairs=EMULATED), PAIRS, tmp_path)
+    assert run_in(gemm.TILE._replace(pairs=EMULATED), PAIRS, tmp_path)
     exact = model.forward(small.cast(unflatten(stored), "float64"), ids, cfg, attention_mask=mask)
     with torch.no_grad():
         torchs = copy.deepcopy(hf).to(torch.bfloat16)(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.double()

@@ -103,7 +103,7 @@ def put(program, ids, lengths, pages):
 
 
 def compared(cfg, params, dtype, B=3, steps=2, seed=0, **how):
-    """Tokens one after the other by the lines and by model.py, from the same pages."""
+    """Whether tokens one after the other are the same by the lines and by model.py, from the same pages."""
     lengths, pages = [5, PAGE - 1, 2 * PAGE + 3][:B], np.array([[0, 1, 2], [5, 4, 6], [8, 3, 7]])[:B]
     ours = Emulated(params, cfg, pool_of(cfg, 9, dtype), B, **how)
     exact = Program(wide(params), cfg, widened(pool_of(cfg, 9, dtype)), B, 3)
@@ -120,6 +120,7 @@ def compared(cfg, params, dtype, B=3, steps=2, seed=0, **how):
             assert (found - right).abs().max() <= 3 * (plain - right).abs().max() + 1e-4 * size, (name, step)  # the largest of few
         for program in (ours.program, exact, theirs):  # all go on from the same tokens
             put(program, (exact.logits.argmax(-1)).tolist(), [n + step + 1 for n in lengths], pages)
+    return True
 
 
 def wide(tree):
@@ -140,7 +141,7 @@ def test_every_variant(name):
     cfg = OPTConfig(**SHAPE, **VARIANTS[name])
     params = parameters(cfg)
     assert takes(params, cfg, torch.float16, 3)
-    compared(cfg, params, "float16")
+    assert compared(cfg, params, "float16")
 
 
 @needs_compiler
@@ -149,13 +150,13 @@ def test_every_variant(name):
 def test_norms_in_lines_of_their_own(name, seed):
     """Where shared memory does not hold all rows."""
     cfg = OPTConfig(**SHAPE, **VARIANTS[name])
-    compared(cfg, parameters(cfg), "float16", seed=seed, roomy=False)
+    assert compared(cfg, parameters(cfg), "float16", seed=seed, roomy=False)
 
 
 @needs_compiler
 def test_bfloat16_and_another_number_of_blocks():
     cfg = OPTConfig(**SHAPE)
-    compared(cfg, parameters(cfg, "bfloat16"), "bfloat16", B=2, grid=5)
+    assert compared(cfg, parameters(cfg, "bfloat16"), "bfloat16", B=2, grid=5)
 
 
 @needs_compiler
@@ -167,7 +168,7 @@ def test_int8(name, uneven):
     params = parameters(cfg, kind="int8", uneven=uneven)
     assert ("columns" in params["layers"][0]["fc1"]) == ("columns" in params["layers"][1]["self_attn"]["k_proj"]) == uneven
     assert takes(params, cfg, torch.float16, 3)
-    compared(cfg, params, "float16", steps=1)
+    assert compared(cfg, params, "float16", steps=1)
 
 
 @needs_compiler
