@@ -24,10 +24,12 @@ from opt_np.tree import flatten, unflatten
 
 
 class Random:
-    """Random numbers on the parameters' device, drawn as NumPy's generators draw them: for dropout."""
+    """Random numbers where parameters go, drawn as NumPy's generators draw them: for dropout."""
 
     def __init__(self, seed: list[int], device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        from opt_fast import ops_cuda  # which imports this module
+
+        self.device = device or ops_cuda.device()
         self.generator = torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
 
     def random(self, shape: tuple[int, ...], _: Any = None) -> Tensor:

@@ -65,7 +65,10 @@ def within_the_rule(found, q, k, v, scale, seen=None):
     exact, exact_L = plain(q.double(), k.double(), v.double(), scale, seen)
     s = attention_cuda.scores(q.double(), k.double(), scale, seen).to(q.dtype).double()
     low = (attention_cuda.probabilities(s).to(q.dtype).double() @ v.double().swapaxes(1, 2)).swapaxes(1, 2).to(q.dtype)
-    allowed = 2 * (low.double() - exact).abs().max() + 2 * ((exact + 0.3).to(q.dtype).double() - 0.3 - exact).abs().max()
+    noise = 2 * ((exact + 0.3).to(q.dtype).double() - 0.3 - exact).abs().max()
+    if q.dtype == torch.float32:  # whose sums are not exact either
+        low, noise = plain(q, k, v, scale, seen)[0], 1e-5 * exact.abs().max()
+    allowed = 2 * (low.double() - exact).abs().max() + noise
     assert torch.isfinite(O).all()
     assert (O.double() - exact).abs().max() <= allowed
     assert torch.equal(torch.isinf(L), torch.isinf(exact_L))
@@ -291,7 +294,7 @@ def gradients_within_the_rule(found, dO, q, k, v, scale, seen=None):
     low = [a.swapaxes(1, 2).to(q.dtype).double() for a in (dscores @ k_, dscores.swapaxes(2, 3) @ q_, P.swapaxes(2, 3) @ dO_)]
     for ours, theirs, true in zip(found, low, exact, strict=True):
         assert torch.isfinite(ours).all()
-        assert (ours.double() - true).abs().max() <= 3 * (theirs - true).abs().max() + 1e-3 * float(true.abs().max()) + 1e-6
+        assert (ours.double() - true).abs().max() <= 3 * (theirs - true).abs().max() + 1e-3 * float(true.abs().max()) + 1e-5
     return True
 
 
@@ -521,7 +524,7 @@ def test_the_gpus_gradients(T, S, Dh, dtype):
     dO = inputs(2, T, 1, 2, Dh, dtype, seed=9)[0].cuda()
 
     def gradients(attention, kind):
-        leaves = [a.to(kind).requires_grad_() for a in (q, k, v)]
+        leaves = [a.to(kind, copy=True).requires_grad_() for a in (q, k, v)]
         attention(*leaves).backward(dO.to(kind))
         return [leaf.grad.double() for leaf in leaves]
 

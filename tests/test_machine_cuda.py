@@ -302,7 +302,7 @@ def test_a_machine_whose_pass_was_broken_off_serves_nobody_else(monkeypatch):
     ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
     (machine,) = ours.params.idle
     with monkeypatch.context() as patch:
-        patch.setattr(Program, "compute", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Program, "start", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
     gc.collect()
