@@ -13,6 +13,7 @@ demo: .venv/demo
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	PYTHONPATH=tests $(BIN)/python -m pytest -n auto --maxprocesses 8 -p emulated_gpu -m "gpu and not large"
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -15,6 +15,16 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("project")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is no GPU, what needs one is skipped."""
+    if marked := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        for item in marked if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # OPT's real vocabulary and configs, where a developer has them
 
 

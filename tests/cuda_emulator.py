@@ -6,7 +6,6 @@ masks, barriers and numbers, not speed. cuda_on_cpu.h lists what a kernel may us
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
@@ -16,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
+KERNELS = HERE.parents[1] / "opt_fast" / "kernels"
+CACHE = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"  # what was compiled, by all that it depends on
 # The sanitizers' traps end in the emulator's own errors and need no library. CUDA code reads and writes the same bytes as whatever it likes.
 FLAGS = (
     *("-std=c++17", "-O2", "-g1", "-shared", "-fPIC", "-x", "c++", "-include", "cuda_on_cpu.h"),
@@ -71,11 +71,8 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def folder() -> Path:
-    """Where this process keeps what it compiled."""
-    path = tempfile.mkdtemp(prefix="cuda_on_cpu_")
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return Path(path)
+def headers() -> bytes:
+    return b"".join(path.read_bytes() for folder in (HERE, KERNELS) for path in sorted(folder.glob("*.*h")))
 
 
 def compile_for_cpu(path: str | os.PathLike, name: str, macros: Mapping[str, Any] | None = None) -> Kernel:
@@ -94,13 +91,18 @@ def shared_in_cpp(declaration: re.Match) -> str:
 
 @functools.cache
 def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kernel:
-    library = folder() / (hashlib.sha256(repr((source, path, name, macros)).encode()).hexdigest() + ".so")
+    library = CACHE / (hashlib.sha256(repr((source, path, name, macros, FLAGS)).encode() + headers()).hexdigest() + ".so")
+    if library.exists():
+        return Kernel(library, Path(path).name, name)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    made = library.with_suffix(f".{os.getpid()}")  # other processes may be compiling it as well
     text = f'#line 1 "{path}"\n{source}{LAUNCHER.format(name=name)}'
     # From standard input, so that "mma.cuh" is this folder's; other headers may stand beside the kernel.
-    command = ["g++", *FLAGS, *macros, "-I", str(HERE), "-iquote", str(Path(path).resolve().parent), "-", "-o", str(library), "-ldl"]
+    command = ["g++", *FLAGS, *macros, "-I", str(HERE), "-iquote", str(Path(path).resolve().parent), "-", "-o", str(made), "-ldl"]
     result = subprocess.run(command, input=text, cwd=HERE, text=True, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"{path} does not compile for the CPU:\n{result.stderr}")
+    made.replace(library)
     return Kernel(library, Path(path).name, name)
 
 

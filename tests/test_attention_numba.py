@@ -409,16 +409,13 @@ def test_the_other_kernels_stay_in_registers_in_float16(compiled):
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------------------------------
 
-on_gpu = pytest.mark.skipif(not cuda.is_available(), reason="no GPU that Numba can use")
 
-
-@on_gpu
+@pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("Dh", [64, 80, 128])
 def test_every_rung_on_a_gpu(Dh, dtype):
     torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
     B, T, S, H, scale = 2, 257, 300, 3, Dh**-0.5
     dtype = getattr(torch, dtype)
     generator = torch.Generator("cuda").manual_seed(0)

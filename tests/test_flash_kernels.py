@@ -19,13 +19,18 @@ from opt_fast.attention_cpp import Combine, Mma, MmaBwd, MmaDecode, Round, Sm90,
 from opt_fast.attention_cuda import HALVES, plain, plain_bwd, ranges_of
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() != "", reason=nvrtc.missing())
 HEAD_DIMS = (64, 80, 128)
 STEPS = partial(Sm90, ordered=True, polynomial=4)
 each_kernel = pytest.mark.parametrize("kernel", [Mma, Sm90, pytest.param(STEPS, id="Sm90, ordered, polynomial")])
 each_backward = pytest.mark.parametrize("kernel", [MmaBwd, Sm90Bwd])
+
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+def large(*sizes):
+    """For a real GPU."""
+    return [pytest.param(*given, marks=pytest.mark.large) for given in sizes]
 
 
 def emulated(kernel, q, k, v, scale, ranges=None, **how):
@@ -459,19 +464,19 @@ def test_a_rung_says_why_it_refuses():
 # ---- on a GPU ----------------------------------------------------------------------------------------------------------------------------
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("Dh", [*HEAD_DIMS, 40])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 700), (16, 300), (97, 128), (128, 97), (257, 1023), (1024, 1024), (2048, 2048)])
+@pytest.mark.parametrize(("T", "S"), [(1, 700), (97, 128), *large((1, 1), (16, 300), (128, 97), (257, 1023), (1024, 1024), (2048, 2048))])
 def test_the_gpu_computes_attention(T, S, Dh, dtype):
     q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
     assert within_the_rule(attention_cuda.attention_lse(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-@pytest.mark.parametrize("T", [1, 150, 500])
+@pytest.mark.parametrize("T", [1, 150, *large((500,))])
 def test_the_gpu_sees_no_padding(T, dtype, holes):
     rng = np.random.default_rng(T)
     visible = (
@@ -486,10 +491,10 @@ def test_the_gpu_sees_no_padding(T, dtype, holes):
     assert within_the_rule(found, q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), 0.125, seen)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
-@pytest.mark.parametrize("S", [1, 97, 512, 1023, 2048])
+@pytest.mark.parametrize("S", [97, *large((1,), (512,), (1023,), (2048,))])
 @pytest.mark.parametrize("name", attention_cuda.RUNGS)
 def test_every_rung_computes_attention(name, S, Dh, dtype):
     rung = attention_cuda.RUNGS[name]
@@ -499,7 +504,8 @@ def test_every_rung_computes_attention(name, S, Dh, dtype):
     assert within_the_rule(rung(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 @pytest.mark.parametrize("name", ["mma", "sm90"])
 def test_the_gpu_gives_the_same_bits_a_thousand_times(name, Dh):
@@ -514,10 +520,10 @@ def test_the_gpu_gives_the_same_bits_a_thousand_times(name, Dh):
         assert torch.equal(again[1], L)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
-@pytest.mark.parametrize(("T", "S"), [(97, 128), (257, 257), (640, 640)])
+@pytest.mark.parametrize(("T", "S"), [(97, 128), *large((257, 257), (640, 640))])
 def test_the_gpus_gradients(T, S, Dh, dtype):
     """An error of at most three times that of autograd through the plain formula in the low precision."""
     q, k, v = (a.cuda() for a in inputs(2, T, S, 2, Dh, dtype))
@@ -540,10 +546,10 @@ def test_the_gpus_gradients(T, S, Dh, dtype):
         assert (a - c).abs().max() <= 3 * (b - c).abs().max() + 1e-5
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (97, 128), (257, 257), (300, 100), (640, 1023), (2048, 2048)])
+@pytest.mark.parametrize(("T", "S"), [(97, 128), *large((1, 1), (257, 257), (300, 100), (640, 1023), (2048, 2048))])
 @pytest.mark.parametrize("name", ["mma", "sm90"])
 def test_both_backward_kernels(name, T, S, Dh, dtype):
     q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
@@ -554,7 +560,8 @@ def test_both_backward_kernels(name, T, S, Dh, dtype):
     assert gradients_within_the_rule(found, dO, q, k, v, Dh**-0.5)
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 def test_hoppers_gradients_see_no_padding_and_repeat(Dh):
     """Hidden keys are NaN. dk and dv have the same bits each time, dq but for the order of its sums; where they are to be the same, all have."""

@@ -30,7 +30,7 @@ WAYS = ({}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 2, 
         {"penalty_alpha": 0.5, "top_k": 3})  # fmt: skip
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)

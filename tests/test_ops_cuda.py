@@ -36,7 +36,7 @@ from opt_np.tree import flatten, map_leaves
 
 CONTRACT = ("description", "pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp", "attention", "attention_lse",
             "attention_scores", "softmax", "attention_probs", "attention_bwd")  # fmt: skip
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -17,7 +17,6 @@ from opt_np.config import parameter_shapes
 from opt_np.quantize import quantized
 from opt_np.tree import unflatten
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 SHAPE = {"vocab_size": 50, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 176, "max_position_embeddings": 140}
 VARIANTS = {
@@ -196,9 +195,9 @@ def test_what_the_kernel_does_not_take():
     assert not takes(params, cfg, torch.float16, 1)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("B", [1, 3, pytest.param(20, marks=pytest.mark.large)])
 @pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_gpu_finds_what_torch_finds(name, kind, B, dtype):

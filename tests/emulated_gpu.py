@@ -1,0 +1,359 @@
+"""A GPU where there is none: python -m pytest -p emulated_gpu -m "gpu and not large", with this folder on PYTHONPATH.
+
+torch's CPU build then has a device "cuda", which lies in the host's memory (cuda_on_cpu/gpu.cpp). As on a GPU, NumPy cannot read its tensors, and no
+operation takes them together with a CPU's; fresh memory is NaN; what is copied without waiting is not there before somebody waits; what a graph
+captures happens when it is replayed. Kernels of CUDA C++ are launched through cuda.core, and run in cuda_emulator.py. Numba's have a simulator of
+their own, which other tests use: here plain torch stands in for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import json
+import math
+import subprocess
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_emulator
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from opt_fast import attention_cuda, attention_numba, nvrtc
+
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # which take indices from the CPU as well
+FRESH = ("aten::empty", "aten::empty_strided")
+WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")  # for a number that decides how the host goes on
+MULTIPROCESSORS, LAUNCH_FAILED = 3, 719
+LIBRARY = torch.ops.emulated_gpu
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.version.cuda is not None:
+        pytest.exit("no GPU is emulated: this torch is built for real ones, where tests marked gpu run as they are", returncode=0)
+    if reason := cuda_emulator.why_not():
+        pytest.exit(f"no GPU is emulated: {reason}", returncode=0)
+    begin(build(Path(config.cache.mkdir("emulated_gpu"))))  # type: ignore[union-attr]
+
+
+def build(folder: Path) -> Path:
+    """gpu.cpp, compiled under a driver's name: whoever wants to load a driver finds that one is loaded."""
+    source, root = cuda_emulator.HERE / "gpu.cpp", Path(torch.__file__).parent
+    library = folder / hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16] / "libcuda.so.1"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        made = library.with_suffix(".made")
+        flags = ("-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f"-Wl,-soname,{library.name}", "-isystem", str(root / "include"))
+        subprocess.run(["g++", *flags, str(source), "-o", str(made), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+        made.rename(library)
+    return library
+
+
+def begin(library: Path) -> None:
+    """From here on this process has a GPU."""
+    torch.cuda._lazy_init = lambda: None
+    torch.ops.load_library(library)
+    for name, value in vars(Cuda).items():
+        if not name.startswith("_"):
+            setattr(torch.cuda, name, value)
+    every, some = (torch.library.Library(names, "IMPL") for names in ("_", "aten"))
+    every.fallback(compute, "CUDA")
+    some.impl("copy_", copy, "CUDA")
+    KEPT.extend((every, some))
+    copied = torch.Tensor.__deepcopy__  # which asks for storage of a kind that this build of torch does not know; so does unpickling
+    torch.Tensor.__deepcopy__ = lambda a, memo: a.detach().clone() if a.is_cuda else copied(a, memo)  # type: ignore[method-assign]
+    reduced = torch.Tensor.__reduce_ex__
+    torch.Tensor.__reduce_ex__ = lambda a, protocol: (torch.Tensor.cuda, (a.cpu(),)) if a.is_cuda else reduced(a, protocol)  # type: ignore
+    begin_driver(ctypes.CDLL(str(library)))
+    stand_in_for_numba()
+
+
+KEPT: list[Any] = []  # what must not be collected
+
+
+# ---- operations --------------------------------------------------------------------------------------------------------------------------
+
+
+def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """The operation on a CPU's tensors; what it gives is on the GPU if it is asked to be, or what it is given is."""
+    name, given = operation._schema.name, [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    refuse_a_mixture(name, args, given)
+    if name in WAITING:
+        wait(name)
+    args, there = with_numbers(operation, args, given), any(a.is_cuda for a in given)
+    if (device := kwargs.get("device")) is not None:
+        there, kwargs = device.type == "cuda", {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
+    twins = Twins()
+    args, kwargs = tree_map_only(torch.Tensor, twins.on_cpu, (args, kwargs))
+    if here.graph:
+        here.graph.keep(given)
+    found = operation(*args, **kwargs)
+    if name in FRESH:
+        found.untyped_storage().fill_(0xFF)
+    results = tree_map_only(torch.Tensor, twins.on_gpu, found) if there else found
+    if here.graph and name not in FRESH:
+        here.graph.add(lambda: refill(results, operation(*args, **kwargs)))
+    return results
+
+
+def with_numbers(operation: Any, args: tuple, given: list[torch.Tensor]) -> tuple:
+    """Numbers as tensors where the operation takes tensors: the dispatcher has made numbers of them on their way to Python."""
+    floats = torch.float64 if any(a.dtype == torch.float64 for a in given) else torch.float32
+    types = [str(argument.type) for argument in operation._schema.arguments]
+    return tuple(torch.tensor(a, dtype=floats if isinstance(a, float) else None) if kind == "Tensor" and isinstance(a, (bool, int, float)) else a
+                 for a, kind in zip(args, types, strict=False))  # fmt: skip
+
+
+class Twins:
+    """The tensors of one operation, on the GPU and as a CPU sees them."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_cpu(self, gpu: torch.Tensor) -> torch.Tensor:
+        if not gpu.is_cuda:
+            return gpu
+        cpu = LIBRARY.on_cpu(gpu) if gpu.untyped_storage().nbytes() else torch.empty(gpu.shape, dtype=gpu.dtype)
+        self.pairs.append((cpu, gpu))
+        return cpu
+
+    def on_gpu(self, found: torch.Tensor) -> torch.Tensor:
+        for cpu, gpu in self.pairs:
+            if cpu is found:
+                if cpu.shape != gpu.shape:  # it had no numbers, and was given some
+                    LIBRARY.become(gpu, LIBRARY.on_gpu(cpu))
+                return gpu
+            if cpu.untyped_storage()._cdata == found.untyped_storage()._cdata:
+                return LIBRARY.view(gpu, found)
+        return LIBRARY.on_gpu(found)
+
+
+def refill(results: Any, found: Any) -> None:
+    """The numbers that an operation has found this time, to where they were the first time."""
+    for there, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
+        if isinstance(there, torch.Tensor) and there.data_ptr() != new.data_ptr():
+            LIBRARY.on_cpu(there).untyped_storage().copy_(new.untyped_storage())
+
+
+def refuse_a_mixture(name: str, args: tuple, given: list[torch.Tensor]) -> None:
+    """Raises RuntimeError, as torch, for tensors of two devices; numbers without axes and indices may be a CPU's."""
+    free = args[1] if name in INDEXING else ()
+    others = [a for a in given if not a.is_cuda and a.dim() and not any(a is b for b in free)]
+    if others and any(a.is_cuda for a in given):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})")
+
+
+def copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """aten::copy_; what comes from the GPU without waiting is NaN, or some such, until somebody waits."""
+    twins = Twins()
+    cpu, numbers = map(twins.on_cpu, (to, source))
+    if to.is_cuda and source.is_cuda:
+        if here.graph:
+            here.graph.keep([to])
+            here.graph.add(lambda: cpu.copy_(numbers))
+        cpu.copy_(numbers)
+    elif to.is_cuda or not non_blocking:
+        wait("a copy from one to the other")
+        cpu.copy_(numbers)
+    else:
+        wait_not_while_capturing("a copy to the host")
+        late, number = numbers.clone(), next(counted)
+        to.fill_(math.nan if to.is_floating_point() else -1)
+        under_way[number] = lambda: cpu.copy_(late)
+    return to
+
+
+# ---- time --------------------------------------------------------------------------------------------------------------------------------
+
+counted = itertools.count()
+under_way: dict[int, Callable[[], Any]] = {}  # copies that nobody has waited for, by when they began
+
+
+@torch.inference_mode()
+def wait(what: str, until: float = float("inf")) -> None:
+    """The host waits for all that began before `until`."""
+    wait_not_while_capturing(what)
+    for number in [number for number in list(under_way) if number < until]:
+        if arrived := under_way.pop(number, None):
+            arrived()
+
+
+def wait_not_while_capturing(what: str) -> None:
+    if here.graph:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+
+
+class Here(threading.local):
+    """What belongs to a thread."""
+
+    def __init__(self) -> None:
+        self.graph: Graph | None = None  # that it is capturing
+        self.streams = [Stream(0)]
+
+
+class Stream:
+    handles = itertools.count(0x1000)
+
+    def __init__(self, device: Any = None, **_: Any) -> None:
+        self.cuda_stream = 0 if device == 0 else next(self.handles)
+
+    def wait_stream(self, _: Stream) -> None: ...
+
+    def wait_event(self, event: Event) -> None:
+        event.wait()
+
+
+class Event:
+    def __init__(self, **_: Any) -> None:
+        self.recorded: int | None = None
+
+    def record(self, _: Any = None) -> None:
+        self.recorded = next(counted)
+
+    def wait(self, _: Any = None) -> None:
+        assert self.recorded is not None, "nobody has recorded this event"
+
+    def synchronize(self) -> None:
+        self.wait()
+        wait("an event", self.recorded)  # type: ignore[arg-type]
+
+
+class Graph:
+    """What was computed while it was captured is undone, and happens at each replay."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], Any]] = []
+        self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def keep(self, tensors: list[torch.Tensor]) -> None:
+        for a in tensors:
+            if a.is_cuda and a.untyped_storage().nbytes() and a.untyped_storage().data_ptr() not in self.before:
+                storage = LIBRARY.on_cpu(a).untyped_storage()
+                self.before[storage.data_ptr()] = storage, storage.clone()
+
+    def add(self, step: Callable[[], Any]) -> None:
+        self.steps.append(step)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for step in self.steps:
+            step()
+
+
+@contextmanager
+def capture(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+    with on_stream(stream):
+        here.graph = graph
+        try:
+            yield
+        finally:
+            here.graph = None
+            for storage, numbers in graph.before.values():
+                storage.copy_(numbers)
+            graph.before.clear()
+
+
+@contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    here.streams.append(stream)
+    try:
+        yield
+    finally:
+        here.streams.pop()
+
+
+here = Here()
+PROPERTIES = SimpleNamespace(name="an emulated GPU", major=9, minor=0, multi_processor_count=MULTIPROCESSORS, total_memory=2**34, L2_cache_size=2**20)
+
+
+class Cuda:
+    """What torch.cuda has then."""
+
+    Stream, Event, CUDAGraph, graph, stream, device = Stream, Event, Graph, staticmethod(capture), staticmethod(on_stream), nullcontext
+    is_available = is_initialized = staticmethod(lambda: True)
+    device_count, current_device = staticmethod(lambda: 1), staticmethod(lambda: 0)
+    current_stream = staticmethod(lambda _=None: here.streams[-1])
+    synchronize = staticmethod(lambda _=None: wait("all"))
+    graph_pool_handle = staticmethod(lambda: (0, 1))
+    manual_seed_all = empty_cache = staticmethod(lambda *_: None)
+    get_device_properties = staticmethod(lambda _=None: PROPERTIES)
+    get_device_name = staticmethod(lambda _=None: PROPERTIES.name)
+    get_device_capability = staticmethod(lambda _=None: (PROPERTIES.major, PROPERTIES.minor))
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------------------------------
+
+RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
+                       ctypes.POINTER(ctypes.c_void_p))  # fmt: skip
+
+
+def begin_driver(library: ctypes.CDLL) -> None:
+    """Machine code is then the name of a file and its macros, from which the driver's kernels are compiled for the CPU."""
+
+    def cubin(file: str, arch: str, **macros: int) -> bytes:
+        assert arch == "sm_90a"
+        return json.dumps([file, macros]).encode()
+
+    def run(code: bytes, name: bytes, dims: Any, shared: int, stream: int, cooperative: int, parameters: Any) -> int:
+        try:
+            file, macros = json.loads(code)
+            kernel = cuda_emulator.compile_for_cpu(nvrtc.KERNELS / file, name.decode(), macros)
+            values = [value(type_, parameters[i]) for i, type_ in enumerate(kernel.types)]
+            grid, block = cuda_emulator.Dim(*dims[:3]), cuda_emulator.Dim(*dims[3:6])
+
+            def step() -> None:
+                kernel.launch(grid, block, shared, values, allocated(library), 0, True, False, bool(cooperative))
+
+            assert stream == here.streams[-1].cuda_stream, "launched on another stream than torch's current one"
+            here.graph.add(step) if here.graph else step()
+        except BaseException:  # which must not go on through the driver
+            traceback.print_exc()
+            return LAUNCH_FAILED
+        return 0
+
+    KEPT.append(RUN(run))
+    library.emulated_gpu_run(KEPT[-1])
+    nvrtc.cubin = cubin
+
+
+def value(type_: str, at: int) -> Any:
+    """A parameter where the driver was told that it lies, as the kernel takes it."""
+    kinds = {"struct": ctypes.c_uint64 * 16, **cuda_emulator.SCALARS}
+    return (ctypes.c_void_p if type_.endswith("*") else kinds[type_]).from_buffer_copy(ctypes.string_at(at, 128 if type_ == "struct" else 8))
+
+
+def allocated(library: ctypes.CDLL) -> Any:
+    """What a kernel may read."""
+    count = library.emulated_gpu_allocated(None, 0)
+    found = ((ctypes.c_uint64 * 2) * count)()
+    library.emulated_gpu_allocated(found, count)
+    return (cuda_emulator.Region * count)(*(cuda_emulator.Region(begin, end, 0) for begin, end in found))
+
+
+def stand_in_for_numba() -> None:
+    """Plain torch for Numba's kernels; what they do not look at may be NaN."""
+
+    def shown(k: torch.Tensor, v: torch.Tensor, visible: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        if visible is None:
+            return k, v, None
+        return *(a.masked_fill(~visible[..., None, None], 0) for a in (k, v)), attention_cuda.Seen(visible, None)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, visible: Any = None) -> Any:
+        k, v, seen = shown(k, v, visible)
+        return attention_cuda.plain(q, k, v, scale, seen)
+
+    def backward(dO: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, O: torch.Tensor, L: torch.Tensor, scale: float,
+                 visible: Any = None) -> Any:  # fmt: skip
+        k, v, seen = shown(k, v, visible)
+        return attention_cuda.plain_bwd(dO, q, k, v, O, L, scale, seen)
+
+    attention_numba.v1 = attention_numba.v2 = attention_numba.v3 = attention_numba.decode = forward
+    attention_numba.v3_bwd = backward
