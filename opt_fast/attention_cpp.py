@@ -6,7 +6,9 @@ query, its queries, its first key, its keys, and the key before which its first 
 
 from __future__ import annotations
 
+import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,7 +127,7 @@ def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: 
 
     with torch.cuda.device(q.device):
         found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16), **macros)
-        nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
+        nvrtc.launch(found, q.get_device(), torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
 
 
 class Mma:
@@ -262,19 +264,32 @@ def sizes(q: Tensor, k: Tensor, scale: float) -> list[Any]:
     return [np.int32(q.shape[1]), np.int32(k.shape[1]), np.float32(scale)]
 
 
-def strides(a: Tensor) -> list[Any]:
+def strides(a: Tensor) -> tuple[Any, ...]:
     """Of a row of the batch, a token and a head; the first has 64 bits, the others 32."""
-    return [width(step) for width, step in zip((np.int64, np.int32, np.int32), a.stride()[:3], strict=True)]
+    return wide_and_narrow(*a.stride()[:3])
+
+
+@functools.lru_cache(1024)
+def wide_and_narrow(row: int, token: int, head: int) -> tuple[Any, ...]:
+    return np.int64(row), np.int32(token), np.int32(head)
 
 
 def tensor_map(a: Tensor, rows: int) -> Any:
     """What the copy engine is told of a tensor: it brings `rows` tokens of a head, 64 numbers of each, swizzled.  a: (B, N, H, Dh)"""
+    return map_of(a.get_device(), a.data_ptr(), tuple(a.shape), a.stride(), rows)
+
+
+@functools.lru_cache(1024)
+def map_of(device: int, address: int, shape: tuple[int, ...], steps: tuple[int, ...], rows: int) -> Any:
+    """Of whatever lies there at the time; torch gives the same memory out again and again, and the map takes longer to make than the launch."""
     from cuda.core import TensorMapDescriptorOptions
     from cuda.core.utils import StridedMemoryView
 
     options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # 16 bits of whatever: they are only moved
     options.swizzle = type(options.swizzle).SWIZZLE_128B  # the enumeration itself is private
-    return StridedMemoryView.from_any_interface(a.detach().view(torch.int16), stream_ptr=-1).as_tensor_map(options=options)
+    strides = tuple(2 * step for step in steps)
+    there = {"shape": shape, "strides": strides, "typestr": "<u2", "data": (address, False), "version": 3, "stream": None}
+    return StridedMemoryView.from_any_interface(SimpleNamespace(__cuda_array_interface__=there), stream_ptr=-1).as_tensor_map(options=options)
 
 
 def aligned(a: Tensor) -> Tensor:

@@ -82,16 +82,25 @@ def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any
     return found
 
 
-def launch(found: Any, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any, cooperative: bool = False) -> None:
+def launch(found: Any, device: int, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any, cooperative: bool = False) -> None:
     """Starts a kernel on a stream, given by its handle; integers are pointers or 64 bits wide, narrower numbers come as NumPy's scalars.
 
     `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; more than fit are refused.
     """
-    from cuda.core import LaunchConfig, Stream
-    from cuda.core import launch as start
-
     together = {"is_cooperative": True} if cooperative else {}
-    start(Stream.from_handle(stream), LaunchConfig(grid=grid, block=block, shmem_size=shared, **together), found, *arguments)
+    config = core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **together)
+    core().launch(stream_of(device, stream), config, found, *arguments)
+
+
+@functools.lru_cache(256)
+def stream_of(device: int, handle: int) -> Any:
+    """A stream of the current device; to make the object takes longer than all else in a launch."""
+    return core().Stream.from_handle(handle)
+
+
+@functools.cache
+def core() -> Any:
+    return importlib.import_module("cuda.core")
 
 
 def missing() -> str:

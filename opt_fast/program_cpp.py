@@ -163,7 +163,8 @@ def launch(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: An
     with torch.cuda.device(lines.device):
         found = nvrtc.kernel(lines.get_device(), "program.cu", "program", how.shared, **how.macros)
         given = arguments(how, lines, lengths, pages, state, parts, begin, end)
-        nvrtc.launch(found, torch.cuda.current_stream().cuda_stream, (how.grid,), THREADS, how.shared, *given, cooperative=end - begin > 1)
+        stream = torch.cuda.current_stream().cuda_stream
+        nvrtc.launch(found, lines.get_device(), stream, (how.grid,), THREADS, how.shared, *given, cooperative=end - begin > 1)
 
 
 def arguments(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: Any, begin: int, end: int) -> list[Any]:

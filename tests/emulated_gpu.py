@@ -27,12 +27,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from opt_fast import attention_cuda, attention_numba, nvrtc
+from opt_fast import attention_cuda, nvrtc
 
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # which take indices from the CPU as well
 FRESH = ("aten::empty", "aten::empty_strided")
 WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")  # for a number that decides how the host goes on
-MULTIPROCESSORS, LAUNCH_FAILED = 3, 719
+MULTIPROCESSORS, LAUNCH_FAILED = 16, 719  # of the driver's numbers
 LIBRARY = torch.ops.emulated_gpu
 
 
@@ -271,7 +271,7 @@ def on_stream(stream: Stream) -> Iterator[None]:
 
 
 here = Here()
-PROPERTIES = SimpleNamespace(name="an emulated GPU", major=9, minor=0, multi_processor_count=MULTIPROCESSORS, total_memory=2**34, L2_cache_size=2**20)
+PROPERTIES = SimpleNamespace(name="an emulated GPU", major=9, minor=0, total_memory=2**34, L2_cache_size=2**20)
 
 
 class Cuda:
@@ -319,6 +319,9 @@ def begin_driver(library: ctypes.CDLL) -> None:
             return LAUNCH_FAILED
         return 0
 
+    count = ctypes.c_int()
+    library.cuDeviceGetAttribute(ctypes.byref(count), MULTIPROCESSORS, 0)
+    PROPERTIES.multi_processor_count = count.value
     KEPT.append(RUN(run))
     library.emulated_gpu_run(KEPT[-1])
     nvrtc.cubin = cubin
@@ -340,6 +343,7 @@ def allocated(library: ctypes.CDLL) -> Any:
 
 def stand_in_for_numba() -> None:
     """Plain torch for Numba's kernels; what they do not look at may be NaN."""
+    from opt_fast import attention_numba
 
     def shown(k: torch.Tensor, v: torch.Tensor, visible: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         if visible is None:

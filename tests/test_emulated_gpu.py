@@ -68,7 +68,7 @@ def test_the_host_does_not_wait_while_a_graph_is_captured(what):
 def start(grid=(1, 1, 1), block=128, shared=0, stream=0, **more):
     """A kernel with arguments that it does not read."""
     found = nvrtc.kernel(0, "flash_decode_mma.cu", "flash_combine", 1000, DH=64, BF16=0)
-    nvrtc.launch(found, stream, grid, block, shared, 0, 0, 0, 0, np.int32(0), np.int64(0), np.int32(0), np.int32(0), **more)
+    nvrtc.launch(found, 0, stream, grid, block, shared, 0, 0, 0, 0, np.int32(0), np.int64(0), np.int32(0), np.int32(0), **more)
 
 
 REFUSED = ({"grid": (1, 65536, 1)}, {"block": 2048}, {"shared": 60_000}, {"grid": (4000, 1, 1), "cooperative": True}, {"stream": 4096})

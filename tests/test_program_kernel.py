@@ -447,9 +447,9 @@ def test_a_cooperative_launch_is_asked_for(monkeypatch):
     known = dir(cuda.core.LaunchConfig)
     monkeypatch.setattr(cuda.core, "LaunchConfig", lambda **options: options)
     monkeypatch.setattr(cuda.core, "launch", lambda *given: asked.append(given))
-    monkeypatch.setattr(cuda.core, "Stream", type("Stream", (), {"from_handle": int}))
+    monkeypatch.setattr(nvrtc, "stream_of", lambda device, handle: handle)
     for cooperative in (False, True):
-        nvrtc.launch("kernel", 5, (3,), 256, 1000, 7, cooperative=cooperative)
+        nvrtc.launch("kernel", 0, 5, (3,), 256, 1000, 7, cooperative=cooperative)
         more = {"is_cooperative": True} if cooperative else {}
         assert asked[-1] == (5, {"grid": (3,), "block": 256, "shmem_size": 1000, **more}, "kernel", 7)
     assert asked[-1][1].keys() <= set(known)

@@ -237,13 +237,16 @@ EXPORT int cuLaunchKernel(void* kernel, unsigned a, unsigned b, unsigned c, unsi
   const unsigned dims[6] = {a, b, c, d, e, f};
   return launch(*static_cast<Kernel*>(kernel), dims, shared, stream, false, parameters);
 }
+EXPORT int cuPointerGetAttribute(void* value, int attribute, uintptr_t pointer) {
+  enum { MEMORY_TYPE = 2, DEVICE_POINTER = 3, HOST_POINTER = 4, MANAGED = 8, DEVICE = 9, A_DEVICES = 2 };
+  if (attribute == MEMORY_TYPE) return *static_cast<unsigned*>(value) = A_DEVICES, SUCCESS;
+  if (attribute == MANAGED || attribute == DEVICE) return *static_cast<int*>(value) = 0, SUCCESS;
+  if (attribute == DEVICE_POINTER || attribute == HOST_POINTER) return *static_cast<uintptr_t*>(value) = pointer, SUCCESS;
+  return INVALID_VALUE;
+}
 EXPORT int cuPointerGetAttributes(unsigned count, const int* attributes, void** values, uintptr_t pointer) {
-  for (unsigned i = 0; i < count; ++i) {
-    if (attributes[i] == 2) *static_cast<unsigned*>(values[i]) = 2;                              // memory type: a device's
-    if (attributes[i] == 8) *static_cast<unsigned*>(values[i]) = 0;                              // managed: no
-    if (attributes[i] == 9) *static_cast<int*>(values[i]) = 0;                                   // device
-    if (attributes[i] == 3 || attributes[i] == 4) *static_cast<uintptr_t*>(values[i]) = pointer; // as a GPU sees it, as the host does
-  }
+  for (unsigned i = 0; i < count; ++i)
+    if (int error = cuPointerGetAttribute(values[i], attributes[i], pointer)) return error;
   return SUCCESS;
 }
 EXPORT int cuGetErrorName(int, const char** name) { return *name = "an emulated GPU's", SUCCESS; }
