@@ -15,11 +15,11 @@ def stop_check(eos: Sequence[int], strings: Sequence[str], tokenizer: Any) -> Ca
     """
     if strings and tokenizer is None:
         raise ValueError(f"stop_strings={[*strings]} needs tokenizer=, to know what text the ids stand for")
-    wanted = [string.encode() for string in strings]
+    wanted, ends = [string.encode() for string in strings], np.array(eos, np.int64)
 
     def ended(ids: np.ndarray) -> np.ndarray:
         at_string = [any(stops(row, stop, tokenizer) for stop in wanted) for row in ids]
-        return np.isin(ids[:, -1], eos) | np.array(at_string, bool)
+        return (ids[:, -1:] == ends).any(1) | np.array(at_string, bool)  # np.isin takes many times as long over so few
 
     return ended
 
