@@ -1,12 +1,12 @@
 """The emulated GPU (emulated_gpu.py) does what a GPU does where a program could take one for the other; on a real one there is nothing to test."""
 
+import emulated_gpu
 import numpy as np
 import pytest
 import torch
 
 from opt_fast import attention_cpp, nvrtc
 
-emulated_gpu = pytest.importorskip("emulated_gpu")  # not on the path but with make test's second command
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not emulated_gpu.KEPT, reason="no GPU is emulated here")]
 
 
