@@ -31,9 +31,32 @@ KEPT = 2**30  # bytes of pages that stay with a model between two calls of gener
 class Pages(paged_cache.Pages):
     """Pages on a GPU."""
 
+    last: Any = None  # when what was done to them before has ended, on the GPU
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Whatever modes, device or stream the caller has: no gradients, tensors that stay, and one after the other."""
+        device = self.keys.device
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if not self.keys.is_cuda:
+                yield
+                return
+            with torch.cuda.device(device):
+                if self.last is not None:
+                    torch.cuda.current_stream().wait_event(self.last)
+                self.last = torch.cuda.Event()
+                try:
+                    yield
+                finally:
+                    self.last.record()
+
+    def copy(self, old: int, new: int, count: int) -> None:
+        with self.alone():
+            super().copy(old, new, count)
+
     def add(self, count: int) -> None:
         try:
-            with torch.inference_mode(False):  # they outlive whoever asks for them
+            with self.alone():
                 super().add(count)
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{len(self.counts) + count} pages of {PAGE} tokens do not fit on the GPU; ask for fewer ({error})") from None
@@ -49,7 +72,6 @@ class Machine:
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
         self.params, self.cfg, self.pool = dict(params), cfg, pool
         self.leaves, self.aside, self.whole = leaves(params), Aside(), True
-        self.last: Any = None  # when the pass before has ended, on the GPU
         self.programs: dict[tuple[int, int], Program] = {}  # by the number of rows, and of their pages
 
     def serves(self, params: dict) -> bool:
@@ -59,27 +81,10 @@ class Machine:
 
     def read(self, pieces: list[tuple[Row, int]]) -> None:
         """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
-        with self.alone():
+        with self.pool.alone():
             self.whole = False
             self._read(pieces)
             self.whole = True  # else nobody else is given this machine
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Whatever modes, device or stream the caller has: no gradients, tensors that stay, and one pass after the other."""
-        device = self.pool.keys.device
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda" if self.pool.keys.is_cuda else "cpu", enabled=False):
-            if not self.pool.keys.is_cuda:
-                yield
-                return
-            with torch.cuda.device(device):
-                if self.last is not None:
-                    torch.cuda.current_stream().wait_event(self.last)
-                self.last = torch.cuda.Event()
-                try:
-                    yield
-                finally:
-                    self.last.record()
 
     def _read(self, pieces: list[tuple[Row, int]]) -> None:
         tokens = [row for row, _ in pieces if row.left == 1 and row.hidden is None]

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import os
+import threading
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,22 @@ def launch(found: Any, device: int, stream: int, grid: tuple[int, ...], block: i
 
     `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; more than fit are refused.
     """
+    if device not in bound.devices:
+        core().Device(device).set_current()  # the context that torch computes in; a thread that has not computed as yet has none
+        bound.devices.add(device)
     together = {"is_cooperative": True} if cooperative else {}
     config = core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **together)
     core().launch(stream_of(device, stream), config, found, *arguments)
+
+
+class Bound(threading.local):
+    """The devices whose contexts this thread has had."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+bound = Bound()
 
 
 @functools.lru_cache(256)

@@ -198,8 +198,9 @@ def reader(params: dict, cfg: OPTConfig, ops: ModuleType, first: int, most: tupl
 
     def give_back() -> None:
         found.pool.clear()
-        if found.whole and found.pool.nbytes <= KEPT and not idle:
+        if found.whole and found.pool.nbytes <= KEPT:
             idle.append(found)
+            del idle[1:]  # another thread may have given one back
 
     weakref.finalize(made, give_back)
     return made

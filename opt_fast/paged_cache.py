@@ -84,6 +84,11 @@ class Pages:
         self.counts[page] = 1
         return page
 
+    def copy(self, old: int, new: int, count: int) -> None:
+        """The first so many tokens of a page to another one."""
+        for a in (self.keys, self.values):
+            a[:, new, :count] = a[:, old, :count]
+
     def hold(self, page: int) -> None:
         self.idle.pop(page, None)
         self.counts[page] += 1
@@ -162,9 +167,12 @@ class Row:
     def reserve(self, count: int) -> None:
         """Makes room for so many tokens more, in pages that nobody else holds. Raises Full."""
         if self._shared():
-            pool, old, new, n = self.pool, self.pages[-1], self.pool.take(), self.length % PAGE
-            for a in (pool.keys, pool.values):
-                a[:, new, :n] = a[:, old, :n]
+            old, new = self.pages[-1], self.pool.take()
+            try:
+                self.pool.copy(old, new, self.length % PAGE)
+            except BaseException:
+                self.pool.release(new)
+                raise
             self._drop(len(self.pages) - 1)
             self._append(new)
         while len(self.pages) * PAGE < self.length + count:

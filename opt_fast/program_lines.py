@@ -12,7 +12,7 @@ from opt_fast import program_cpp
 from opt_np.config import OPTConfig
 
 HALVES = (torch.float16, torch.bfloat16)
-COLUMNS = 64.0  # times which numbers of x still are float16: int8 matrices with columns more uneven go through torch
+COLUMNS = 64.0  # int8 matrices with columns more uneven than this, up or down, go through torch
 Address = Callable[[Tensor], Any]
 
 
@@ -31,20 +31,21 @@ def takes(params: dict, cfg: OPTConfig, dtype: torch.dtype, B: int) -> bool:
     """Whether the kernel computes such a model for B rows."""
     sizes = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
     known = cfg.head_dim in (64, 80, 128) and cfg.activation_function in program_cpp.ACTIVATIONS and B <= program_cpp.MOST_ROWS
-    return known and dtype in HALVES and all(n % 16 == 0 for n in sizes) and all(readable(p, dtype) for p in matrices(params))
+    return known and dtype in HALVES and all(n % 16 == 0 for n in sizes) and all(readable(p, dtype) for p in groups(params))
 
 
-def matrices(params: dict) -> list[dict]:
-    """All leaves that a matrix is among."""
-    found = [params[name] for name in ("embed_tokens", "embed_positions", "project_in", "project_out", "lm_head") if name in params]
+def groups(params: dict) -> list[dict]:
+    """The leaves of each matrix and of each norm."""
+    found = [p for name, p in params.items() if name != "layers"]
     for layer in params["layers"]:
-        found += [layer["fc1"], layer["fc2"], *layer["self_attn"].values()]
+        found += [*layer["self_attn"].values(), *(p for name, p in layer.items() if name != "self_attn")]
     return found
 
 
 def readable(p: dict, dtype: torch.dtype) -> bool:
-    """Whether the kernel reads these leaves: a matrix in 16 bits, or in int8 with a factor for each row."""
-    whole = p["weight"].dtype == (torch.int8 if "scale" in p else dtype) and p.keys() <= {"weight", "bias", "scale", "columns"}
+    """Whether the kernel reads these leaves: a norm's or a matrix's in 16 bits, or a matrix in int8 with a factor for each row."""
+    kinds = {"weight": torch.int8 if "scale" in p else dtype, "bias": dtype}
+    whole = p.keys() <= {"weight", "bias", "scale", "columns"} and all(p[name].dtype == kind for name, kind in kinds.items() if name in p)
     even = "columns" not in p or bool(((p["columns"] <= COLUMNS) & (p["columns"] >= 1 / COLUMNS)).all())
     return whole and even and all(leaf.is_contiguous() and leaf.data_ptr() % 16 == 0 for leaf in p.values())
 
@@ -154,14 +155,14 @@ class Writer:
 
         Raises TooLittle where an int8 matrix has uneven columns, and shared memory no room for x.
         """
-        (O, I), at, columns = p["weight"].shape, self.at, p.get("columns")
-        staged = self.fit.holds(I)
+        (O, I), at, staged = p["weight"].shape, self.at, self.fit.holds(p["weight"].shape[1])
+        factors, columns = self.shrinking(self.factors(p), p.get("columns"))
         if columns is not None and not staged:
             raise program_cpp.TooLittle(f"rows of {I} numbers do not fit into shared memory, where an int8 matrix with uneven columns wants them")
         options |= {name: source[name] for name in ("norm", "normed") if name in source}
         if again:
             options |= {"kept": staged and columns is None and not self.uneven, "wait": False, "normed": None}
-        self.lines.append(program_cpp.linear(at(y), O, at(source["x"]), I, at(p["weight"]), at(p.get("bias")), scale=at(self.factors(p)),
+        self.lines.append(program_cpp.linear(at(y), O, at(source["x"]), I, at(p["weight"]), at(p.get("bias")), scale=at(factors),
                                              columns=at(columns), staged=staged, first=self.first if again else 0, **options))  # fmt: skip
         self.first = ((self.first if again else 0) - (-O // 8)) % self.fit.grid
         self.uneven = columns is not None  # what is in shared memory is another matrix's
@@ -174,6 +175,13 @@ class Writer:
             self.held.append(p["scale"].float())
             return self.held[-1]
         return p["scale"]
+
+    def shrinking(self, factors: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The same with no column above 1: what x is multiplied by, in 16 bits, must not make it larger than they hold."""
+        if factors is None or columns is None:
+            return factors, None
+        self.held += [factors * columns.max(), columns / columns.max()]
+        return self.held[-2], self.held[-1]
 
     def at(self, a: Tensor | None) -> Any:
         return None if a is None else self.address(a)

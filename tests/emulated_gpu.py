@@ -335,10 +335,10 @@ def value(type_: str, at: int) -> Any:
 
 def allocated(library: ctypes.CDLL) -> Any:
     """What a kernel may read."""
-    count = library.emulated_gpu_allocated(None, 0)
-    found = ((ctypes.c_uint64 * 2) * count)()
-    library.emulated_gpu_allocated(found, count)
-    return (cuda_emulator.Region * count)(*(cuda_emulator.Region(begin, end, 0) for begin, end in found))
+    room = library.emulated_gpu_allocated(None, 0) + 1000  # for what other threads allocate meanwhile
+    found = ((ctypes.c_uint64 * 2) * room)()
+    count = library.emulated_gpu_allocated(found, room)
+    return (cuda_emulator.Region * count)(*(cuda_emulator.Region(begin, end, 0) for begin, end in found[:count]))
 
 
 def stand_in_for_numba() -> None:

@@ -261,9 +261,10 @@ def test_training_changes_what_is_said_next():
 # ---- whatever else a caller does ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "no_grad", "autocast"]
-)
+MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "autocast": lambda: torch.autocast(ops_cuda.device().type, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_modes_of_the_caller_change_nothing(mode):
     """Not even where a stream that has begun in one goes on outside."""
     ours, numpys = both()

@@ -264,7 +264,7 @@ def test_fewer_bits_err_at_most_twice_as_much_as_hf(variant, padding, dtype, dev
     packed = map_leaves(lambda a: a.to(DTYPES[dtype]), ops_cuda.pack(params))
     ours = model.forward(packed, ids, cfg, attention_mask=mask, ops=ops_cuda)
     assert ours.dtype == DTYPES[dtype]
-    assert worst(host(ours), exact, mask) <= 2 * worst(host(theirs), exact, mask)
+    assert worst(host(ours), exact, mask) <= 2 * worst(host(theirs), exact, mask) + 1e-6  # in float32 both are noise
 
 
 @pytest.fixture(params=list(DTYPES))

@@ -171,6 +171,16 @@ def test_int8(name, uneven):
 
 
 @needs_compiler
+def test_uneven_columns_of_large_activations_stay_within_float16():
+    cfg = OPTConfig(**SHAPE)
+    params = parameters(cfg, kind="int8", uneven=True)
+    assert params["layers"][0]["fc2"]["columns"][5] == 32
+    params["layers"][0]["fc1"]["bias"][5] = 3000  # times 32 there is no such float16
+    params["layers"][0]["fc2"]["scale"] *= 1e-3
+    assert compared(cfg, params, "float16", steps=1)
+
+
+@needs_compiler
 def test_uneven_columns_want_room():
     cfg = OPTConfig(**SHAPE)
     with pytest.raises(program_cpp.TooLittle, match="rows of 128 numbers do not fit into shared memory"):
@@ -191,8 +201,20 @@ def test_what_the_kernel_does_not_take():
         other = OPTConfig(**{**SHAPE, **change})
         assert not takes(parameters(other), other, torch.float16, 1)
     assert not takes(parameters(cfg, kind="int4"), cfg, torch.float16, 1)
-    params["layers"][1]["fc1"]["weight"] = params["layers"][1]["fc1"]["weight"].T.contiguous().T
-    assert not takes(params, cfg, torch.float16, 1)
+
+    def turned(a):
+        return torch.stack([a, a], -1)[..., 0]
+
+    def beside(a):
+        return torch.cat([a, a])[1:][: len(a)]
+
+    some = params["layers"][1]
+    for p, name in ((some["fc1"], "weight"), (some["fc1"], "bias"), (some["final_layer_norm"], "weight"), (params["final_layer_norm"], "bias")):
+        for other in (turned(p[name]), p[name].float(), *([beside(p[name])] if p[name].ndim == 1 else [])):
+            before, p[name] = p[name], other
+            assert not takes(params, cfg, torch.float16, 1)
+            p[name] = before
+    assert takes(params, cfg, torch.float16, 1)
 
 
 @pytest.mark.gpu
@@ -214,6 +236,7 @@ def test_the_gpu_finds_what_torch_finds(name, kind, B, dtype):
     programs["torch"].kernel = None
     for step in range(6):
         found, plain, right = (programs[which].start(B).logits.double() for which in ("ours", "torch", "exact"))
-        assert (found - right).abs().max() <= 3 * (plain - right).abs().max() + 1e-4 * right.abs().max(), step
+        rounding = torch.finfo(HALVES[dtype]).eps / 2
+        assert (found - right).abs().max() <= 3 * (plain - right).abs().max() + rounding * right.abs().max(), step
         for program in programs.values():  # all go on from the same tokens
             program.ids.copy_(programs["exact"].ids)
