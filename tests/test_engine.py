@@ -137,6 +137,23 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+def test_a_copy_that_is_broken_off_keeps_no_page(monkeypatch):
+    pool = Pages(CFG, 3)
+    row = Row(pool)
+    row.text = np.arange(4, 9)
+    row.reserve(5)
+    row.wrote(5)
+    other = row.fork()
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            other.reserve(1)
+    pool.check([row, other])
+    assert pool.available == 2
+    other.reserve(1)
+    pool.check([row, other])
+
+
 @pytest.mark.parametrize(("name", "bits"), [("float16", np.int16), ("bfloat16", np.uint16)])
 def test_numbers_are_stored_in_16_bits_as_numpy_rounds_them(name, bits):
     """Subnormal, halfway between two, too large, infinite, NaN."""

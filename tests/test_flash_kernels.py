@@ -4,6 +4,7 @@ On a GPU, where there is one, the same cases run through attention_cuda.
 """
 
 import math
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -471,6 +472,16 @@ def test_a_rung_says_why_it_refuses():
 def test_the_gpu_computes_attention(T, S, Dh, dtype):
     q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
     assert within_the_rule(attention_cuda.attention_lse(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@pytest.mark.gpu
+def test_a_thread_whose_first_work_is_a_kernel():
+    q, k, v = (a.cuda() for a in inputs(1, 9, 30, 2, 64, torch.float16))
+    found, expected = [], attention_cuda.attention_lse(q, k, v, 0.125)[0]
+    thread = threading.Thread(target=lambda: found.append(attention_cuda.attention_lse(q, k, v, 0.125)[0]))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.gpu
