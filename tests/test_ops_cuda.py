@@ -496,6 +496,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.large  # test_backend_cuda.py trains too
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_training_draws_the_curve_of_numpy_and_resumes(dropout, device, tmp_path):
     (tmp_path / "text.txt").write_text(small.TEXT)
@@ -511,6 +512,7 @@ def test_training_draws_the_curve_of_numpy_and_resumes(dropout, device, tmp_path
     assert part.params["embed_tokens"]["weight"].device.type == device.type
 
 
+@pytest.mark.large
 def test_a_resumed_run_goes_on_as_if_never_stopped(device, tmp_path):
     (tmp_path / "text.txt").write_text(small.TEXT)
     asked = {**TINY, "text": (str(tmp_path / "text.txt"),), "dropout": 0.1, "schedule": "constant", "backend": "cuda"}

@@ -1,5 +1,7 @@
 """kernels/program.cu without a GPU: operations and whole models run on the CPU, all blocks at once (cuda_emulator.py); it compiles for each GPU."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -448,6 +450,7 @@ def test_a_cooperative_launch_is_asked_for(monkeypatch):
     monkeypatch.setattr(cuda.core, "LaunchConfig", lambda **options: options)
     monkeypatch.setattr(cuda.core, "launch", lambda *given: asked.append(given))
     monkeypatch.setattr(nvrtc, "stream_of", lambda device, handle: handle)
+    monkeypatch.setattr(nvrtc, "bound", SimpleNamespace(devices={0}))
     for cooperative in (False, True):
         nvrtc.launch("kernel", 0, 5, (3,), 256, 1000, 7, cooperative=cooperative)
         more = {"is_cooperative": True} if cooperative else {}

@@ -218,7 +218,7 @@ def test_what_the_kernel_does_not_take():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.large)])
 @pytest.mark.parametrize("B", [1, 3, pytest.param(20, marks=pytest.mark.large)])
 @pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("name", VARIANTS)
