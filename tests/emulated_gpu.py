@@ -9,6 +9,7 @@ their own, which other tests use: here plain torch stands in for them.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import json
@@ -25,7 +26,6 @@ from typing import Any
 import cuda_emulator
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opt_fast import attention_cuda, nvrtc
 
@@ -84,7 +84,7 @@ KEPT: list[Any] = []  # what must not be collected
 
 def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """The operation on a CPU's tensors; what it gives is on the GPU if it is asked to be, or what it is given is."""
-    name, given = operation._schema.name, [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    name, given = operation._schema.name, tensors((args, kwargs))
     refuse_a_mixture(name, args, given)
     if name in WAITING:
         wait(name)
@@ -92,13 +92,13 @@ def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     if (device := kwargs.get("device")) is not None:
         there, kwargs = device.type == "cuda", {**kwargs, "device": torch.device("cpu"), "pin_memory": None}
     twins = Twins()
-    args, kwargs = tree_map_only(torch.Tensor, twins.on_cpu, (args, kwargs))
+    args, kwargs = changed(twins.on_cpu, (args, kwargs))
     if here.graph:
         here.graph.keep(given)
     found = operation(*args, **kwargs)
     if name in FRESH:
         found.untyped_storage().fill_(0xFF)
-    results = tree_map_only(torch.Tensor, twins.on_gpu, found) if there else found
+    results = changed(twins.on_gpu, found) if there else found
     if here.graph and name not in FRESH:
         here.graph.add(lambda: refill(results, operation(*args, **kwargs)))
     return results
@@ -107,9 +107,28 @@ def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
 def with_numbers(operation: Any, args: tuple, given: list[torch.Tensor]) -> tuple:
     """Numbers as tensors where the operation takes tensors: the dispatcher has made numbers of them on their way to Python."""
     floats = torch.float64 if any(a.dtype == torch.float64 for a in given) else torch.float32
-    types = [str(argument.type) for argument in operation._schema.arguments]
-    return tuple(torch.tensor(a, dtype=floats if isinstance(a, float) else None) if kind == "Tensor" and isinstance(a, (bool, int, float)) else a
-                 for a, kind in zip(args, types, strict=False))  # fmt: skip
+    return tuple(torch.tensor(a, dtype=floats if isinstance(a, float) else None) if wanted and isinstance(a, (bool, int, float)) else a
+                 for a, wanted in zip(args, tensors_wanted(operation), strict=False))  # fmt: skip
+
+
+@functools.cache
+def tensors_wanted(operation: Any) -> list[bool]:
+    return [str(argument.type) == "Tensor" for argument in operation._schema.arguments]
+
+
+def tensors(x: Any) -> list[torch.Tensor]:
+    """Those in lists and the like; torch's own functions for trees take longer than the operations."""
+    found: list[torch.Tensor] = []
+    changed(found.append, x)
+    return found
+
+
+def changed(change: Callable[[torch.Tensor], Any], x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {name: changed(change, value) for name, value in x.items()}
+    return type(x)([changed(change, value) for value in x]) if isinstance(x, (list, tuple)) else x
 
 
 class Twins:
@@ -138,8 +157,8 @@ class Twins:
 
 def refill(results: Any, found: Any) -> None:
     """The numbers that an operation has found this time, to where they were the first time."""
-    for there, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
-        if isinstance(there, torch.Tensor) and there.data_ptr() != new.data_ptr():
+    for there, new in zip(tensors(results), tensors(found), strict=True):
+        if there.data_ptr() != new.data_ptr():
             LIBRARY.on_cpu(there).untyped_storage().copy_(new.untyped_storage())
 
 
