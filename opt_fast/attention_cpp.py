@@ -287,8 +287,7 @@ def map_of(device: int, address: int, shape: tuple[int, ...], steps: tuple[int, 
 
     options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # 16 bits of whatever: they are only moved
     options.swizzle = type(options.swizzle).SWIZZLE_128B  # the enumeration itself is private
-    strides = tuple(2 * step for step in steps)
-    there = {"shape": shape, "strides": strides, "typestr": "<u2", "data": (address, False), "version": 3, "stream": None}
+    there = {"shape": shape, "strides": tuple(2 * step for step in steps), "typestr": "<u2", "data": (address, False), "version": 3, "stream": None}
     return StridedMemoryView.from_any_interface(SimpleNamespace(__cuda_array_interface__=there), stream_ptr=-1).as_tensor_map(options=options)
 
 

@@ -354,7 +354,7 @@ def table(result: dict[str, Any]) -> list[str]:
             f"attention, batch {row['B']}, {row['H']} heads of {row['Dh']}, {row['S']} keys, {row['bytes'] / 1e6:.0f} MB of keys and values",
         ]
         for lane, seconds in row["seconds"].items():
-            name = lane if not lane.startswith("ours") else f"{lane} query" if lane == "ours, 1" else f"{lane} queries"
+            name = f"{lane} {'query' if lane == 'ours, 1' else 'queries'}" if lane.startswith("ours") else lane
             lines.append(f"  {name:16} {1e6 * float(np.median(seconds)):9.1f} µs {row['percent_of_bandwidth'][lane]:4.0f} % of the bandwidth")
         lines += [f"  {lane:16} left out: {reason}" for lane, reason in row["left_out"].items()]
     return lines

@@ -69,13 +69,11 @@ def cache_folder() -> Path:
 def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any:
     """A kernel on a GPU, the current one, allowed `shared` bytes of dynamic shared memory a block."""
     from cuda.bindings import driver
-    from cuda.core import Device, ObjectCode
 
-    gpu = Device(device)
-    gpu.set_current()  # the context that torch computes in
-    major, minor = gpu.compute_capability
+    bind(device)
+    major, minor = core().Device(device).compute_capability
     arch = f"sm_{major}{minor}" + "a" * (major == 9)  # Hopper's own instructions are asked for by that letter
-    found = ObjectCode.from_cubin(cubin(file, arch, **macros)).get_kernel(name)
+    found = core().ObjectCode.from_cubin(cubin(file, arch, **macros)).get_kernel(name)
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(limit, shared, found.handle, driver.CUdevice(device))
     if error != driver.CUresult.CUDA_SUCCESS:
@@ -88,9 +86,7 @@ def launch(found: Any, device: int, stream: int, grid: tuple[int, ...], block: i
 
     `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; more than fit are refused.
     """
-    if device not in bound.devices:
-        core().Device(device).set_current()  # the context that torch computes in; a thread that has not computed as yet has none
-        bound.devices.add(device)
+    bind(device)
     together = {"is_cooperative": True} if cooperative else {}
     config = core().LaunchConfig(grid=grid, block=block, shmem_size=shared, **together)
     core().launch(stream_of(device, stream), config, found, *arguments)
@@ -104,6 +100,13 @@ class Bound(threading.local):
 
 
 bound = Bound()
+
+
+def bind(device: int) -> None:
+    """Gives this thread the context that torch computes in; one that has not computed as yet has none."""
+    if device not in bound.devices:
+        core().Device(device).set_current()
+        bound.devices.add(device)
 
 
 @functools.lru_cache(256)

@@ -180,7 +180,8 @@ class Writer:
         """The same with no column above 1: what x is multiplied by, in 16 bits, must not make it larger than they hold."""
         if factors is None or columns is None:
             return factors, None
-        self.held += [factors * columns.max(), columns / columns.max()]
+        largest = columns.max()
+        self.held += [factors * largest, columns / largest]
         return self.held[-2], self.held[-1]
 
     def at(self, a: Tensor | None) -> Any:

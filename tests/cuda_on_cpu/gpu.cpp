@@ -102,11 +102,14 @@ bool hooked = [] {
 
 // ---- tensors -------------------------------------------------------------------------------------------------------------------------------
 
-at::Tensor tensor(const at::Tensor& like, c10::Storage storage, c10::DispatchKeySet keys) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, std::move(storage), keys, like.dtype());
+at::Tensor shaped(at::Tensor made, const at::Tensor& like) {
   made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());
   made.unsafeGetTensorImpl()->set_storage_offset(like.storage_offset());
   return made;
+}
+
+at::Tensor tensor(const at::Tensor& like, c10::Storage storage, c10::DispatchKeySet keys) {
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, std::move(storage), keys, like.dtype()), like);
 }
 
 c10::Storage storage_of(c10::DataPtr data, size_t bytes) { return {c10::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false}; }
@@ -123,10 +126,8 @@ at::Tensor on_gpu(const at::Tensor& cpu) {
   size_t bytes = cpu.storage().nbytes();
   auto data = memory.allocate(bytes);
   if (bytes) std::memcpy(data.get(), cpu.storage().data(), bytes);
-  auto made = at::detail::make_tensor<c10::TensorImpl>(storage_of(std::move(data), bytes), c10::DispatchKeySet(c10::DispatchKey::CUDA), cpu.dtype());
-  made.unsafeGetTensorImpl()->set_sizes_and_strides(cpu.sizes(), cpu.strides());
-  made.unsafeGetTensorImpl()->set_storage_offset(cpu.storage_offset());
-  return made;
+  c10::DispatchKeySet keys(c10::DispatchKey::CUDA);  // and autograd's, which a tensor that is no view is given
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(storage_of(std::move(data), bytes), keys, cpu.dtype()), cpu);
 }
 
 // What the CPU's tensor is, in the memory of a GPU's tensor whose numbers it sees.
@@ -134,10 +135,8 @@ at::Tensor view(const at::Tensor& gpu, const at::Tensor& cpu) { return tensor(cp
 
 // Gives a GPU's tensor another's numbers and shape.
 void become(const at::Tensor& gpu, const at::Tensor& other) {
-  auto impl = gpu.unsafeGetTensorImpl();
-  impl->set_storage_keep_dtype(other.storage());
-  impl->set_sizes_and_strides(other.sizes(), other.strides());
-  impl->set_storage_offset(other.storage_offset());
+  gpu.unsafeGetTensorImpl()->set_storage_keep_dtype(other.storage());
+  shaped(gpu, other);
 }
 
 TORCH_LIBRARY(emulated_gpu, library) {
@@ -175,12 +174,14 @@ using Run = int (*)(const char* code, const char* name, const unsigned* dims, un
 Run run = nullptr;
 thread_local void* context = nullptr;
 
+unsigned blocks_at_once(size_t shared) { return (SHARED + 1024) / (shared + 1024); }  // on a multiprocessor, where nothing else limits them
+
 int launch(const Kernel& kernel, const unsigned* dims, unsigned shared, void* stream, bool cooperative, void** parameters) {
   if (!context) return INVALID_CONTEXT;
   for (int i = 0; i < 6; ++i)
     if (dims[i] == 0 || ((i == 1 || i == 2) && dims[i] > 65535)) return INVALID_VALUE;
   if (shared > kernel.shared || dims[3] * dims[4] * dims[5] > 1024) return INVALID_VALUE;
-  if (cooperative && dims[0] * dims[1] * dims[2] > MULTIPROCESSOR_COUNT * ((SHARED + 1024) / (shared + 1024))) return COOPERATIVE_LAUNCH_TOO_LARGE;
+  if (cooperative && dims[0] * dims[1] * dims[2] > MULTIPROCESSOR_COUNT * blocks_at_once(shared)) return COOPERATIVE_LAUNCH_TOO_LARGE;
   return run(kernel.code, kernel.name, dims, shared, stream, cooperative, parameters);
 }
 
@@ -225,7 +226,7 @@ EXPORT int cuKernelSetAttribute(int attribute, int value, void* kernel, int) {
   if (attribute != FUNCTION_SHARED || value < 0 || unsigned(value) > SHARED) return INVALID_VALUE;
   return static_cast<Kernel*>(kernel)->shared = std::max(unsigned(value), SHARED_UNASKED), SUCCESS;
 }
-EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t shared) { return *blocks = (SHARED + 1024) / (shared + 1024), SUCCESS; }
+EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t shared) { return *blocks = blocks_at_once(shared), SUCCESS; }
 EXPORT int cuLaunchKernelEx(const Config* config, void* kernel, void** parameters, void**) {
   bool cooperative = false;
   for (unsigned i = 0; i < config->count; ++i)
