@@ -17,10 +17,11 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, njit, types
 
-from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, many, micro_kernel, one, widened
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, micro_kernel, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
+    LINE,
     TASKS,
     Kernel,
     across,
@@ -49,14 +50,17 @@ from opt_fast.rowwise import CHUNK
 
 BQ = 96  # queries of a block in the backward pass
 BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
-STRIDE = BC + COLUMNS  # from row to row in a tile of scores; not BC, so that rows do not all fall into the same lines of the cache
+STRIDE = BC + LINE // 4  # from row to row in a tile of scores: an odd number of lines of the cache, so that rows do not all fall into the same ones
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
 
-weigh, weigh_one = micro_kernel(ROWS, 1, STRIDE, 1), micro_kernel(1, ABREAST, STRIDE, 1)  # x is a tile of scores
-gather = micro_kernel(ROWS, 1, 1, STRIDE)  # x is a tile of scores, transposed
+# x is a tile of scores, or the same transposed; of a head's last panel, where it is narrow, half of the vectors or one
+weigh, weigh_half, weigh_vector = (micro_kernel(ROWS, 1, STRIDE, 1, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
+weigh_one = micro_kernel(1, ABREAST, STRIDE, 1)
+gather, gather_half, gather_vector = (micro_kernel(ROWS, 1, 1, STRIDE, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
+scores_of, scores_of_one = micro_kernel(ROWS, 1, 1, ROWS, adds=False), micro_kernel(1, ABREAST, 0, ROWS, adds=False)
 
 
 class Rows(NamedTuple):
@@ -169,11 +173,12 @@ def _forward(table: Any, k: Any, v: Any) -> None:
     q, O, L, rows_table, tasks, n, step = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7], a[8]
     H, Dh, Br, scale = a[9], a[10], a[11], float_of(a[12])
     width = whole_panels(Dh)
-    xs = memory(table)
-    acc, m, l = at(xs, Br * Dh), at(xs, Br * (Dh + width)), at(xs, Br * (Dh + width + 1))
-    keys = at(l, Br)
+    keys = memory(table)
     values = at(keys, BC * Dh)
     scores = at(values, BC * width)
+    acc = at(scores, ROWS * STRIDE)
+    xs = at(acc, Br * width)
+    m, l = at(xs, Br * Dh), at(xs, Br * (Dh + 1))
     task = claim(table, TASKS)
     while task < n * H:
         h, row, first = task % H, at(rows_table, tasks[task // H * 2] * 5), tasks[task // H * 2 + 1]
@@ -204,7 +209,7 @@ def _forward(table: Any, k: Any, v: Any) -> None:
                         weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
                         p += ABREAST * COLUMNS
                     else:
-                        weigh(sums, width, scores, panel, 0, seen)
+                        add_weighted(sums, width, scores, panel, seen, Dh - p)
                         p += COLUMNS
         for i in range(count):
             part = np.float32(1) / l[i] if l[i] != 0 else np.float32(0)  # exactly 0 where no key is seen
@@ -315,10 +320,9 @@ def _backward(table: Any) -> None:
     dO, dq, dk, dv, scale = floats(a[13]), floats(a[14]), floats(a[15]), floats(a[16]), float_of(a[17])
     past, step, width = S - T, H * Dh, whole_panels(Dh)
     dq_sums = memory(table)  # (T, width)
-    D = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not
-    keys_t = at(D, T + ROWS)  # a tile of keys, and of values, as columns and as rows
+    keys_t = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not; a tile of keys, and of values, as columns …
     values_t = at(keys_t, BC * Dh)
-    keys = at(values_t, BC * Dh)
+    keys = at(values_t, BC * Dh)  # … and as rows
     dk_sums = at(keys, BC * width)
     dv_sums = at(dk_sums, BC * width)
     q_groups = at(dv_sums, BC * width)  # a block of queries, and of dO, in groups and as rows
@@ -327,6 +331,7 @@ def _backward(table: Any) -> None:
     dO_rows = at(q_rows, BQ * width)
     P = at(dO_rows, BQ * width)
     dP = at(P, BQ * STRIDE)  # and then the scores' gradient
+    D = at(dP, BQ * STRIDE)
     task = claim(table, TASKS)
     while task < B * H:
         b, h = task % B, task // B
@@ -357,19 +362,19 @@ def _backward(table: Any) -> None:
                     seen = min(n, limit + i + 2 * ROWS)  # a group of keys reaches up to ROWS - 1 beyond what the last query sees
                     P_tile, dP_tile = at(P, i * STRIDE), at(dP, i * STRIDE)
                     score(at(q_groups, i * Dh), rows, keys_t, Dh, shown, hides, n, limit + i, seen, P_tile)
-                    weights_again(P_tile, dP_tile, rows, whole_panels(seen), at(L, (b * T + first + i) * H + h), H)
+                    weights_again(P_tile, rows, whole_panels(seen), at(L, (b * T + first + i) * H + h), H)
                     for p in range(0, whole_panels(seen), COLUMNS):
-                        many(at(dP_tile, p), STRIDE, at(dO_groups, i * Dh), at(values_t, p * Dh), 0, Dh)
+                        scores_of(at(dP_tile, p), STRIDE, at(dO_groups, i * Dh), at(values_t, p * Dh), 0, Dh)
                     for r in range(rows):
                         for j in range(whole_panels(seen)):
                             dP_tile[r * STRIDE + j] = P_tile[r * STRIDE + j] * (dP_tile[r * STRIDE + j] - D[first + i + r])
                     for p in range(0, width, COLUMNS):
-                        weigh(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), 0, seen)
+                        add_weighted(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), seen, Dh - p)
                 for j in range(0, min(n, limit + count - 1), ROWS):
                     i = max(0, j - limit + 1) // ROWS * ROWS  # from the first queries that see these keys
                     for p in range(0, width, COLUMNS):
-                        gather(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, (p * BQ) + i * COLUMNS), 0, count - i)
-                        gather(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, (p * BQ) + i * COLUMNS), 0, count - i)
+                        add_gathered(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
+                        add_gathered(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
             for j in range(n):
                 for d in range(Dh):
                     place = ((b * S + key + j) * H + h) * Dh + d
@@ -522,19 +527,38 @@ def whole_panels(n: int) -> int:
 
 
 @njit
+def add_weighted(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
+    """sums[r, c] += Σ x[r, j] · panel[j, c], for as many vectors of a panel as its columns need."""
+    if columns > TILE.vectors // 2 * WIDTH:
+        weigh(sums, step, x, panel, 0, n)
+    elif columns > WIDTH:
+        weigh_half(sums, step, x, panel, 0, n)
+    else:
+        weigh_vector(sums, step, x, panel, 0, n)
+
+
+@njit
+def add_gathered(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
+    """sums[r, c] += Σ x[j, r] · panel[j, c], as add_weighted."""
+    if columns > TILE.vectors // 2 * WIDTH:
+        gather(sums, step, x, panel, 0, n)
+    elif columns > WIDTH:
+        gather_half(sums, step, x, panel, 0, n)
+    else:
+        gather_vector(sums, step, x, panel, 0, n)
+
+
+@njit
 def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int, limit: int, seen: int, scores: Any) -> None:
     """scores[r, j] = x[r] · key j, or -inf where the key is hidden or in the query's future, j ≥ limit + r; for panels that hold j < seen ≤ n."""
     panels, p = whole_panels(seen) // COLUMNS, 0
-    for r in range(rows):
-        for j in range(panels * COLUMNS):
-            scores[r * STRIDE + j] = 0
     while p < panels:
         tile, panel = at(scores, p * COLUMNS), at(keys, p * COLUMNS * Dh)
         if rows == 1 and p + ABREAST <= panels:
-            one(tile, 0, x, panel, COLUMNS * Dh, Dh)
+            scores_of_one(tile, 0, x, panel, COLUMNS * Dh, Dh)
             p += ABREAST
         else:
-            many(tile, STRIDE, x, panel, 0, Dh)
+            scores_of(tile, STRIDE, x, panel, 0, Dh)
             p += 1
     for r in range(rows):
         for j in range(max(0, min(n, limit + r)), panels * COLUMNS):
@@ -560,14 +584,11 @@ def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> Non
 
 
 @njit
-def weights_again(P: Any, dP: Any, rows: int, columns: int, L: Any, step: int) -> None:
-    """Scores become weights by the log-sum-exp of their queries; dP is made ready for its sums."""
+def weights_again(P: Any, rows: int, columns: int, L: Any, step: int) -> None:
+    """Scores become weights by the log-sum-exp of their queries."""
     for r in range(rows):
         lse = L[r * step]
         exponentials(at(P, r * STRIDE), columns, lse if lse != -np.inf else np.float32(0))
-    for r in range(ROWS):
-        for j in range(columns):
-            dP[r * STRIDE + j] = 0
 
 
 @intrinsic

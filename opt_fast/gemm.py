@@ -27,6 +27,7 @@ from opt_fast.kernel import (
     DONE,
     TASKS,
     Kernel,
+    aligned,
     at,
     broadcast,
     claim,
@@ -76,7 +77,8 @@ def best_tile() -> Tile:
 
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
-BLOCK_ROWS, BLOCK_K = 12 * ROWS, 384  # x's block, 72 × 384, stays in the second-level cache, a panel's 384 · COLUMNS in the first
+BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the second-level cache (1 MB and more beside AVX-512), a panel's 384 · COLUMNS in the first
+BLOCK_ROWS = (48 if TILE.width == 16 else 12) * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers of memory that a thread needs for a product
@@ -149,7 +151,7 @@ def pack(weight: np.ndarray) -> Packed:
     weight = weight if weight.dtype in (np.float16, bfloat16) else np.asarray(weight, np.float32)
     (O, I), (numbers, row, step) = weight.shape, flat(weight)
     pairs = weight.dtype == bfloat16 and TILE.pairs
-    panels = np.empty((math.ceil(O / COLUMNS), math.ceil(I / 2) if pairs else I, COLUMNS), PAIRS if pairs else numbers.dtype)
+    panels = aligned((math.ceil(O / COLUMNS), math.ceil(I / 2) if pairs else I, COLUMNS), PAIRS if pairs else numbers.dtype)
     if panels.size:
         kernel = PACK_PAIRS if pairs else PACK32 if numbers.itemsize == 4 else PACK16
         kernel(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
@@ -356,13 +358,15 @@ def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, c
                 y[r * y_row + c] = scratch[r * stride + c]
 
 
-def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE) -> Any:
+def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE, vectors: int | None = None, adds: bool = True) -> Any:
     """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
 
     y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
     for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
+    Of a panel alone, the first `vectors` can be all that is computed; adds=False writes the sums over what y had.
     """
-    vectors, index, vector = abreast * tile.vectors, ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
+    vectors = vectors or abreast * tile.vectors
+    index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
 
     @intrinsic
     def kernel(typing_context, y, y_row, x, panel, panel_gap, n):
@@ -385,7 +389,7 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
             sums = loop(builder, n, 1, [every(vector, 0.0)] * (rows * vectors), body)
             for i, total in enumerate(sums):
                 place = builder.gep(y, [builder.add(builder.mul(y_row, index(i // vectors)), index(i % vectors * tile.width))])
-                store(builder, builder.fadd(load(builder, place, vector), total), place)
+                store(builder, builder.fadd(load(builder, place, vector), total) if adds else total, place)
             return context.get_dummy_value()
 
         return types.void(y, types.intp, x, panel, types.intp, types.intp), generate

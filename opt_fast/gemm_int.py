@@ -32,6 +32,7 @@ from opt_fast.kernel import (
     THREADS,
     Kernel,
     across,
+    aligned,
     at,
     broadcast,
     claim,
@@ -89,7 +90,7 @@ class PackedIntegers(Packed):
         self.scale = np.zeros(self.count * COLUMNS if self.bits == 8 else 0, np.float32)  # int4's are in the panels
         if self.bits == 8:
             self.scale[:O] = scale
-        self.panels = np.empty(sum(self.height(n) for _, n in k_blocks(I)) * self.count * COLUMNS, np.uint16)
+        self.panels = aligned(sum(self.height(n) for _, n in k_blocks(I)) * self.count * COLUMNS, np.uint16)
         for (first, n), block in zip(k_blocks(I), self.blocks(), strict=True):
             self.fill(
                 block, weight[:, first * self.bits // 8 : (first + n) * self.bits // 8], scale[:, first // self.group :] if self.bits == 4 else None

@@ -7,6 +7,7 @@ next task stands, its arguments, and arrays as addresses. Threads take tasks unt
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ from numba.core import event
 from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
+LINE = 64  # bytes of the cache that are read together
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
 intrinsic: Any = numba_intrinsic
 config: Any = numba_config
@@ -50,7 +52,7 @@ class Kernel:
             return self._compiled.address
 
     def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
-        threads = min(numba.get_num_threads(), tasks)
+        threads, scratch = min(numba.get_num_threads(), tasks), lines(scratch)
         table = np.array(self.table(arguments, workspace(threads * scratch), scratch), np.int64)
         (_run if threads > 1 else _run_alone)(self.address, address(table), threads)
 
@@ -79,10 +81,24 @@ def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
+def lines(size: int) -> int:
+    """So many float32 as fill whole lines of the cache, `size` at least."""
+    return -(-size * 4 // LINE) * LINE // 4
+
+
+def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """np.empty that begins at a whole LINE: a vector as long as a line of the cache that does not would be read from two."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else shape * dtype.itemsize
+    bytes_ = np.empty(size + LINE, np.uint8)
+    start = -address(bytes_) % LINE
+    return bytes_[start : start + size].view(dtype).reshape(shape)
+
+
 def workspace(size: int) -> np.ndarray:
     """At least so many float32, kept from call to call: fresh memory costs a page fault for every 4096 bytes."""
     if not hasattr(_local, "memory") or _local.memory.size < size:
-        _local.memory = np.empty(size, np.float32)
+        _local.memory = aligned(size, np.float32)
     return _local.memory
 
 
@@ -258,10 +274,10 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
 
 def across(builder: Any, lanes: Any, combine: Any) -> Any:
     """The lanes of a vector combined into one number, always in the same order."""
-    values = [builder.extract_element(lanes, ir.IntType(32)(i)) for i in range(lanes.type.count)]
-    while len(values) > 1:
-        values = [combine(builder, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    while (half := lanes.type.count // 2) > 0:
+        low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(first, first + half))) for first in (0, half))
+        lanes = combine(builder, builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
+    return builder.extract_element(lanes, ir.IntType(32)(0))
 
 
 @intrinsic
