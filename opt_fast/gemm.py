@@ -81,7 +81,7 @@ BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the second-level cache (
 BLOCK_ROWS = (48 if TILE.width == 16 else 12) * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
-NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS  # numbers of memory that a thread needs for a product
+NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
 PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 PAIRS = np.dtype(np.int32)  # two bfloat16
@@ -93,6 +93,8 @@ class Packed:
 
     Pairs are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour, 0 where I has none.
     """
+
+    needed = NEEDED  # numbers of memory that a thread needs for a product
 
     def __init__(self, panels: np.ndarray, shape: tuple[int, int]) -> None:
         self.panels, self.shape = panels, shape  # 16-bit floats as BITS, or as PAIRS
@@ -167,7 +169,7 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     if y.size:
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
         kernel, arguments, tasks = weight.call(*flat(np.asarray(x, np.float32)), start, function, y, len(x))
-        kernel(*arguments, tasks=tasks, scratch=NEEDED)
+        kernel(*arguments, tasks=tasks, scratch=weight.needed)
     return y
 
 

@@ -441,6 +441,16 @@ def largest(typing_context, x, n):
     return types.float32(x, types.int64), generate
 
 
+def whole_numbers(builder: Any, value: Any) -> Any:
+    """A vector of float32 rounded to whole numbers of 16 bits; NaN becomes the lowest."""
+    magic, vector = 1.5 * 2**23, value.type  # so large that its last bit counts ones: what is added to it is rounded
+    words = ir.VectorType(ir.IntType(32), vector.count)
+    value = builder.select(builder.fcmp_ordered(">", value, every(vector, -LARGEST)), value, every(vector, -LARGEST))
+    value = builder.select(builder.fcmp_ordered("<", value, every(vector, LARGEST)), value, every(vector, LARGEST))
+    shifted = builder.bitcast(builder.fadd(value, every(vector, magic)), words)
+    return builder.sub(shifted, every(words, int(np.float32(magic).view(np.int32))))
+
+
 @intrinsic
 def rounded(typing_context, x, inverse, n, xs):
     """n numbers, whole vectors and at least one, times `inverse`, rounded to 16 bits, in pairs that are ROWS apart; and their sum."""
@@ -449,14 +459,9 @@ def rounded(typing_context, x, inverse, n, xs):
         x, inverse, n, xs = arguments
         single, index = ir.IntType(32), ir.IntType(64)
         xs, inverse = builder.bitcast(xs, single.as_pointer()), broadcast(builder, inverse, VECTOR)
-        magic = 1.5 * 2**23  # so large that its last bit counts ones: what is added to it is rounded
 
         def body(k: Any, carried: list) -> list:
-            value = builder.fmul(load(builder, builder.gep(x, [k]), VECTOR), inverse)
-            value = builder.select(builder.fcmp_ordered(">", value, every(VECTOR, -LARGEST)), value, every(VECTOR, -LARGEST))  # NaN too
-            value = builder.select(builder.fcmp_ordered("<", value, every(VECTOR, LARGEST)), value, every(VECTOR, LARGEST))
-            shifted = builder.bitcast(builder.fadd(value, every(VECTOR, magic)), INTS)
-            whole = builder.sub(shifted, every(INTS, int(np.float32(magic).view(np.int32))))
+            whole = whole_numbers(builder, builder.fmul(load(builder, builder.gep(x, [k]), VECTOR), inverse))
             pairs = builder.bitcast(builder.trunc(whole, ir.VectorType(ir.IntType(16), WIDTH)), ir.VectorType(single, WIDTH // 2))
             first = builder.mul(k, index(ROWS // 2))
             for e in range(WIDTH // 2):

@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_cpu, gemm, program_cpu, rowwise
+from opt_fast import attention_cpu, gemm, gemm_amx, program_cpu, rowwise
 from opt_fast.gemm import TILE, Packed
+from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_int import PackedIntegers
 from opt_np import model
 from opt_np import ops as numpy_ops
@@ -24,7 +26,7 @@ from opt_np.kv_cache import KVCache
 
 def description() -> str:
     """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
-    products = "pairs of bfloat16, " if TILE.pairs else ""
+    products = "tiles of bfloat16 and int8 (AMX), " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
     return f"{TILE.name} vectors of {TILE.width} float32, {products}{get_num_threads()} threads"
 
 
@@ -39,7 +41,7 @@ def pack(params: dict, release: bool = False) -> dict:
     def packed(node: Any, path: str) -> Any:
         if isinstance(node, dict) and "scale" in node:
             leaf: Any = {name: node.pop(name) if release else node[name] for name in ("weight", "scale", "columns") if name in node}
-            return {"weight": PackedIntegers(**leaf)} | {name: packed(node[name], f"{path}.{name}") for name in node.keys() - leaf.keys()}
+            return {"weight": pack_matrix(**leaf)} | {name: packed(node[name], f"{path}.{name}") for name in node.keys() - leaf.keys()}
         if isinstance(node, dict):
             return {name: packed(node.pop(name) if release else node[name], f"{path}.{name}") for name in list(node)}
         if isinstance(node, list):
@@ -48,9 +50,16 @@ def pack(params: dict, release: bool = False) -> dict:
             return node
         if path.endswith("embed_positions.weight"):
             return kept(node)
-        return gemm.pack(node) if node.ndim == 2 else kept(node, np.float32)
+        return pack_matrix(node) if node.ndim == 2 else kept(node, np.float32)
 
     return packed(params, "")
+
+
+def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> Packed:
+    """A weight in the layout of the kernel that is fastest here.  weight: (O, I)"""
+    if gemm_amx.UNIT and weight.dtype in (np.int8, bfloat16):
+        return PackedTiles(weight, scale, columns)
+    return gemm.pack(weight) if scale is None else PackedIntegers(weight, scale, columns)
 
 
 def embed(ids: np.ndarray, weight: Any, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> np.ndarray:
@@ -68,7 +77,7 @@ def linear(
 def _linear(x: np.ndarray, function: str | None, weight: Any, bias: np.ndarray | None = None, scale: np.ndarray | None = None,
             columns: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     if not isinstance(weight, Packed):
-        weight = gemm.pack(weight) if scale is None else PackedIntegers(weight, scale, columns)
+        weight = pack_matrix(weight, scale, columns)
     return gemm.matmul(float32(x).reshape(-1, x.shape[-1]), weight, bias, function).reshape(*x.shape[:-1], weight.shape[0])
 
 

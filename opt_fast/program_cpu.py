@@ -16,8 +16,8 @@ import numpy as np
 from numba import get_num_threads
 
 from opt_fast.attention_cpu import Rows, attending, attention_call, rows_of, steps, write_call
-from opt_fast.gemm import NEEDED, ROWS, Packed
-from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, at, call, int64s, wait
+from opt_fast.gemm import ROWS, Packed
+from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, lines, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
@@ -107,8 +107,9 @@ class Program:
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
-        scratch = max(NEEDED, attending(1, cfg.head_dim))
-        self.memory = np.empty((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
+        products = [p["weight"].needed for found in (*map(matrices, layers), end(params)[0] if params else []) for p in found]
+        scratch = lines(max(attending(1, cfg.head_dim), *products))
+        self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
         kernels = [line for layer in layers for line in self.block(layer, cfg)] + (self.ending(params, cfg) if params else [])
         self.lines = kernels  # with the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)

@@ -1,0 +1,488 @@
+"""Matrix products in Intel's tiles (AMX): bfloat16 and int8 weights, where the processor multiplies 16 rows by 16 columns in one instruction.
+
+A tile is 16 rows of 16 words of 32 bits; a word holds two bfloat16 or four int8 numbers, neighbours in k. A weight (O, I) is stored as strips of 16
+columns, and a strip as tiles in the order of k, so that the processor reads it from one end to the other, for one row of x as for many. One row is
+computed as 16 are, and a result depends on its own row and column alone: the same bits however many rows go in together, as in gemm.py.
+
+bfloat16: x is rounded to it, as HF does in that type; products of 32 neighbours are added to the float32 sum as Intel's manual says of TDPBF16PS.
+int8: x becomes whole numbers of 16 bits, as in gemm_int.py; their upper and lower bytes meet the weights one after the other (TDPBSSD, TDPBUSD), and
+256 times the one sum and the other are, exactly, what gemm_int.py adds up: the results are the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from ml_dtypes import bfloat16
+from numba import get_num_threads, njit, types
+from numba.core.registry import cpu_target
+
+from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish
+from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
+from opt_fast.kernel import (
+    ARGUMENTS,
+    BYTES,
+    DONE,
+    MEMORY,
+    TASKS,
+    THREADS,
+    Kernel,
+    aligned,
+    at,
+    broadcast,
+    bytes_,
+    claim,
+    every,
+    floats,
+    intrinsic,
+    lines,
+    load,
+    loop,
+    multiply_add,
+    store,
+)
+from opt_fast.rowwise import FUNCTIONS
+
+SIDE = 16  # rows of a tile, and words of a row
+TILE_BYTES = SIDE * SIDE * 4
+ABREAST = 3  # tiles of rows that meet a strip together. Two by two would need fewer loads, but eight tiles at once; and where another thread shares
+# the processor's core, tiles that are loaded wait for a register: five live ones are twice as fast there as eight, and as fast where none does
+GROUP = ABREAST * SIDE
+MOST_ROWS = 16 * GROUP  # of a block,
+X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
+CHUNK = 32  # strips, at most: their sums do, too
+TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
+ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
+INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+WORDS, VECTOR = ir.VectorType(SINGLE, SIDE), ir.VectorType(ir.FloatType(), SIDE)
+
+assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
+
+
+def unit() -> str:
+    """"AMX" where Numba compiles for it and the system lets this process use it, which it has to be asked for; or "". """
+    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+    if TILE.pairs != DPBF16 or not {"+amx-tile", "+amx-bf16", "+amx-int8"} <= features or sys.platform != "linux":
+        return ""
+    return "AMX" if ctypes.CDLL(None).syscall(*ASK_FOR_TILES) == 0 else ""
+
+
+UNIT = unit()
+
+
+class PackedTiles(Packed):
+    """A bfloat16 or int8 weight (O, I) as strips: panels[s, t, r, c] is a word of column s · 16 + c, word r of the t-th tile; zeros beyond O and I."""
+
+    def __init__(self, weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:
+        O, I = self.shape = weight.shape
+        self.stored, per = weight.dtype, 4 // weight.dtype.itemsize
+        self.scale = np.zeros(0 if scale is None else self.count * SIDE, np.float32)
+        if scale is not None:
+            self.scale[:O] = scale
+        self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
+        tiles = math.ceil(I / (per * SIDE))
+        self.panels = aligned((self.count, tiles, SIDE, SIDE), np.int32)
+        for s in range(0, self.count, 16):  # some strips at a time: what is made besides them is small
+            rows = weight[s * SIDE : (s + 16) * SIDE]
+            whole = np.zeros((min(16, self.count - s) * SIDE, tiles * SIDE * per), weight.dtype)
+            whole[: len(rows), :I] = rows
+            self.panels[s : s + 16] = whole.view(np.int32).reshape(-1, SIDE, tiles, SIDE).transpose(0, 2, 3, 1)
+
+    @property
+    def kind(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32) if self.stored == np.int8 else self.stored  # of what it stands for
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.shape[0] / SIDE)  # of strips
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes + self.scale.nbytes + self.columns.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a packed weight cannot be seen as an array without a copy")
+        parts = [self.rows(np.arange(i, min(i + 1024, self.shape[0]))).astype(dtype or self.dtype) for i in range(0, self.shape[0], 1024)]
+        return np.concatenate(parts) if parts else np.zeros(self.shape, dtype or self.dtype)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the matrix that the weight stands for, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        ids = self.checked_rows(ids)
+        words = np.ascontiguousarray(self.panels[ids // SIDE, :, :, ids % SIDE])  # (*N, tiles, 16)
+        w = words.reshape(*ids.shape, -1).view(self.stored)[..., : self.shape[1]].astype(np.float32)
+        if self.scale.size:
+            w *= self.scale[ids][..., None]
+        return w * self.columns if self.columns.size else w
+
+    @property
+    def tiles(self) -> int:
+        return self.panels.shape[1]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a block, at most: whole groups."""
+        return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP))
+
+    @property
+    def needed(self) -> int:
+        """Numbers of memory that a thread needs: x's block as bfloat16 or as two planes of bytes, its scales, a row, and sums."""
+        words = self.tiles * SIDE * (1 if self.stored == bfloat16 else 2)
+        return lines(self.rows_at_once * (words + math.ceil(self.shape[1] / BLOCK_K)) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
+
+    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
+        """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips."""
+        threads, (few, many) = get_num_threads(), TASKS_EACH
+        blocks = max(math.ceil(M / self.rows_at_once), min(threads * many, M // GROUP)) if M >= threads * GROUP else math.ceil(M / self.rows_at_once)
+        rows = math.ceil(M / blocks / GROUP) * GROUP
+        blocks, parts = math.ceil(M / rows), min(self.count, threads * few) if blocks == 1 else 1
+        chunk = max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
+        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
+                     self.scale, self.columns, self.columns.size, SHAPES]  # fmt: skip
+        return MATMUL[self.kind], arguments, blocks * parts
+
+    def __repr__(self) -> str:
+        return f"PackedTiles({self.shape}, {self.kind})"
+
+
+def tile_shapes() -> np.ndarray:
+    """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles."""
+    shapes = aligned(64, np.uint8)
+    shapes[:] = 0
+    shapes[0] = 1
+    shapes[16:32].view(np.uint16)[:] = 4 * SIDE
+    shapes[48:56] = SIDE
+    return shapes
+
+
+SHAPES = tile_shapes()
+
+
+# ---- the product -------------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _matmul(table: Any, integers: int) -> None:
+    """A task is a block of rows and a part of the strips. x's rows are rounded into tiles, block of k after block of k; then some strips, which stay
+    in the cache, meet group after group of them."""
+    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], bytes_(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
+    M, O, K, most, blocks, parts, chunk, scale, factors, uneven = a[9], a[10], a[11], a[12], a[13], a[14], a[15], floats(a[16]), floats(a[17]), a[18]
+    per = 4 if integers else 2
+    strip = (K + per * SIDE - 1) // (per * SIDE) * TILE_BYTES
+    sums, planes = floats(place), place + 4 * (CHUNK * GROUP * SIDE + 2 * SIDE * SIDE + BLOCK_K)
+    apart, xs, plane = at(sums, CHUNK * GROUP * SIDE), bytes_(planes), most // SIDE * strip  # of int8's two, the lower bytes' one stands behind
+    line = at(apart, 2 * SIDE * SIDE)
+    sizes = floats(planes + (2 if integers else 1) * plane)
+    configure(bytes_(a[19]))
+    task = claim(table, TASKS)
+    while task < blocks * parts:
+        first, part = task % blocks * most, task // blocks
+        last, strips_to = min(first + most, M), P * (part + 1) // parts
+        for k in range(0, K, BLOCK_K):
+            n, tiles = tiles_of(K, k, per)
+            here = at(xs, k // (per * SIDE) * TILE_BYTES * (most // SIDE))
+            for i in range(last - first):
+                source = at(x, (first + i) * row + k * step)
+                if step != 1 or uneven or n % (per * SIDE) != 0:
+                    for j in range(tiles * per * SIDE):
+                        line[j] = np.float32(0) if j >= n else source[j * step] * factors[k + j] if uneven else source[j * step]
+                    source = line
+                target = at(here, i // SIDE * tiles * TILE_BYTES + i % SIDE * SIDE * 4)
+                if integers:
+                    highest = largest(source, tiles * per * SIDE)  # NaN where a number is NaN or infinite
+                    sizes[k // BLOCK_K * most + i] = highest / np.float32(LARGEST)
+                    inverse = np.float32(LARGEST) / highest if highest > TINY else np.float32(0)
+                    split_row(source, inverse, tiles * per * SIDE, target, at(target, plane))
+                else:
+                    round_row(source, tiles * per * SIDE, target)
+        for some in range(P * part // parts, strips_to, chunk):
+            until = min(some + chunk, strips_to)
+            for i in range(0, last - first, SIDE if integers else GROUP):
+                rows = min(SIDE if integers else GROUP, last - first - i)
+                for s in range(some, until):
+                    begin(at(sums, (s - some) * GROUP * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
+                for k in range(0, K, BLOCK_K):
+                    _, tiles = tiles_of(K, k, per)
+                    weights = at(panels, k // (per * SIDE) * TILE_BYTES)
+                    here = at(xs, k // (per * SIDE) * TILE_BYTES * (most // SIDE) + i // SIDE * tiles * TILE_BYTES)
+                    for s in range(some, until):
+                        target = at(sums, (s - some) * GROUP * SIDE)
+                        if integers:
+                            bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
+                            for r in range(rows):
+                                add_scaled(at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), sizes[k // BLOCK_K * most + i + r])
+                        elif rows > 2 * SIDE:
+                            three(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                        elif rows > SIDE:
+                            two(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                        else:
+                            one(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
+                for r in range(rows):
+                    for c in range(0, columns, SIDE):
+                        copy(at(sums, c * GROUP + r * SIDE), at(corner, r * y_row + c), min(SIDE, columns - c))
+                finish(corner, y_row, rows, columns, function)
+        claim(table, DONE)
+        task = claim(table, TASKS)
+    release()
+
+
+@njit
+def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
+    """Of the block that begins at k, how many numbers it has, and how many tiles those take."""
+    n = min(BLOCK_K, K - k)
+    return n, (n + per * SIDE - 1) // (per * SIDE)
+
+
+def _matmul_bfloat16(table: Any) -> None:
+    _matmul(table, 0)
+
+
+def _matmul_int8(table: Any) -> None:
+    _matmul(table, 1)
+
+
+@njit
+def copy(row: Any, y: Any, columns: int) -> None:
+    if columns == SIDE:
+        copy_vector(row, y)
+    else:
+        for c in range(columns):
+            y[c] = row[c]
+
+
+@intrinsic
+def copy_vector(typing_context, row, y):
+    def generate(context, builder, signature, arguments):
+        store(builder, load(builder, arguments[0], VECTOR), arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(row, y), generate
+
+
+@intrinsic
+def add_scaled(typing_context, y, sums, scale, size):
+    """A row of 16: the lower bytes' sums stand a tile behind the upper ones'."""
+
+    def generate(context, builder, signature, arguments):
+        y, sums, scale, size = arguments
+        upper, lower = load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS)
+        total = builder.sitofp(builder.add(builder.shl(upper, every(WORDS, 8)), lower), VECTOR)
+        worth = builder.fmul(load(builder, scale, VECTOR), broadcast(builder, size, VECTOR))
+        store(builder, builder.fadd(load(builder, y, VECTOR), builder.fmul(total, worth)), y)
+        return context.get_dummy_value()
+
+    return types.void(y, sums, scale, size), generate
+
+
+@intrinsic
+def round_row(typing_context, x, n, target):
+    """n numbers, whole tiles' rows, as bfloat16: a row of each tile."""
+
+    def generate(context, builder, signature, arguments):
+        x, n, target = arguments
+
+        def body(k: Any, carried: list) -> list:
+            for half in range(2):
+                halves = rounded(builder, load(builder, builder.gep(x, [builder.add(k, INDEX(half * SIDE))]), VECTOR))
+                store(builder, halves, builder.gep(target, [builder.add(builder.mul(k, INDEX(TILE_BYTES // 32)), INDEX(2 * SIDE * half))]))
+            return []
+
+        loop(builder, n, 2 * SIDE, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, target), generate
+
+
+def rounded(builder: Any, numbers: Any) -> Any:
+    """A vector of float32 as bfloat16; a subnormal one may become 0, which it is to a product of tiles."""
+    halves = ir.VectorType(ir.IntType(16), SIDE)
+    if UNIT == EMULATED:
+        return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), halves)
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"  # LLVM takes 16-bit words for bfloat16, as it once declared them itself
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(halves, [VECTOR]), name), [numbers])
+
+
+@intrinsic
+def split_row(typing_context, x, inverse, n, upper, lower):
+    """n numbers, whole tiles' rows, times `inverse` in 16 bits: their upper bytes (with the sign) and their lower ones, a row of each tile."""
+
+    def generate(context, builder, signature, arguments):
+        x, inverse, n, *targets = arguments
+        inverse = broadcast(builder, inverse, VECTOR)
+
+        def body(k: Any, carried: list) -> list:
+            for quarter in range(4):
+                value = load(builder, builder.gep(x, [builder.add(k, INDEX(quarter * SIDE))]), VECTOR)
+                whole = whole_numbers(builder, builder.fmul(value, inverse))
+                place = builder.add(builder.mul(k, INDEX(TILE_BYTES // 64)), INDEX(SIDE * quarter))
+                for target, number in zip(targets, (builder.ashr(whole, every(WORDS, 8)), whole), strict=True):
+                    store(builder, builder.trunc(number, ir.VectorType(INT8, SIDE)), builder.gep(target, [place]))
+            return []
+
+        loop(builder, n, 4 * SIDE, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.float32, types.int64, upper, lower), generate
+
+
+# ---- tiles -------------------------------------------------------------------------------------------------------------------------------
+
+
+def instruction(builder: Any, name: str, *arguments: Any) -> None:
+    name = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+
+@intrinsic
+def configure(typing_context, shapes):
+    """Gives the thread's tiles their shapes."""
+
+    def generate(context, builder, signature, arguments):
+        if UNIT != EMULATED:
+            instruction(builder, "ldtilecfg", arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(shapes), generate
+
+
+@intrinsic
+def release(typing_context):
+    """The thread has no tiles any more, and the system none of them to keep for it."""
+
+    def generate(context, builder, signature, arguments):
+        if UNIT != EMULATED:
+            instruction(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+class Tiles:
+    """LLVM: the registers, by their numbers."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def zero(self, tile: int) -> None:
+        instruction(self.builder, "tilezero", INT8(tile))
+
+    def load(self, tile: int, place: Any) -> None:
+        instruction(self.builder, "tileloadd64", INT8(tile), place, INDEX(4 * SIDE))
+
+    def store(self, tile: int, place: Any) -> None:
+        instruction(self.builder, "tilestored64", INT8(tile), place, INDEX(4 * SIDE))
+
+    def multiply(self, name: str, total: int, a: int, b: int) -> None:
+        instruction(self.builder, name, INT8(total), INT8(a), INT8(b))
+
+
+class EmulatedTiles(Tiles):
+    """The same in memory, by Intel's manual: for tests, on processors that have no tiles."""
+
+    def __init__(self, builder: Any) -> None:
+        super().__init__(builder)
+        with builder.goto_entry_block():
+            self.memory = builder.alloca(INT8, 8 * TILE_BYTES)
+
+    def place(self, tile: int, row: Any = None, word: Any = None) -> Any:
+        offset: Any = INDEX(tile * TILE_BYTES)
+        for index, size in ((row, 4 * SIDE), (word, 4)):
+            offset = offset if index is None else self.builder.add(offset, self.builder.mul(index, INDEX(size)))
+        return self.builder.gep(self.memory, [offset])
+
+    def copy(self, source: Any, target: Any) -> None:
+        for row in range(SIDE):
+            offset = [INDEX(row * 4 * SIDE)]
+            store(self.builder, load(self.builder, self.builder.gep(source, offset), WORDS), self.builder.gep(target, offset))
+
+    def zero(self, tile: int) -> None:
+        for row in range(SIDE):
+            store(self.builder, every(WORDS, 0), self.place(tile, INDEX(row)))
+
+    def load(self, tile: int, place: Any) -> None:
+        self.copy(place, self.place(tile))
+
+    def store(self, tile: int, place: Any) -> None:
+        self.copy(self.place(tile), place)
+
+    def multiply(self, name: str, total: int, a: int, b: int) -> None:
+        meet, sums = (self.pairs, 2) if name == PAIRS else (self.quads, 1)
+
+        def row(m: Any, _: list) -> list:
+            def step(k: Any, carried: list) -> list:
+                word = broadcast(self.builder, self.builder.load(self.builder.bitcast(self.place(a, m, k), SINGLE.as_pointer())), WORDS)
+                return meet(word, load(self.builder, self.place(b, k), WORDS), carried, name == BYTES_OF[1])
+
+            carried = loop(self.builder, INDEX(SIDE), 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
+            place, add = self.place(total, m), self.builder.fadd if sums == 2 else self.builder.add
+            found = add(*carried) if sums == 2 else carried[0]
+            store(self.builder, add(load(self.builder, place, found.type), found), place)
+            return []
+
+        loop(self.builder, INDEX(SIDE), 1, [], row)
+
+    def pairs(self, a: Any, b: Any, sums: list, _: bool) -> list:
+        """Sums of the first numbers of pairs, and of the second, each rounded once; they are added to each other, and then to what there was."""
+        halves = [[self.builder.shl(x, every(WORDS, 16)), self.builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
+        first, second = ([self.builder.bitcast(half[i], VECTOR) for half in halves] for i in range(2))
+        return [multiply_add(self.builder, *both, total, True) for both, total in zip((first, second), sums, strict=True)]
+
+    def quads(self, a: Any, b: Any, sums: list, unsigned: bool) -> list:
+        (total,) = sums
+        for e in range(4):
+            x, w = (self.builder.shl(value, every(WORDS, 24 - 8 * e)) for value in (a, b))
+            x = (self.builder.lshr if unsigned else self.builder.ashr)(x, every(WORDS, 24))
+            total = self.builder.add(total, self.builder.mul(x, self.builder.ashr(w, every(WORDS, 24))))
+        return [total]
+
+
+def over_tiles(*products: str) -> Any:
+    """kernel(sums, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some that lie `gap` bytes apart.
+
+    Sums of bfloat16's products are added to what is there, those of bytes begin at 0.
+    """
+    count = len(products)
+
+    @intrinsic
+    def kernel(typing_context, sums, x, gap, strip, n):
+        def generate(context, builder, signature, arguments):
+            sums, x, gap, strip, n = arguments
+            tiles = (EmulatedTiles if UNIT == EMULATED else Tiles)(builder)
+            places = [builder.bitcast(builder.gep(sums, [INDEX(i * SIDE * SIDE)]), INT8.as_pointer()) for i in range(count)]
+            for i, place in enumerate(places):
+                tiles.load(i, place) if products[0] == PAIRS else tiles.zero(i)
+
+            def step(k: Any, carried: list) -> list:
+                offset = builder.mul(k, INDEX(TILE_BYTES))
+                tiles.load(count, builder.gep(strip, [offset]))
+                for i in range(count):
+                    tiles.load(count + 1, builder.gep(x, [builder.add(offset, builder.mul(gap, INDEX(i)))]))
+                    tiles.multiply(products[i], i, count + 1, count)
+                return []
+
+            loop(builder, n, 1, [], step)
+            for i, place in enumerate(places):
+                tiles.store(i, place)
+            return context.get_dummy_value()
+
+        return types.void(sums, x, types.int64, strip, types.int64), generate
+
+    return kernel
+
+
+one, two, three = (over_tiles(*[PAIRS] * count) for count in (1, 2, 3))
+bytes_apart = over_tiles(*BYTES_OF)
+MATMUL = {"bfloat16": Kernel(_matmul_bfloat16), "int8": Kernel(_matmul_int8)}
