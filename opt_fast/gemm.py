@@ -94,8 +94,6 @@ class Packed:
     Pairs are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour, 0 where I has none.
     """
 
-    needed = NEEDED  # numbers of memory that a thread needs for a product
-
     def __init__(self, panels: np.ndarray, shape: tuple[int, int]) -> None:
         self.panels, self.shape = panels, shape  # 16-bit floats as BITS, or as PAIRS
 
@@ -114,6 +112,11 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes
+
+    @property
+    def needed(self) -> int:
+        """Numbers of memory that a thread needs for a product."""
+        return NEEDED
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:

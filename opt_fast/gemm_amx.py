@@ -23,11 +23,12 @@ from numba import get_num_threads, njit, types
 from numba.core.registry import cpu_target
 
 from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish
-from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
+from opt_fast.gemm_int import LARGEST, TINY, largest, prefetch, whole_numbers
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
     DONE,
+    LINE,
     MEMORY,
     TASKS,
     THREADS,
@@ -58,6 +59,8 @@ X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the st
 CHUNK = 32  # strips, at most: their sums do, too
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+OF_X, OF_WEIGHTS = 6, 7  # tiles; those before hold sums
+AHEAD = 4 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORDS, VECTOR = ir.VectorType(SINGLE, SIDE), ir.VectorType(ir.FloatType(), SIDE)
@@ -66,7 +69,7 @@ assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
 
 
 def unit() -> str:
-    """"AMX" where Numba compiles for it and the system lets this process use it, which it has to be asked for; or "". """
+    """ "AMX" where Numba compiles for it and the system lets this process use it, which it has to be asked for; or ""."""
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     if TILE.pairs != DPBF16 or not {"+amx-tile", "+amx-bf16", "+amx-int8"} <= features or sys.platform != "linux":
         return ""
@@ -77,7 +80,7 @@ UNIT = unit()
 
 
 class PackedTiles(Packed):
-    """A bfloat16 or int8 weight (O, I) as strips: panels[s, t, r, c] is a word of column s · 16 + c, word r of the t-th tile; zeros beyond O and I."""
+    """A bfloat16 or int8 weight (O, I) as strips: panels[s, t, r, c] is of column s · 16 + c the t-th tile's word r; zeros beyond O and I."""
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:
         O, I = self.shape = weight.shape
@@ -143,29 +146,34 @@ class PackedTiles(Packed):
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips."""
         threads, (few, many) = get_num_threads(), TASKS_EACH
-        blocks = max(math.ceil(M / self.rows_at_once), min(threads * many, M // GROUP)) if M >= threads * GROUP else math.ceil(M / self.rows_at_once)
+        blocks = math.ceil(M / self.rows_at_once)
+        if M // GROUP >= threads:
+            blocks = max(blocks, min(threads * many, M // GROUP))
         rows = math.ceil(M / blocks / GROUP) * GROUP
         blocks, parts = math.ceil(M / rows), min(self.count, threads * few) if blocks == 1 else 1
         chunk = max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
-                     self.scale, self.columns, self.columns.size, SHAPES]  # fmt: skip
+                     self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)]]  # fmt: skip
         return MATMUL[self.kind], arguments, blocks * parts
 
     def __repr__(self) -> str:
         return f"PackedTiles({self.shape}, {self.kind})"
 
 
-def tile_shapes() -> np.ndarray:
-    """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles."""
-    shapes = aligned(64, np.uint8)
-    shapes[:] = 0
+def tile_shapes(rows: int) -> np.ndarray:
+    """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles.
+
+    All have `rows` rows but the weights' own: fewer are multiplied sooner.
+    """
+    shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
     shapes[16:32].view(np.uint16)[:] = 4 * SIDE
-    shapes[48:56] = SIDE
+    shapes[48:56] = rows
+    shapes[48 + OF_WEIGHTS] = SIDE
     return shapes
 
 
-SHAPES = tile_shapes()
+SHAPES = [tile_shapes(rows) for rows in range(SIDE + 1)]
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
@@ -219,7 +227,10 @@ def _matmul(table: Any, integers: int) -> None:
                     for s in range(some, until):
                         target = at(sums, (s - some) * GROUP * SIDE)
                         if integers:
-                            bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
+                            if M <= SIDE:
+                                bytes_of_few(apart, here, plane, at(weights, s * strip), tiles)
+                            else:
+                                bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
                             for r in range(rows):
                                 add_scaled(at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), sizes[k // BLOCK_K * most + i + r])
                         elif rows > 2 * SIDE:
@@ -437,8 +448,8 @@ class EmulatedTiles(Tiles):
     def pairs(self, a: Any, b: Any, sums: list, _: bool) -> list:
         """Sums of the first numbers of pairs, and of the second, each rounded once; they are added to each other, and then to what there was."""
         halves = [[self.builder.shl(x, every(WORDS, 16)), self.builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
-        first, second = ([self.builder.bitcast(half[i], VECTOR) for half in halves] for i in range(2))
-        return [multiply_add(self.builder, *both, total, True) for both, total in zip((first, second), sums, strict=True)]
+        both = [[self.builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
+        return [multiply_add(self.builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
 
     def quads(self, a: Any, b: Any, sums: list, unsigned: bool) -> list:
         (total,) = sums
@@ -449,10 +460,10 @@ class EmulatedTiles(Tiles):
         return [total]
 
 
-def over_tiles(*products: str) -> Any:
+def over_tiles(*products: str, few: bool = False) -> Any:
     """kernel(sums, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some that lie `gap` bytes apart.
 
-    Sums of bfloat16's products are added to what is there, those of bytes begin at 0.
+    Sums of bfloat16's products are added to what is there, those of bytes begin at 0. With `few` rows, weights are asked for ahead of their use.
     """
     count = len(products)
 
@@ -467,10 +478,13 @@ def over_tiles(*products: str) -> Any:
 
             def step(k: Any, carried: list) -> list:
                 offset = builder.mul(k, INDEX(TILE_BYTES))
-                tiles.load(count, builder.gep(strip, [offset]))
+                weights = builder.gep(strip, [offset])
+                for line in range(0, TILE_BYTES if few else 0, LINE):
+                    prefetch(builder, builder.gep(weights, [INDEX(AHEAD + line)]))
+                tiles.load(OF_WEIGHTS, weights)
                 for i in range(count):
-                    tiles.load(count + 1, builder.gep(x, [builder.add(offset, builder.mul(gap, INDEX(i)))]))
-                    tiles.multiply(products[i], i, count + 1, count)
+                    tiles.load(OF_X, builder.gep(x, [builder.add(offset, builder.mul(gap, INDEX(i)))]))
+                    tiles.multiply(products[i], i, OF_X, OF_WEIGHTS)
                 return []
 
             loop(builder, n, 1, [], step)
@@ -483,6 +497,6 @@ def over_tiles(*products: str) -> Any:
     return kernel
 
 
-one, two, three = (over_tiles(*[PAIRS] * count) for count in (1, 2, 3))
-bytes_apart = over_tiles(*BYTES_OF)
+one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))
+bytes_apart, bytes_of_few = over_tiles(*BYTES_OF), over_tiles(*BYTES_OF, few=True)
 MATMUL = {"bfloat16": Kernel(_matmul_bfloat16), "int8": Kernel(_matmul_int8)}
