@@ -78,7 +78,7 @@ def best_tile() -> Tile:
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
 BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the second-level cache (1 MB and more beside AVX-512), a panel's 384 · COLUMNS in the first
-BLOCK_ROWS = (48 if TILE.width == 16 else 12) * ROWS
+BLOCK_ROWS, BLOCK_UNIT = (48 if TILE.width == 16 else 12) * ROWS, 2 * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
@@ -140,8 +140,8 @@ class Packed:
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """The kernel of a product, its arguments, and into how many tasks they cut it; y is (M, O), or 0 where its address and rows come later."""
-        (O, I), (blocks, parts) = self.shape, cut(self.count, M)
-        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts]
+        (O, I), (most, blocks, parts) = self.shape, cut(self.count, M)
+        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, most, blocks, parts]
         return MATMUL[self.panels.dtype.str], arguments, blocks * parts
 
     def __getitem__(self, _: Any) -> Any:
@@ -176,13 +176,19 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     return y
 
 
-def cut(panels: int, M: int) -> tuple[int, int]:
-    """Blocks of rows, and parts of the panels, whose product is the number of tasks.
+def cut(panels: int, M: int) -> tuple[int, int, int]:
+    """Rows of a block, how many blocks, and parts of the panels for each: blocks times parts are the tasks.
 
-    Threads share the columns, so that each reads its own panels; ABREAST panels stay together, for a row that meets fewer at a time is slow.
+    Threads share the rows, so that each is packed once, or where one block holds them all the columns, so that each thread reads its own panels;
+    ABREAST panels stay together, for a row that meets fewer at a time is slow.
     """
-    blocks = math.ceil(M / BLOCK_ROWS)
-    return blocks, min(math.ceil(panels / ABREAST), get_num_threads() * (PARTS if blocks == 1 else 1))
+    threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
+    even = [
+        rows for rows in range(most, most * 7 // 8, -BLOCK_UNIT) if M > most and math.ceil(M / rows) % threads == 0
+    ]  # as much work for each thread
+    most = even[0] if even else most
+    blocks = math.ceil(M / most)
+    return most, blocks, min(math.ceil(panels / ABREAST), threads * PARTS if blocks == 1 else 1 if even else threads)
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -253,12 +259,12 @@ def _matmul(table: Any, panels: Any, per: int) -> None:
     """
     a = at(table, ARGUMENTS)
     x, row, step, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8]
-    M, O, K, blocks, parts = a[9], a[10], a[11], a[12], a[13]
+    M, O, K, most, blocks, parts = a[9], a[10], a[11], a[12], a[13], a[14]
     xs, height = memory(table), (K + per - 1) // per
     task = claim(table, TASKS)
     while task < blocks * parts:
-        first, part, groups = task % blocks * BLOCK_ROWS, task // blocks, (P + ABREAST - 1) // ABREAST
-        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
+        first, part, groups = task % blocks * most, task // blocks, (P + ABREAST - 1) // ABREAST
+        last, panels_from, panels_to = min(first + most, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
         scratch, column = at(xs, BLOCK_ROWS * BLOCK_K), panels_from * COLUMNS
         columns = min(panels_to * COLUMNS, O) - column
         begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))

@@ -99,7 +99,7 @@ class PackedTiles(Packed):
 
     @property
     def kind(self) -> str:
-        return self.stored.name
+        return "int8" if self.stored == np.int8 else ""  # of the whole numbers that it is kept in, for good
 
     @property
     def dtype(self) -> np.dtype:
@@ -147,17 +147,17 @@ class PackedTiles(Packed):
         """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips."""
         threads, (few, many) = get_num_threads(), TASKS_EACH
         blocks = math.ceil(M / self.rows_at_once)
-        if M // GROUP >= threads:
+        if threads <= M // GROUP:
             blocks = max(blocks, min(threads * many, M // GROUP))
         rows = math.ceil(M / blocks / GROUP) * GROUP
         blocks, parts = math.ceil(M / rows), min(self.count, threads * few) if blocks == 1 else 1
         chunk = max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
                      self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)]]  # fmt: skip
-        return MATMUL[self.kind], arguments, blocks * parts
+        return MATMUL[self.stored.name], arguments, blocks * parts
 
     def __repr__(self) -> str:
-        return f"PackedTiles({self.shape}, {self.kind})"
+        return f"PackedTiles({self.shape}, {self.stored.name})"
 
 
 def tile_shapes(rows: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, widened
+from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -74,7 +74,7 @@ ORDER = {bits: word_order(bits) for bits in (8, 4)}
 
 assert TILE.vectors % 2 == ROWS % 2 == 0  # whole vectors of words; pairs of k, ROWS apart
 assert BLOCK_K * 127 * LARGEST < 2**31  # sums of int8's products fit into 32 bits
-assert BLOCK_K % 64 == BLOCK_ROWS % ROWS == 0  # whole groups, whole tiles
+assert BLOCK_K % 64 == BLOCK_UNIT % ROWS == 0  # whole groups, whole tiles
 assert BLOCK_ROWS * (BLOCK_K // 2 + 1 + GROUPS) + BLOCK_K + ROWS * COLUMNS <= NEEDED  # a task's memory
 
 
@@ -184,8 +184,8 @@ class PackedIntegers(Packed):
         """As Packed.call; x's rows lie whole."""
         if step != 1:
             raise ValueError("x is transposed; an integer weight takes whole rows: give np.ascontiguousarray(x)")
-        (O, I), (blocks, parts) = self.shape, cut(self.count, M)
-        arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, blocks, parts, self.scale, self.columns,
+        (O, I), (most, blocks, parts) = self.shape, cut(self.count, M)
+        arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, most, blocks, parts, self.scale, self.columns,
                      self.columns.size, self.group, 16 // self.bits, self.height(BLOCK_K) * COLUMNS, self.bits == 8]  # fmt: skip
         return MATMUL[self.kind], arguments, blocks * parts
 
@@ -206,15 +206,16 @@ def _matmul(table: Any, panels: Any) -> None:
     """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
     a = at(table, ARGUMENTS)
     x, x_row, P, bias, function, y, y_row = floats(a[0]), a[1], a[3], floats(a[4]), a[5], floats(a[6]), a[7]
-    M, O, K, blocks, parts, scale, factors, uneven, group, word = a[8], a[9], a[10], a[11], a[12], floats(a[13]), floats(a[14]), a[15], a[16], a[17]
-    full, scaled, place = a[18], a[19], table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    M, O, K, most, blocks, parts, scale, factors = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), floats(a[15])
+    uneven, group, word, full, scaled = a[16], a[17], a[18], a[19], a[20]
+    place = table[MEMORY] + claim(table, THREADS) * table[BYTES]
     xs, sizes = int16s(place), floats(place + 2 * BLOCK_ROWS * BLOCK_K)
     starts, even = int32s(place + 2 * BLOCK_ROWS * (BLOCK_K + 2)), floats(place + 2 * BLOCK_ROWS * (BLOCK_K + 2 + 2 * GROUPS))
     scratch = at(even, BLOCK_K)
     task = claim(table, TASKS)
     while task < blocks * parts:
-        first, part = task % blocks * BLOCK_ROWS, task // blocks
-        last, panels_from, panels_to = min(first + BLOCK_ROWS, M), P * part // parts, P * (part + 1) // parts
+        first, part = task % blocks * most, task // blocks
+        last, panels_from, panels_to = min(first + most, M), P * part // parts, P * (part + 1) // parts
         column = panels_from * COLUMNS
         columns = min(panels_to * COLUMNS, O) - column
         begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))

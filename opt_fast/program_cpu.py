@@ -22,7 +22,7 @@ from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
-WIDTH = ARGUMENTS + 20  # of a table, at most
+WIDTH = ARGUMENTS + 21  # of a table, at most
 KERNELS = 12  # of a block
 
 
