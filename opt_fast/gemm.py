@@ -184,7 +184,7 @@ def cut(panels: int, M: int) -> tuple[int, int, int]:
     """
     threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
     even = [
-        rows for rows in range(most, most * 7 // 8, -BLOCK_UNIT) if M > most and math.ceil(M / rows) % threads == 0
+        rows for rows in range(most, most * 7 // 8, -BLOCK_UNIT) if most < M and math.ceil(M / rows) % threads == 0
     ]  # as much work for each thread
     most = even[0] if even else most
     blocks = math.ceil(M / most)

@@ -14,6 +14,8 @@ from opt_fast.paged_cache import PAGE, Row
 from opt_np import model
 from opt_np.config import OPTConfig
 
+MANY = 128  # tokens, for which writing a program down is little beside running it
+
 
 class Pages(paged_cache.Pages):
     """Pages of NumPy arrays, and where they begin in memory."""
@@ -33,6 +35,7 @@ class Machine:
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
         self.params, self.cfg, self.pool = params, cfg, pool
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
+        self.reading: Any = None  # a program for as many tokens of prompts as were last read at once
 
     @functools.cached_property
     def has_programs(self) -> bool:
@@ -47,6 +50,8 @@ class Machine:
         x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
         if len(ids) == len(rows) and self.has_programs:
             x, logits = self.program(len(rows)).run(x, self.pool.bases, batch.slots, batch.rows)
+        elif len(ids) >= MANY and self.has_programs:
+            x, _ = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
         else:
             x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
         ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
@@ -71,6 +76,11 @@ class Machine:
         if B not in self.programs:
             self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.params)
         return self.programs[B]
+
+    def reader(self, N: int) -> program_cpu.Program:
+        if self.reading is None or len(self.reading.x) != N:
+            self.reading = program_cpu.Program(self.params["layers"], self.cfg, N, self.pool.dtype)
+        return self.reading
 
 
 class Batch:

@@ -1,10 +1,11 @@
-"""A step of decoding, one new token for each row, through all blocks, or through the whole model, in a single call.
+"""A pass through all blocks, or through the whole model, in a single call: a step of decoding, one new token for each row, or many of a prompt.
 
 With one row, the products of a block take less time than what Python needs to start them. So the kernels that ops_cpu would start one after the
 other are written down beforehand, each with its table, and one loop runs the list on all threads: a thread that finds no task left in a kernel waits
 until those that were taken are done, then goes on to the next. They are the same kernels in the same order, so the numbers are the same bits.
 A thread waits for tasks, not for threads: it does not matter how many come. The list is kept, and only what changes from token to token is written
-into it: where the rows' keys stand (attention_cpu.Rows), in a KVCache or in pages.
+into it: where the rows' keys stand (attention_cpu.Rows), in a KVCache or in pages. Reading a prompt, what is spared is memory that is new at every
+kernel, and additions by one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import get_num_threads
 
-from opt_fast.attention_cpu import Rows, attending, attention_call, rows_of, steps, write_call
+from opt_fast.attention_cpu import Rows, attending, attention_call, blocks, rows_of, steps, write_call
 from opt_fast.gemm import ROWS, Packed
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, lines, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
@@ -93,9 +94,9 @@ Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks
 
 
 class Program:
-    """The tables of all kernels of a step of B rows, and the buffers that they work on; the cache stores this dtype.
+    """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype.
 
-    With `params`, that is the whole model, the step goes on to the logits.
+    With `params`, that is the whole model, the pass goes on to the logits.
     """
 
     def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, params: dict | None = None) -> None:
@@ -108,7 +109,7 @@ class Program:
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
         products = [p["weight"].needed for found in (*map(matrices, layers), end(params)[0] if params else []) for p in found]
-        scratch = lines(max(attending(1, cfg.head_dim), *products))
+        scratch = lines(max(attending(B, cfg.head_dim), *products))
         self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
         kernels = [line for layer in layers for line in self.block(layer, cfg)] + (self.ending(params, cfg) if params else [])
         self.lines = kernels  # with the arrays that the tables point to
@@ -121,6 +122,7 @@ class Program:
             table[: len(filled)] = filled
             place = 0 if after else place + 1
         self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
+        self.attends = self.list[self.writing + 1 : len(layers) * KERNELS : KERNELS, 1]  # its tasks
 
     def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
         """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`."""
@@ -175,14 +177,26 @@ class Program:
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
-        """x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D), (B, V)"""
+        """x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D), (B, V)
+
+        Any number of rows, up to B, share the tokens.
+        """
         arguments, logits = self.blocks[:, :, ARGUMENTS:], None
         arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
         if self.whole:
             logits = np.empty(self.shape, np.float32)
             self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
-        self.slots[:], self.rows[:] = slots, rows.table
-        self.tasks[:, 0] = np.argsort(-rows.table[:, 2])  # the row with most keys first
+        R, H = len(rows.table), self.cfg.num_attention_heads
+        Br, tasks = ROWS, len(self.x)
+        self.slots[:], self.rows[:R] = slots, rows.table
+        if tasks == R:
+            self.tasks[:, 0], self.tasks[:, 1] = np.argsort(-rows.table[:, 2]), 0  # the row with most keys first
+        else:
+            Br, found = blocks(rows.table, H)
+            tasks = len(found)
+            self.tasks[:tasks] = found
+        arguments[:, self.writing + 1, 7], arguments[:, self.writing + 1, 11] = tasks, Br
+        self.attends[:] = tasks * H
         self.tables[:, :MEMORY] = 0  # nothing is begun or done yet
         self.x[:] = x
         PROGRAM(self.list, len(self.list), self.tables, tasks=self.threads)
