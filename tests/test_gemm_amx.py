@@ -1,0 +1,154 @@
+"""Products in Intel's tiles: on processors that have them by themselves, and everywhere by an emulation of what Intel's manual says of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from opt_fast import gemm, gemm_amx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EMULATED = """
+import importlib.util, sys
+import opt_fast
+spec = importlib.util.spec_from_file_location("opt_fast.gemm_amx", folder + "/gemm_amx.py")
+sys.modules["opt_fast.gemm_amx"] = opt_fast.gemm_amx = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(opt_fast.gemm_amx)
+"""
+
+PROGRAM = """
+import pickle, sys
+sys.path.insert(0, root + "/tests")
+import ml_dtypes, numba, numpy as np, small
+from opt_fast import gemm, gemm_amx, gemm_int, ops_cpu
+from opt_fast.engine import Engine
+from opt_fast.gemm_amx import GROUP, PackedTiles
+from opt_np import OPTForCausalLM, model, quantize
+from opt_np.kv_cache import KVCache
+assert gemm_amx.UNIT == unit, gemm_amx.UNIT
+assert "tiles of bfloat16 and int8 (AMX)" in ops_cpu.description()
+bfloat16, rng, found = ml_dtypes.bfloat16, np.random.default_rng(0), {}
+gemm_amx.X_BYTES = 60 << 10  # small blocks of rows: the emulation is slow
+
+many, wide = 2 * GROUP + 37, 16 * gemm_amx.CHUNK + 5
+for M, I, O, turned in ((1, 1, 1, False), (8, 50, 21, True), (3, 17, 70, False), (20, 400, 33, False), (many, 70, wide, True)):
+    x, weight, bias = rng.normal(size=(M, I)).astype(np.float32), rng.normal(size=(O, I)).astype(bfloat16), rng.normal(size=O).astype(np.float32)
+    x[0] *= 1000
+    given = np.asfortranarray(x) if turned else x
+    leaf = quantize.quantize_matrix(weight.astype(np.float32), "int8")
+    uneven = dict(leaf, columns=np.exp(rng.normal(size=I)).astype(np.float32))
+    for name, parts in (("bfloat16", {"weight": np.asfortranarray(weight) if turned else weight}), ("int8", leaf), ("uneven", uneven)):
+        packed = pickle.loads(pickle.dumps(PackedTiles(**parts)))
+        assert (packed.shape, packed.size, packed.panels.nbytes % 1024) == ((O, I), O * I, 0)
+        assert packed.dtype == (bfloat16 if name == "bfloat16" else np.float32) and packed.kind == ("" if name == "bfloat16" else "int8")
+        whole = np.asarray(packed)
+        ids = np.array([[0, O - 1, O // 2]])
+        assert packed.rows(ids).dtype == np.float32 and (packed.rows(ids) == whole[ids].astype(np.float32)).all()
+        y = gemm.matmul(given, packed, bias, "relu" if M == 20 else None)
+        if name == "bfloat16":
+            assert whole.dtype == bfloat16 and (whole == weight).all()
+            rounded, wide = x.astype(bfloat16).astype(float), weight.astype(float)
+            expected = rounded @ wide.T + bias
+            allowed = (np.abs(rounded) @ np.abs(wide).T + np.abs(bias)) * np.finfo(np.float32).eps * 40
+            assert (np.abs(y - (np.maximum(expected, 0) if M == 20 else expected)) <= allowed).all()
+        else:  # the same bits as by any other instructions
+            plain = gemm_int.PackedIntegers(**parts)
+            assert (whole == np.asarray(plain)).all()
+            assert (y == gemm.matmul(np.ascontiguousarray(x), plain, bias, "relu" if M == 20 else None)).all(), np.abs(y).max()
+        for rows in ([0], [M - 1], list(range(M // 2, M)), [M - 1, 0, M // 2]):
+            assert (gemm.matmul(given[rows], packed, bias, "relu" if M == 20 else None) == y[rows]).all()
+        numba.set_num_threads(1)
+        assert (gemm.matmul(given, packed, bias, "relu" if M == 20 else None) == y).all()
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        found[f"{M} {I} {O} {name}"] = y
+
+# what is not a number stays in its row
+for broken in (np.inf, -np.inf, np.nan):
+    x = np.ones((3, 70), np.float32)
+    x[1, 65] = broken
+    y = gemm.matmul(x, PackedTiles(np.ones((5, 70), bfloat16)))
+    np.testing.assert_array_equal(y, np.float32([[70] * 5, [broken] * 5, [70] * 5]))
+    y = gemm.matmul(x, PackedTiles(np.ones((5, 70), np.int8), np.ones(5, np.float32)))
+    assert np.isnan(y[1]).all() and np.allclose(y[[0, 2]], 70, rtol=1e-4)
+assert gemm.matmul(np.ones((0, 70), np.float32), PackedTiles(np.ones((5, 70), bfloat16))).shape == (0, 5)
+
+# a model: the same bits in a batch, step by step, and in the engine
+cfg = small.config(num_hidden_layers=1, max_position_embeddings=300)
+params, ids = small.params(cfg), small.ids(cfg, 2, 23)
+mask = np.ones_like(ids)
+mask[0, :7] = 0
+for dtype in ("bfloat16", "int8"):
+    tree = small.cast(params, bfloat16) if dtype == "bfloat16" else quantize.quantized(params, cfg, "int8")[0]
+    packed = ops_cpu.pack(tree)
+    assert type(packed["layers"][0]["fc1"]["weight"]) is PackedTiles is type(packed["embed_tokens"]["weight"])
+    logits = model.forward(packed, ids, cfg, attention_mask=mask, ops=ops_cpu)
+    exact = model.forward(small.cast(tree, np.float32) if dtype == "bfloat16" else tree, ids, cfg, attention_mask=mask)
+    assert np.abs(logits - exact)[mask == 1].max() < (2e-2 if dtype == "bfloat16" else 1e-3) * np.abs(exact).max()
+    for row, seen, ours in zip(ids, mask, logits):
+        assert (model.forward(packed, row[seen == 1][None], cfg, ops=ops_cpu)[0] == ours[seen == 1]).all()
+    cache = KVCache()
+    parts = [model.forward(packed, ids[:, a:b], cfg, cache=cache, attention_mask=mask[:, :b], ops=ops_cpu) for a, b in ((0, 17), (17, 22), (22, 23))]
+    assert cache.program is not None
+    assert (np.concatenate(parts, axis=1)[mask == 1] == logits[mask == 1]).all()
+    assert (model.forward(tree, ids, cfg, attention_mask=mask, ops=ops_cpu)[mask == 1] == logits[mask == 1]).all()  # packed at each use
+    lm, long = OPTForCausalLM(tree, cfg, backend="cpu"), small.ids(cfg, 1, 140)  # long enough to be read by a program
+    engine = Engine(lm)
+    handles = [engine.submit(long, max_new_tokens=4), engine.submit(ids[1:, :9], max_new_tokens=3)]
+    assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
+    assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
+    found[dtype] = logits
+np.savez(folder + "/" + (unit or "none") + ".npz", **found)
+"""
+
+
+def run(unit, folder):
+    """The program above in a process of its own, with this unit; the numbers that it computed."""
+    variables = f"root, folder, unit = {str(ROOT)!r}, {str(folder)!r}, {unit!r}\n"
+    emulated = EMULATED if unit == gemm.EMULATED else ""
+    if emulated:
+        source = (ROOT / "opt_fast" / "gemm_amx.py").read_text(encoding="utf-8")
+        assert source.count("UNIT = unit()") == 1
+        (folder / "gemm_amx.py").write_text(source.replace("UNIT = unit()", f"UNIT = {unit!r}"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(folder / "cache")}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", variables + emulated + PROGRAM], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    with np.load(folder / f"{unit}.npz") as found:
+        return dict(found)
+
+
+def test_products_in_tiles(tmp_path):
+    """Right for every shape, and the same bits however the work is cut; where the processor has tiles, they give the bits of the manual."""
+    emulated = run(gemm.EMULATED, tmp_path)
+    if gemm_amx.UNIT:
+        real = run("AMX", tmp_path)
+        assert real.keys() == emulated.keys()
+        for name, numbers in real.items():
+            np.testing.assert_array_equal(numbers, emulated[name], err_msg=name)
+
+
+TILED = "+avx512f,+avx512bw,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8"
+
+
+@pytest.mark.parametrize(("features", "tile", "system", "allowed", "found"), [
+    (TILED, "pairs", "linux", True, "AMX"),
+    (TILED, "pairs", "linux", False, ""),
+    (TILED, "pairs", "darwin", True, ""),
+    (TILED, "plain", "linux", True, ""),
+    (TILED.replace("+amx-int8", "-amx-int8"), "pairs", "linux", True, ""),
+], ids=["there", "refused by the system", "another system", "compiled for less", "no int8"])  # fmt: skip
+def test_tiles_are_used_where_the_processor_has_them_and_the_system_allows_it(features, tile, system, allowed, found, monkeypatch):
+    codegen = SimpleNamespace(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "sapphirerapids", features))
+    asked = []
+    monkeypatch.setattr(gemm_amx, "cpu_target", SimpleNamespace(target_context=SimpleNamespace(codegen=lambda: codegen)))
+    monkeypatch.setattr(gemm_amx, "TILE", gemm.TILE._replace(pairs=gemm.DPBF16 if tile == "pairs" else ""))
+    monkeypatch.setattr(gemm_amx.sys, "platform", system)
+    monkeypatch.setattr(gemm_amx.ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *numbers: asked.append(numbers) or (0 if allowed else -1)))
+    assert gemm_amx.unit() == found
+    assert asked in ([], [(158, 0x1023, 18)])
