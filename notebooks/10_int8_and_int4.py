@@ -375,7 +375,9 @@ show(gemm_int.word_order)
 panels = gemm_int.PackedIntegers(w, ones)
 columns = gemm_int.COLUMNS  # outputs side by side in a panel; how many depends on the processor
 words = panels.blocks()[0][0, 0]  # the first panel's first row: two neighbours in k of each
-pairs = w[:columns, :2].T.reshape(-1)  # number k · columns + column
+first = np.zeros((columns, 2), np.int8)  # zeros where the panel is wider than the matrix
+first[: len(w)] = w[:columns, :2]
+pairs = first.T.reshape(-1)  # number k · columns + column
 lower = ((words ^ 128) & 255).astype(np.uint8).view(np.int8)
 upper = (words >> 8).astype(np.uint8).view(np.int8)
 assert np.array_equal(lower, pairs[gemm_int.ORDER[8][0]])
