@@ -150,7 +150,8 @@ class PackedTiles(Packed):
         if threads <= M // GROUP:
             blocks = max(blocks, min(threads * many, M // GROUP))
         rows = math.ceil(M / blocks / GROUP) * GROUP
-        blocks, parts = math.ceil(M / rows), min(self.count, threads * few) if blocks == 1 else 1
+        blocks = math.ceil(M / rows)
+        parts = 1 if blocks >= threads else min(self.count, math.ceil(threads * few / blocks))
         chunk = max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
                      self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)]]  # fmt: skip

@@ -152,3 +152,16 @@ def test_tiles_are_used_where_the_processor_has_them_and_the_system_allows_it(fe
     monkeypatch.setattr(gemm_amx.ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *numbers: asked.append(numbers) or (0 if allowed else -1)))
     assert gemm_amx.unit() == found
     assert asked in ([], [(158, 0x1023, 18)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+@pytest.mark.parametrize("M", [1, 47, 96, 1024, 5000])
+def test_there_is_work_for_every_thread(threads, M, monkeypatch):
+    monkeypatch.setattr(gemm_amx, "get_num_threads", lambda: threads)
+    packed = gemm_amx.PackedTiles(np.zeros((3072, 768), np.int8), np.ones(3072, np.float32))
+    _, arguments, tasks = packed.call(np.zeros(0, np.float32), 768, 1, np.zeros(3072, np.float32), None, 0, M)
+    rows, blocks, parts = arguments[12:15]
+    assert tasks == blocks * parts >= threads
+    assert (blocks - 1) * rows < M <= blocks * rows
+    assert rows % gemm_amx.GROUP == 0
+    assert rows <= packed.rows_at_once
