@@ -56,10 +56,25 @@ WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
 
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
 
-# x is a tile of scores, or the same transposed; of a head's last panel, where it is narrow, half of the vectors or one
-weigh, weigh_half, weigh_vector = (micro_kernel(ROWS, 1, STRIDE, 1, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
+
+def of_a_head(x_row: int, x_step: int) -> Any:
+    """A kernel over a panel of a head, whose `columns` may be fewer than a panel's: it computes as many vectors as they need, all, half, or one."""
+    whole, half, vector = (micro_kernel(ROWS, 1, x_row, x_step, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
+
+    @njit
+    def kernel(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
+        if columns > TILE.vectors // 2 * WIDTH:
+            whole(sums, step, x, panel, 0, n)
+        elif columns > WIDTH:
+            half(sums, step, x, panel, 0, n)
+        else:
+            vector(sums, step, x, panel, 0, n)
+
+    return kernel
+
+
+weigh, gather = of_a_head(STRIDE, 1), of_a_head(1, STRIDE)  # x is a tile of scores, or the same transposed
 weigh_one = micro_kernel(1, ABREAST, STRIDE, 1)
-gather, gather_half, gather_vector = (micro_kernel(ROWS, 1, 1, STRIDE, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
 scores_of, scores_of_one = micro_kernel(ROWS, 1, 1, ROWS, adds=False), micro_kernel(1, ABREAST, 0, ROWS, adds=False)
 
 
@@ -209,7 +224,7 @@ def _forward(table: Any, k: Any, v: Any) -> None:
                         weigh_one(sums, 0, scores, panel, BC * COLUMNS, seen)
                         p += ABREAST * COLUMNS
                     else:
-                        add_weighted(sums, width, scores, panel, seen, Dh - p)
+                        weigh(sums, width, scores, panel, seen, Dh - p)
                         p += COLUMNS
         for i in range(count):
             part = np.float32(1) / l[i] if l[i] != 0 else np.float32(0)  # exactly 0 where no key is seen
@@ -369,12 +384,12 @@ def _backward(table: Any) -> None:
                         for j in range(whole_panels(seen)):
                             dP_tile[r * STRIDE + j] = P_tile[r * STRIDE + j] * (dP_tile[r * STRIDE + j] - D[first + i + r])
                     for p in range(0, width, COLUMNS):
-                        add_weighted(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), seen, Dh - p)
+                        weigh(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), seen, Dh - p)
                 for j in range(0, min(n, limit + count - 1), ROWS):
                     i = max(0, j - limit + 1) // ROWS * ROWS  # from the first queries that see these keys
                     for p in range(0, width, COLUMNS):
-                        add_gathered(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
-                        add_gathered(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
+                        gather(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
+                        gather(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
             for j in range(n):
                 for d in range(Dh):
                     place = ((b * S + key + j) * H + h) * Dh + d
@@ -524,28 +539,6 @@ def float16_bits(builder: Any, bits: Any) -> Any:
 def whole_panels(n: int) -> int:
     """n, up to a multiple of COLUMNS."""
     return (n + COLUMNS - 1) // COLUMNS * COLUMNS
-
-
-@njit
-def add_weighted(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
-    """sums[r, c] += Σ x[r, j] · panel[j, c], for as many vectors of a panel as its columns need."""
-    if columns > TILE.vectors // 2 * WIDTH:
-        weigh(sums, step, x, panel, 0, n)
-    elif columns > WIDTH:
-        weigh_half(sums, step, x, panel, 0, n)
-    else:
-        weigh_vector(sums, step, x, panel, 0, n)
-
-
-@njit
-def add_gathered(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
-    """sums[r, c] += Σ x[j, r] · panel[j, c], as add_weighted."""
-    if columns > TILE.vectors // 2 * WIDTH:
-        gather(sums, step, x, panel, 0, n)
-    elif columns > WIDTH:
-        gather_half(sums, step, x, panel, 0, n)
-    else:
-        gather_vector(sums, step, x, panel, 0, n)
 
 
 @njit
