@@ -339,6 +339,33 @@ def test_a_small_run_of_the_reference_alone(hasty, capsys):
     assert "numpy float32 is alone, and not checked" in err
 
 
+def test_what_was_measured_is_told_where_engines_disagree_elsewhere(hasty, capsys, monkeypatch):
+    """Minutes of other jobs are not lost; the status says that something is wrong."""
+
+    def measure(jobs, those, *_):
+        if jobs[0].kind == "train":
+            raise bench.Disagreement("train: a and b differ by 2, 1 is allowed; it was not timed")
+        return {job.key: {"numpy float32": [1.0]} for job in jobs}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert run("--engines", "numpy", "--jobs", "attention", "train") != 0
+    out, err = capsys.readouterr()
+    assert list(json.loads(out.splitlines()[-1])["jobs"]) == [job.key for job in bench.all_jobs(TINY) if job.kind == "attention"]
+    assert err.splitlines()[-1].endswith("train: a and b differ by 2, 1 is allowed; it was not timed")
+
+
+def test_gradients_are_compared_as_a_whole():
+    """A single one may be there or not: relu's input was nearly 0."""
+    numbers = np.ones(10**6)
+    found = numbers.copy()
+    found[7] = 1.5
+    bench.check("train", "float32", {"a": [found], "b": [numbers]})
+    with pytest.raises(bench.Disagreement, match="a and b differ"):
+        bench.check("decode", "float32", {"a": [found], "b": [numbers]})
+    with pytest.raises(bench.Disagreement, match="a and b differ"):
+        bench.check("train", "float32", {"a": [numbers * 1.01], "b": [numbers]})
+
+
 def test_a_small_run_of_every_engine_that_is_here(hasty, capsys):
     """Where torch is here it ends with HF checked against the reference; with the extra `bench`, with all five."""
     engines = [name for name in bench.ENGINES if bench.installed(name)]
