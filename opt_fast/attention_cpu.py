@@ -4,7 +4,8 @@ A task is a head and a block of its queries. It goes through the keys BC at a ti
 of scores, turns it into weights, and adds their sum of values to what it had. Keys that a group cannot see are never reached. Tiles of keys begin at
 the row's first real key, and each number is a sum in the order of d or of the keys: so a query's output has the same bits whatever stands beside it,
 however much padding stands before it, and whether the keys came all at once or out of a cache.
-Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels see arrays as addresses; a row of one head is Dh numbers, rows lie `step` apart.
+Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels see arrays as addresses; a row of one head is Dh numbers, rows lie `step` apart,
+and heads `apart`.
 Forward, rows may have any lengths, and keys stand PAGE by PAGE wherever `Rows` says: in one array, in a cache, or in pages that rows share.
 """
 
@@ -53,6 +54,7 @@ BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, pack
 STRIDE = BC + LINE // 4  # from row to row in a tile of scores: an odd number of lines of the cache, so that rows do not all fall into the same ones
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
+SIDE = 4 * WIDTH  # of a value's numbers, those that are summed side by side
 
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
 
@@ -83,11 +85,12 @@ class Rows(NamedTuple):
 
     table: np.ndarray  # (R, 5) int64: the row's first query among all, T, S, and the addresses of its places and of its mask
     step: int  # from key to key
+    apart: int  # from head to head
     kept: tuple  # what the addresses point to: places, where each PAGE of a row's keys begins in k and v; masks, bool(S), or 0 for none hidden
 
 
-def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, step: int, visible: np.ndarray | None = None) -> Rows:
-    """Rows whose keys lie `step` apart, from an origin in k and v on.
+def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, step: int, Dh: int, visible: np.ndarray | None = None) -> Rows:
+    """Rows whose keys lie `step` apart, from an origin in k and v on; their heads side by side.
 
     firsts: (R);  counts: (R), queries;  origins: (R);  keys: (R), visible or not;  visible: (R, S)
     """
@@ -101,7 +104,7 @@ def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, ste
         visible = np.ascontiguousarray(visible)
         hides = visible.sum(1) < keys - start
         table[:, 4] = hides * (address(visible) + visible.strides[0] * np.arange(R) + start)
-    return Rows(table, step, (places, visible))
+    return Rows(table, step, Dh, (places, visible))
 
 
 def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +118,8 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, vis
     if k.strides != v.strides:
         k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
     row, step = steps(k)
-    O, L = attend(q.reshape(B * T, H, Dh), k, v, rows_of(np.arange(B) * T, T, np.arange(B) * row, np.full(B, S), step, visible), scale)
+    rows = rows_of(np.arange(B) * T, T, np.arange(B) * row, np.full(B, S), step, Dh, visible)
+    O, L = attend(q.reshape(B * T, H, Dh), k, v, rows, scale)
     return O.reshape(q.shape), L.reshape(B, T, H)
 
 
@@ -128,15 +132,15 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float
     O, L = np.empty(q.shape, np.float32), np.empty((N, H), np.float32)
     if O.size:
         Br, tasks = blocks(rows.table, H)
-        kernel, arguments = attention_call(np.ascontiguousarray(q), k, v, O, L, rows.table, tasks, rows.step, Br, scale)
+        kernel, arguments = attention_call(np.ascontiguousarray(q), k, v, O, L, rows.table, tasks, rows.step, rows.apart, Br, scale)
         kernel(*arguments, tasks=len(tasks) * H, scratch=attending(Br, Dh))
     return O, L
 
 
-def attention_call(q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int, Br: int,
+def attention_call(q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int, apart: int, Br: int,
                    scale: float) -> tuple[Kernel, list]:  # fmt: skip
     """The kernel that reads keys of this dtype, and its arguments."""
-    return FORWARD[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), step, *q.shape[1:], Br, float_bits(scale)]
+    return FORWARD[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), Br, step, apart, *q.shape[1:], float_bits(scale)]
 
 
 def blocks(table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
@@ -185,8 +189,8 @@ def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, 
 @njit
 def _forward(table: Any, k: Any, v: Any) -> None:
     a = at(table, ARGUMENTS)
-    q, O, L, rows_table, tasks, n, step = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7], a[8]
-    H, Dh, Br, scale = a[9], a[10], a[11], float_of(a[12])
+    q, O, L, rows_table, tasks, n = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7]
+    Br, step, apart, H, Dh, scale = a[8], a[9], a[10], a[11], a[12], float_of(a[13])
     width = whole_panels(Dh)
     keys = memory(table)
     values = at(keys, BC * Dh)
@@ -199,15 +203,21 @@ def _forward(table: Any, k: Any, v: Any) -> None:
         h, row, first = task % H, at(rows_table, tasks[task // H * 2] * 5), tasks[task // H * 2 + 1]
         T, S, places, mask, hides = row[1], row[2], int64s(row[3]), bytes_(row[4]), row[4]
         past, count, origin = S - T, min(Br, T - first), (row[0] + first) * H + h
-        pack_groups(at(q, origin * Dh), H * Dh, count, Dh, scale, xs)
+        alone = count == 1 and hides == 0 and Dh % WIDTH == 0
         for i in range(count):
             m[i], l[i] = -np.inf, 0
             for d in range(width):
                 acc[i * width + d] = 0
-        for key in range(0, past + first + count, BC):
+        if alone:
+            for d in range(Dh):
+                xs[d] = q[origin * Dh + d] * scale
+            attend_alone(xs, k, v, places, h * apart, step, past + first + 1, Dh, scores, m, l, values, acc, width)
+        else:
+            pack_groups(at(q, origin * Dh), H * Dh, count, Dh, scale, xs)
+        for key in range(0, 0 if alone else past + first + count, BC):
             tile, shown = min(BC, past + first + count - key), at(mask, key)
             for j in range(0, tile, PAGE):
-                place, some = places[(key + j) // PAGE] + h * Dh, min(PAGE, tile - j)
+                place, some = places[(key + j) // PAGE] + h * apart, min(PAGE, tile - j)
                 pack_transposed(at(k, place), step, some, Dh, at(shown, j), hides, at(keys, j * Dh))
                 pack_rows(at(v, place), step, some, Dh, at(shown, j), hides, BC, at(values, j * COLUMNS))
             for i in range(max(0, key - past - first) // ROWS * ROWS, count, ROWS):  # from the first queries that see this tile
@@ -233,6 +243,35 @@ def _forward(table: Any, k: Any, v: Any) -> None:
             L[origin + i * H] = m[i] + math.log(l[i])
         claim(table, DONE)
         task = claim(table, TASKS)
+
+
+@njit
+def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scores: Any, m: Any, l: Any, sums: Any, acc: Any,
+                 width: int) -> None:  # fmt: skip
+    """One query, as in decoding: keys and values are used where they stand, for packing them would take longer; the same sums in the same order."""
+    for key in range(0, S, BC):
+        tile = min(BC, S - key)
+        columns = whole_panels(tile)
+        for j in range(0, tile, PAGE):
+            page, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
+            for c in range(0, some, WIDTH):
+                dots(at(scores, j + c), q, at(k, page + c * step), step, min(WIDTH, some - c), Dh)
+        for j in range(tile, columns):
+            scores[j] = -np.inf
+        softmax(scores, columns, m, l, acc, width)
+        for d in range(Dh):
+            sums[d] = 0
+        for j in range(0, tile, PAGE):
+            page, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
+            d = 0
+            while d + SIDE <= Dh:
+                weigh_side(at(sums, d), at(scores, j), at(v, page + d), step, some)
+                d += SIDE
+            while d < Dh:
+                weigh_vector(at(sums, d), at(scores, j), at(v, page + d), step, some)
+                d += WIDTH
+        for d in range(Dh):
+            acc[d] += sums[d]
 
 
 def _forward_float32(table: Any) -> None:
@@ -450,31 +489,34 @@ def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: 
 # ---- a cache -----------------------------------------------------------------------------------------------------------------------------
 
 
-def write(k: np.ndarray, v: np.ndarray, K: np.ndarray, V: np.ndarray, slots: np.ndarray) -> None:
-    """Each token's keys and values where its slot says.  k: (N, …);  v: (N, …);  slots: (N)"""
-    kernel, arguments, tasks = write_call(np.ascontiguousarray(k), np.ascontiguousarray(v), K, V, np.ascontiguousarray(slots, np.int64))
+def write(k: np.ndarray, v: np.ndarray, K: np.ndarray, V: np.ndarray, slots: np.ndarray, apart: int) -> None:
+    """Each token's keys and values where its slot says, and its heads so far apart.  k: (N, H, Dh);  v: (N, H, Dh);  slots: (N)"""
+    k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+    kernel, arguments, tasks = write_call(k, v, K, V, np.ascontiguousarray(slots, np.int64), apart, k.shape[-1])
     kernel(*arguments, tasks=tasks)
 
 
-def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray) -> tuple[Kernel, list, int]:
+def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray, apart: int, Dh: int) -> tuple[Kernel, list, int]:
     """The kernel that does so, its arguments, and how many tasks they make; K and V hold float32 or 16-bit floats as BITS."""
     N, D = len(k), k.size // len(k)
     some = max(CHUNK // D, 1)
-    return WRITE[K.dtype.str], [k, v, K, V, slots, N, D, some], math.ceil(N / some)
+    return WRITE[K.dtype.str], [k, v, K, V, slots, apart, Dh, N, D, some], math.ceil(N / some)
 
 
 @njit
 def _write(table: Any, K: Any, V: Any) -> None:
     """A task is some tokens."""
     a = at(table, ARGUMENTS)
-    k, v, slots, N, D, some = floats(a[0]), floats(a[1]), int64s(a[4]), a[5], a[6], a[7]
+    k, v, slots, apart, Dh, N, D, some = floats(a[0]), floats(a[1]), int64s(a[4]), a[5], a[6], a[7], a[8], a[9]
     first = claim(table, TASKS) * some
     while first < N:
         for i in range(first, min(first + some, N)):
-            for d in range(D):
-                put(K, slots[i] + d, k[i * D + d])
-            for d in range(D):
-                put(V, slots[i] + d, v[i * D + d])
+            for h in range(D // Dh):
+                place, source = slots[i] + h * apart, i * D + h * Dh
+                for d in range(Dh):
+                    put(K, place + d, k[source + d])
+                for d in range(Dh):
+                    put(V, place + d, v[source + d])
         claim(table, DONE)
         first = claim(table, TASKS) * some
 
@@ -649,21 +691,78 @@ def transpose(typing_context, rows, step, columns):
     def generate(context, builder, signature, arguments):
         rows, step, columns = arguments
         places = [builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]) for r in range(WIDTH)]
-        lines = [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places]
-        apart = 1
-        while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
-            above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
-            below = [lane + apart if not lane & apart else WIDTH + lane for lane in range(WIDTH)]
-            masks = [ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes) for lanes in (above, below)]
-            for r in range(WIDTH):
-                if not r & apart:
-                    lines[r], lines[r + apart] = (builder.shuffle_vector(lines[r], lines[r + apart], mask) for mask in masks)
-            apart *= 2
+        lines = transposed(builder, [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places])
         for r, line in enumerate(lines):
             store(builder, line, builder.gep(columns, [ir.IntType(64)(r * COLUMNS)]))
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, columns), generate
+
+
+def transposed(builder: Any, lines: list) -> list:
+    """LLVM: WIDTH vectors of WIDTH numbers, the first of which holds the first number of each, and so on."""
+    lines, apart = list(lines), 1
+    while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
+        above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
+        below = [lane + apart if not lane & apart else WIDTH + lane for lane in range(WIDTH)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes) for lanes in (above, below)]
+        for r in range(WIDTH):
+            if not r & apart:
+                lines[r], lines[r + apart] = (builder.shuffle_vector(lines[r], lines[r + apart], mask) for mask in masks)
+        apart *= 2
+    return lines
+
+
+@intrinsic
+def dots(typing_context, scores, q, keys, step, n, Dh):
+    """scores[j] = q · key j for WIDTH keys, `step` apart, each a sum in the order of d; beyond the n there are, of the last again."""
+
+    def generate(context, builder, signature, arguments):
+        scores, q, keys, step, n, Dh = arguments
+        index = ir.IntType(64)
+        last = builder.sub(n, index(1))
+        rows = [builder.select(builder.icmp_signed("<", index(r), n), index(r), last) for r in range(WIDTH)]
+        places = [builder.gep(keys, [builder.mul(step, row)]) for row in rows]
+
+        def body(d: Any, carried: list) -> list:
+            lines = transposed(builder, [widened(builder, builder.gep(place, [d]), VECTOR, signature.args[2].dtype, TILE) for place in places])
+            (total,) = carried
+            for e, line in enumerate(lines):
+                number = builder.load(builder.gep(q, [builder.add(d, index(e))]))
+                total = multiply_add(builder, broadcast(builder, number, VECTOR), line, total, TILE.fused)
+            return [total]
+
+        (total,) = loop(builder, Dh, WIDTH, [every(VECTOR, 0.0)], body)
+        store(builder, total, scores)
+        return context.get_dummy_value()
+
+    return types.void(scores, q, keys, types.intp, types.intp, types.intp), generate
+
+
+def weighing(vectors: int) -> Any:
+    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d], in the order of j, for so many vectors of d."""
+
+    @intrinsic
+    def kernel(typing_context, sums, weights, values, step, n):
+        def generate(context, builder, signature, arguments):
+            sums, weights, values, step, n = arguments
+            places = [ir.IntType(64)(c * WIDTH) for c in range(vectors)]
+
+            def body(j: Any, carried: list) -> list:
+                weight, row = broadcast(builder, builder.load(builder.gep(weights, [j])), VECTOR), builder.gep(values, [builder.mul(j, step)])
+                lines = [widened(builder, builder.gep(row, [place]), VECTOR, signature.args[2].dtype, TILE) for place in places]
+                return [multiply_add(builder, weight, line, total, TILE.fused) for line, total in zip(lines, carried, strict=True)]
+
+            for place, total in zip(places, loop(builder, n, 1, [load(builder, builder.gep(sums, [p]), VECTOR) for p in places], body), strict=True):
+                store(builder, total, builder.gep(sums, [place]))
+            return context.get_dummy_value()
+
+        return types.void(sums, weights, values, types.intp, types.intp), generate
+
+    return kernel
+
+
+weigh_side, weigh_vector = weighing(SIDE // WIDTH), weighing(1)
 
 
 @intrinsic

@@ -18,15 +18,20 @@ MANY = 128  # tokens, for which writing a program down is little beside running 
 
 
 class Pages(paged_cache.Pages):
-    """Pages of NumPy arrays, and where they begin in memory."""
+    """Pages of NumPy arrays, and where they begin in memory. A head's keys stand side by side in a page: so they are read, one head after the other."""
 
     def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
         stored = np.dtype(dtype)
-        super().__init__(cfg, count, np.empty(0, BITS.get(stored, stored)))
+        super().__init__(cfg, count, np.empty(0, BITS.get(stored, stored)), shape=(cfg.num_attention_heads, PAGE, cfg.head_dim))
+        self.step, self.apart = cfg.head_dim, PAGE * cfg.head_dim
 
     def add(self, count: int) -> None:
         super().add(count)
         self.bases = np.array([[address(k), address(v)] for k, v in zip(self.keys, self.values, strict=True)])  # (L, 2)
+
+    def copy(self, old: int, new: int, count: int) -> None:
+        for a in (self.keys, self.values):
+            a[:, new, :, :count] = a[:, old, :, :count]
 
 
 class Machine:
@@ -87,19 +92,19 @@ class Batch:
     """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
 
     def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
-        self.pool, step = pool, pool.size // PAGE
-        where = [(row.pages[n // PAGE] * pool.size + n % PAGE * step, n) for row, count in pieces for n in range(row.length, row.length + count)]
+        self.pool = pool
+        where = [(row.pages[n // PAGE] * pool.size + n % PAGE * pool.step, n) for row, count in pieces for n in range(row.length, row.length + count)]
         self.slots, self.positions = np.array(where).T  # (N), (N)
         table, first = [], 0
         for row, count in pieces:
             table.append((first, count, row.length + count, row.address, 0))
             first += count
-        self.rows = attention_cpu.Rows(np.array(table), step, tuple(pieces))
+        self.rows = attention_cpu.Rows(np.array(table), pool.step, pool.apart, tuple(pieces))
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
         keys, values = self.pool.keys[i], self.pool.values[i]
-        attention_cpu.write(k, v, keys, values, self.slots)
+        attention_cpu.write(k, v, keys, values, self.slots, self.pool.apart)
         return keys, values
 
     def advance(self, _: int) -> None: ...

@@ -142,7 +142,7 @@ class Batch:
 
     def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
         self.pool, self.layer, device = pool, 0, pool.keys.device
-        self.slots = torch.as_tensor(np.concatenate([row.slots(count) for row, count in pieces]) // (pool.size // PAGE), device=device)  # (N)
+        self.slots = torch.as_tensor(np.concatenate([row.slots(count) for row, count in pieces]) // pool.step, device=device)  # (N)
         self.positions = np.concatenate([np.arange(row.length, row.length + count) for row, count in pieces])
         firsts = np.cumsum([0, *(count for _, count in pieces)])
         alike: dict[tuple[int, int], list[int]] = {}  # rows that attention takes together

@@ -190,11 +190,11 @@ class Ragged:
         first, counts = (np.cumsum(counts) - counts)[some], counts[some]  # of the rows that have a token
         assert layout.visible is not None
         if cache is None:
-            self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size)
+            self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size, cfg.head_dim)
         else:
             row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.empty(0, np.float32))[0])
             ends = layout.past + real.shape[1] - real[:, ::-1].argmax(1)
-            self.rows = attention_cpu.rows_of(first, counts, np.flatnonzero(some) * row, ends[some], step, layout.visible[some])
+            self.rows = attention_cpu.rows_of(first, counts, np.flatnonzero(some) * row, ends[some], step, cfg.head_dim, layout.visible[some])
             b, t = np.nonzero(real)
             self.slots = b * row + (layout.past + t) * step
 
@@ -210,7 +210,7 @@ class Ragged:
         keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k)
         for a in (keys, values):
             a[:, -self.real.shape[1] :][~self.real] = 0
-        attention_cpu.write(k, v, keys, values, self.slots)
+        attention_cpu.write(k, v, keys, values, self.slots, self.heads[1])
         return keys, values
 
     def advance(self, _: int) -> None:

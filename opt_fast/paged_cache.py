@@ -34,9 +34,9 @@ class Full(Exception):
 class Pages:
     """The arrays, who holds what, and which text is known."""
 
-    def __init__(self, cfg: OPTConfig, count: int, like: Any) -> None:
-        self.shape = (PAGE, cfg.num_attention_heads, cfg.head_dim)
-        self.size = math.prod(self.shape)
+    def __init__(self, cfg: OPTConfig, count: int, like: Any, shape: tuple[int, ...] | None = None) -> None:
+        self.shape = shape or (PAGE, cfg.num_attention_heads, cfg.head_dim)
+        self.size, self.step = math.prod(self.shape), math.prod(self.shape[1:])  # of a page; from token to token in it
         self.most = math.ceil(cfg.max_position_embeddings / PAGE)  # of a row
         self.layers, self.dtype = cfg.num_hidden_layers, like.dtype
         self.counts: list[int] = []  # of each page's holders
@@ -181,7 +181,7 @@ class Row:
     def slots(self, count: int) -> np.ndarray:
         """Where the next tokens go, in a layer's array.  ->  (count)"""
         at = np.arange(self.length, self.length + count)
-        return self.places[at // PAGE] + at % PAGE * (self.pool.size // PAGE)
+        return self.places[at // PAGE] + at % PAGE * self.pool.step
 
     def wrote(self, count: int) -> None:
         """The next tokens are in their slots; the pages that they filled are known from now on."""

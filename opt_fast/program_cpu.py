@@ -39,7 +39,7 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
         cache.program = Program(layers, cfg, B, np.dtype(np.float32))
     arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), x) for i in range(len(layers))]
     row, step = steps(arrays[0][0])
-    rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, visible)
+    rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, cfg.head_dim, visible)
     bases = np.array([[address(keys), address(values)] for keys, values in arrays])
     y, _ = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
     cache.advance(1)
@@ -130,8 +130,8 @@ class Program:
         (q, k, v, out, fc1, fc2), (norm1, norm2) = matrices(layer), layer_norms(layer)
         source = h if pre else x  # a post-norm block's branch reads the stream itself
         norm, linear, nowhere = self.norm, self.linear, np.empty(0, self.dtype)
-        write, writes, tasks = write_call(self.k, self.v, nowhere, nowhere, self.slots)
-        attention, attends = attention_call(self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, ROWS, Dh**-0.5)
+        write, writes, tasks = write_call(self.k, self.v, nowhere, nowhere, self.slots, Dh, Dh)
+        attention, attends = attention_call(self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, Dh, ROWS, Dh**-0.5)
         add = ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True
         return [
             *([norm(norm1, h)] if pre else []),
@@ -183,6 +183,7 @@ class Program:
         """
         arguments, logits = self.blocks[:, :, ARGUMENTS:], None
         arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
+        arguments[:, self.writing, 5], arguments[:, self.writing + 1, 9:11] = rows.apart, (rows.step, rows.apart)
         if self.whole:
             logits = np.empty(self.shape, np.float32)
             self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
@@ -195,7 +196,7 @@ class Program:
             Br, found = blocks(rows.table, H)
             tasks = len(found)
             self.tasks[:tasks] = found
-        arguments[:, self.writing + 1, 7], arguments[:, self.writing + 1, 11] = tasks, Br
+        arguments[:, self.writing + 1, 7:9] = tasks, Br
         self.attends[:] = tasks * H
         self.tables[:, :MEMORY] = 0  # nothing is begun or done yet
         self.x[:] = x

@@ -106,7 +106,11 @@ def bad_words(scores: np.ndarray, ids: np.ndarray, words: Sequence[Sequence[int]
 
 def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[int]) -> np.ndarray:
     """Removes the ends while a row, padding included, is shorter.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
-    return removed(scores, np.isin(np.arange(scores.shape[-1]), eos)) if ids.shape[1] < length else scores
+    if ids.shape[1] >= length:
+        return scores
+    scores = scores.copy()
+    scores[:, [end for end in eos if end < scores.shape[-1]]] = -np.inf
+    return scores
 
 
 def temperature(scores: np.ndarray, temperature: float) -> np.ndarray:

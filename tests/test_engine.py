@@ -123,7 +123,7 @@ class PoolMachine(RuleBasedStateMachine):
         keys = self.pool.keys[1].reshape(-1)
         for row in self.rows:
             at = np.arange(row.length)
-            assert (keys[row.places[at // PAGE] + at % PAGE * (self.pool.size // PAGE)] == marks(row.text)[: row.length]).all()
+            assert (keys[row.places[at // PAGE] + at % PAGE * self.pool.step] == marks(row.text)[: row.length]).all()
 
     @invariant()
     def known_pages_are_those_of_their_text(self):
@@ -131,7 +131,7 @@ class PoolMachine(RuleBasedStateMachine):
         for page, (name, (before, ids)) in sorted(self.pool.labels.items(), key=lambda label: label[1][0]):
             if before in texts:
                 texts[name] = np.append(texts[before], np.frombuffer(ids, np.int64))
-                assert (self.pool.keys[0, page, :, 0, 0] == marks(texts[name])[-PAGE:]).all()
+                assert (self.pool.keys[0, page, 0, :, 0] == marks(texts[name])[-PAGE:]).all()
 
 
 TestPool = PoolMachine.TestCase
@@ -165,7 +165,7 @@ def test_numbers_are_stored_in_16_bits_as_numpy_rounds_them(name, bits):
     special = np.float32([0, -0.0, 65504, 65519.99, 65520, -1e9, np.inf, -np.inf, np.nan, 2**-24, 2**-25, 3 * 2**-26, 2**-14, 3.4e38])
     x = np.concatenate([some, grid, special])[:, None]
     kept = np.empty((2, len(x)), bits)
-    attention_cpu.write(x, -x, *kept, np.arange(len(x)))
+    attention_cpu.write(x, -x, *kept, np.arange(len(x)), apart=1)
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
     with np.errstate(over="ignore", invalid="ignore"):
         for ours, exact in zip(kept.view(dtype), (x[:, 0], -x[:, 0]), strict=True):
