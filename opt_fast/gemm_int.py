@@ -6,9 +6,10 @@ own: so fine that the error is the weights' alone, even where a few numbers are 
 result depends on its own row and column alone, as in gemm.py, so the bits are the same however many rows go in together.
 
 The weights lie in the order in which they are read: block of k after block of k, and in each panel after panel, rows of COLUMNS 16-bit words. A word
-holds two int8 or four int4 numbers, in such an order that a shift (and for int4 a mask) makes a vector of pairs of neighbours in k out of a vector of
-words. An int4 number is 0 to 15 there for -8 to 7, an int8 word's lower number 0 to 255 for -128 to 127: sums start at what that adds, negated. An
-int4 panel has before each group of k a row of scales (float16).
+holds two int8 or four int4 numbers, those of a RUN for neighbouring vectors of columns and the same k. So a run's numbers need no mask: shifted down
+to one of them, a word still holds those above, 16 (or 256) times as large, and what they add to the sum is the sum that the next vector has, as many
+times as large: it is taken off at the end, exactly. The last number of a run has a sign; the others are 0 to 15 for -8 to 7 (0 to 255 for -128 to
+127), and what that adds is taken off, too. An int4 panel has before each group of k a row of scales (float16).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
     DONE,
+    LINE,
     MEMORY,
     TASKS,
     THREADS,
@@ -50,7 +52,7 @@ from opt_fast.kernel import (
 from opt_fast.rowwise import FUNCTIONS
 from opt_np import ops
 
-AHEAD = 1536  # words: so far ahead the kernels for few rows ask for weights
+AHEAD = 4096  # words: so far ahead the kernels for few rows ask for weights
 ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
 LARGEST = 32767.0  # of the whole numbers that a block of x becomes
 TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
@@ -71,6 +73,7 @@ def word_order(bits: int) -> np.ndarray:
 
 
 ORDER = {bits: word_order(bits) for bits in (8, 4)}
+RUN = {bits: min(16 // bits, TILE.vectors) for bits in (8, 4)}  # of a word's numbers
 
 assert TILE.vectors % 2 == ROWS % 2 == 0  # whole vectors of words; pairs of k, ROWS apart
 assert BLOCK_K * 127 * LARGEST < 2**31  # sums of int8's products fit into 32 bits
@@ -83,7 +86,9 @@ class PackedIntegers(Packed):
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | None = None) -> None:
         self.bits = 8 if weight.dtype == np.int8 else 4
-        self.zero, self.flipped = (0, np.uint16(128)) if self.bits == 8 else (8, np.uint16(0))
+        self.zero = 0 if self.bits == 8 else 8
+        tops = sum(1 << self.bits * (i + 1) - 1 for i in range(16 // self.bits) if (i % RUN[self.bits] == RUN[self.bits] - 1) == (self.bits == 4))
+        self.flipped = np.uint16(tops)  # the highest bit of each of the numbers that change between having a sign and having none
         O, I = self.shape = (len(weight), weight.shape[1] * 8 // self.bits)
         self.group = BLOCK_K if self.bits == 8 else max(ops.group_size(I, scale.shape[1]), 32)
         self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
@@ -212,6 +217,8 @@ def _matmul(table: Any, panels: Any) -> None:
     xs, sizes = int16s(place), floats(place + 2 * BLOCK_ROWS * BLOCK_K)
     starts, even = int32s(place + 2 * BLOCK_ROWS * (BLOCK_K + 2)), floats(place + 2 * BLOCK_ROWS * (BLOCK_K + 2 + 2 * GROUPS))
     scratch = at(even, BLOCK_K)
+    tall = (min(most, M) + ROWS - 1) // ROWS * ROWS
+    keeps, kept = blocks == 1 and tall * ((K + BLOCK_K - 1) // BLOCK_K) <= BLOCK_ROWS, False  # few rows: a thread rounds them once, not for each task
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part = task % blocks * most, task // blocks
@@ -220,17 +227,19 @@ def _matmul(table: Any, panels: Any) -> None:
         columns = min(panels_to * COLUMNS, O) - column
         begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))
         for k in range(0, K, BLOCK_K):
-            n = min(BLOCK_K, K - k)
-            for i in range(last - first):
-                tile, r = i // ROWS * ROWS, i % ROWS
+            n, top = min(BLOCK_K, K - k), k // BLOCK_K * tall if keeps else 0
+            for i in range(0 if kept else last - first):
+                tile, r = top + i // ROWS * ROWS, i % ROWS
                 _round_row(at(x, (first + i) * x_row + k), at(factors, k), uneven, n, group, word, even,
-                           at(xs, tile * BLOCK_K + 2 * r), at(sizes, i), at(starts, tile * GROUPS + r))  # fmt: skip
+                           at(xs, tile * BLOCK_K + 2 * r), at(sizes, top + i), at(starts, tile * GROUPS + r))  # fmt: skip
             block, height = at(panels, k // BLOCK_K * P * full), (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
             for q in range(panels_from, panels_to):
                 for i in range(0, last - first, ROWS):
-                    _tile(at(xs, i * BLOCK_K), at(sizes, i), at(starts, i * GROUPS), at(block, q * height * COLUMNS), at(scale, scaled * q * COLUMNS),
+                    t = top + i
+                    _tile(at(xs, t * BLOCK_K), at(sizes, t), at(starts, t * GROUPS), at(block, q * height * COLUMNS), at(scale, scaled * q * COLUMNS),
                           n, group, at(y, (first + i) * y_row + q * COLUMNS), y_row,
                           min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+        kept = keeps
         finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
         task = claim(table, TASKS)
@@ -324,7 +333,8 @@ def micro_kernel(rows: int) -> Any:
 
                 def body(k: Any, sums: list) -> list:
                     if rows <= FEW:
-                        prefetch(builder, place(words, builder.mul(k, index(COLUMNS)), AHEAD))
+                        for line in range(0, COLUMNS, LINE // 2):
+                            prefetch(builder, place(words, builder.mul(k, index(COLUMNS)), AHEAD + line))
                     here, sums = place(numbers, builder.mul(k, index(per // 2 * ROWS))), list(sums)
                     pairs = word_pairs(builder, place(words, builder.mul(k, index(COLUMNS))), per)
                     for pair in range(per // 2):
@@ -336,18 +346,17 @@ def micro_kernel(rows: int) -> Any:
                     return sums
 
                 shifts = [broadcast(builder, builder.load(place(starts, builder.mul(g, index(ROWS)), r)), INTS) for r in range(rows)]
-                first = [every(INTS, 0) if eight and i % 2 else shifts[i // vectors] for i in range(rows * vectors)]
-                sums = loop(builder, count, 1, first, body)
-                if eight:  # the first of two vectors met whole words, in which the second's numbers stand 256 times as large
-                    pairs = [
-                        (low, builder.sub(low, builder.shl(high, every(INTS, 8))), high) for low, high in zip(sums[::2], sums[1::2], strict=True)
-                    ]
-                    sums = [total for _, low, high in pairs for total in (low, high)]
+                sums = loop(builder, count, 1, [every(INTS, 0)] * (rows * vectors), body)
+                totals = list(sums)
+                for i in range(rows * vectors):
+                    if i % RUN[16 // per] < RUN[16 // per] - 1:
+                        above = builder.shl(sums[i + 1], every(INTS, 16 // per))
+                        totals[i] = builder.add(builder.sub(sums[i], above), shifts[i // vectors])
                 size = [broadcast(builder, builder.load(place(sizes, r)), VECTOR) for r in range(rows)]
                 worth = [builder.fmul(scales[i % vectors], size[i // vectors]) for i in range(rows * vectors)]
                 return [
                     builder.fadd(result, builder.fmul(builder.sitofp(total, VECTOR), w))
-                    for result, total, w in zip(results, sums, worth, strict=True)
+                    for result, total, w in zip(results, totals, worth, strict=True)
                 ]
 
             targets = [place(y, builder.mul(y_row, index(i // vectors)), i % vectors * WIDTH) for i in range(rows * vectors)]
@@ -366,16 +375,16 @@ many, few, one = micro_kernel(ROWS), micro_kernel(FEW), micro_kernel(1)
 
 
 def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
-    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next. Of two, the first is the words."""
+    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next; with the run's numbers above them."""
     bits = 16 // per
     for i in range(TILE.vectors * per // 2):
-        if i % per == 0:
+        part, end = i % per, i % per // RUN[bits] * RUN[bits] + RUN[bits]
+        if part == 0:
             words = load(builder, builder.gep(here, [ir.IntType(64)(2 * WIDTH * (i // per))]), PAIRS)
-        if per == 2:
-            yield builder.ashr(words, every(PAIRS, 8)) if i % 2 else words
-        else:
-            shifted = builder.lshr(words, every(PAIRS, bits * (i % per))) if i % per else words
-            yield shifted if i % per == per - 1 else builder.and_(shifted, every(PAIRS, 15))
+        if part % RUN[bits] == 0:
+            run = builder.shl(words, every(PAIRS, 16 - bits * end)) if end < per else words
+        down = bits * (part + per - end)
+        yield builder.ashr(run, every(PAIRS, down)) if down else run
 
 
 def prefetch(builder: Any, pointer: Any) -> None:
