@@ -365,8 +365,9 @@ assert not np.array_equal(floats, true.astype(np.float32))  # sums in float32 ar
 # %% [markdown]
 # **What lies in memory.** A processor multiplies 16-bit numbers two at a time and adds both products to one 32-bit sum. So two neighbours in k of
 # one output are needed side by side, for as many outputs as the vector has lanes. A 16-bit word holds two int8 numbers (or four int4), ordered so
-# that one shift (and for int4 a mask) turns a vector of words into a vector of such pairs: nothing is unpacked into memory. The lower number is
-# stored with 128 added, which the sum takes off again where it begins.
+# that one shift turns a vector of words into a vector of such pairs: nothing is unpacked into memory, and nothing is masked. A word that is shifted
+# down to one number still holds those above it, 256 (or 16) times as large; what they add is the sum of the next vector's columns, which is taken off
+# at the end, exactly. The lower number is stored with 128 added, which is taken off as well.
 
 # %%
 show(gemm_int.word_order)

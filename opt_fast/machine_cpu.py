@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,9 @@ class Machine:
             x, _ = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
         else:
             x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
-        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
+        ends, done = [*itertools.accumulate(counts)], [i for i, row in enumerate(rows) if row.left == counts[i]]
         if done and (logits is None or len(done) < len(rows)):
-            logits = self.logits(x[ends[done] - 1])
+            logits = self.logits(x[[ends[i] - 1 for i in done]])
         hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
         for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
             row.wrote(count)
