@@ -255,7 +255,7 @@ def _matmul_int4(table: Any) -> None:
 
 @njit
 def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int, even: Any, xs: Any, size: Any, starts: Any) -> None:
-    """A row's n numbers in whole ones, pairs ROWS apart; what one of them is worth; and for each group what its sum starts at."""
+    """A row's n numbers in whole ones, pairs ROWS apart; what one of them is worth; and for each group what is added to its sum."""
     if uneven:
         for j in range(n):
             even[j] = x[j] * columns[j]
@@ -375,7 +375,7 @@ many, few, one = micro_kernel(ROWS), micro_kernel(FEW), micro_kernel(1)
 
 
 def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
-    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next; with the run's numbers above them."""
+    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next; with their run above."""
     bits = 16 // per
     for i in range(TILE.vectors * per // 2):
         part, end = i % per, i % per // RUN[bits] * RUN[bits] + RUN[bits]

@@ -19,7 +19,7 @@ MANY = 128  # tokens, for which writing a program down is little beside running 
 
 
 class Pages(paged_cache.Pages):
-    """Pages of NumPy arrays, and where they begin in memory. A head's keys stand side by side in a page: so they are read, one head after the other."""
+    """Pages of NumPy arrays, and where they begin in memory. A head's keys stand side by side in a page, for so they are read."""
 
     def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
         stored = np.dtype(dtype)
