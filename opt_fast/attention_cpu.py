@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, njit, types
+from numba import get_num_threads, types
 
 from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, micro_kernel, widened
 from opt_fast.kernel import (
@@ -35,6 +35,7 @@ from opt_fast.kernel import (
     float_bits,
     float_of,
     floats,
+    inner,
     int16s,
     int64s,
     intrinsic,
@@ -45,6 +46,7 @@ from opt_fast.kernel import (
     multiply_add,
     store,
     uint16s,
+    variant,
 )
 from opt_fast.paged_cache import PAGE
 from opt_fast.rowwise import CHUNK
@@ -54,6 +56,7 @@ BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, pack
 STRIDE = BC + LINE // 4  # from row to row in a tile of scores: an odd number of lines of the cache, so that rows do not all fall into the same ones
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
+stored = floats  # keys and values, in the kernels that read or write them: each has variants
 SIDE = 4 * WIDTH  # of a value's numbers, those that are summed side by side
 
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
@@ -63,7 +66,7 @@ def of_a_head(x_row: int, x_step: int) -> Any:
     """A kernel over a panel of a head, whose `columns` may be fewer than a panel's: it computes as many vectors as they need, all, half, or one."""
     whole, half, vector = (micro_kernel(ROWS, 1, x_row, x_step, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
 
-    @njit
+    @inner
     def kernel(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
         if columns > TILE.vectors // 2 * WIDTH:
             whole(sums, step, x, panel, 0, n)
@@ -186,9 +189,9 @@ def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, 
     return np.ascontiguousarray(visible), 1, np.where(visible.any(1), visible.argmax(1), S)
 
 
-@njit
-def _forward(table: Any, k: Any, v: Any) -> None:
+def _forward(table: Any) -> None:
     a = at(table, ARGUMENTS)
+    k, v = stored(a[1]), stored(a[2])
     q, O, L, rows_table, tasks, n = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7]
     Br, step, apart, H, Dh, scale = a[8], a[9], a[10], a[11], a[12], float_of(a[13])
     width = whole_panels(Dh)
@@ -245,7 +248,7 @@ def _forward(table: Any, k: Any, v: Any) -> None:
         task = claim(table, TASKS)
 
 
-@njit
+@inner
 def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scores: Any, m: Any, l: Any, sums: Any, acc: Any,
                  width: int) -> None:  # fmt: skip
     """One query, as in decoding: keys and values are used where they stand, for packing them would take longer; the same sums in the same order."""
@@ -272,18 +275,6 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
                 d += WIDTH
         for d in range(Dh):
             acc[d] += sums[d]
-
-
-def _forward_float32(table: Any) -> None:
-    _forward(table, floats(table[ARGUMENTS + 1]), floats(table[ARGUMENTS + 2]))
-
-
-def _forward_float16(table: Any) -> None:
-    _forward(table, int16s(table[ARGUMENTS + 1]), int16s(table[ARGUMENTS + 2]))
-
-
-def _forward_bfloat16(table: Any) -> None:
-    _forward(table, uint16s(table[ARGUMENTS + 1]), uint16s(table[ARGUMENTS + 2]))
 
 
 def attending(queries: int, Dh: int) -> int:
@@ -442,7 +433,7 @@ def _backward(table: Any) -> None:
 # ---- packing -----------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
+@inner
 def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> None:
     """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]; zeros after the last. HF scales q, too, before the product."""
     for i in range(0, n, ROWS):
@@ -451,7 +442,7 @@ def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> 
                 groups[i * Dh + d * ROWS + r] = x[(i + r) * step + d] * scale if i + r < n else np.float32(0)
 
 
-@njit
+@inner
 def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, panels: Any) -> None:
     """n rows of a tile as columns: panels[p, d, c] = x[p · COLUMNS + c, d]; 0 for hidden rows, and up to a whole panel."""
     for j in range(0, n, WIDTH):
@@ -469,7 +460,7 @@ def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, 
                 panels[(j // COLUMNS * Dh + d) * COLUMNS + j % COLUMNS] = 0
 
 
-@njit
+@inner
 def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: int, panels: Any) -> None:
     """n rows of a tile, of `most`: panels[p, j, c] = x[j, p · COLUMNS + c]; 0 for hidden rows, lest a weight of 0 times NaN be NaN."""
     for p in range(whole_panels(Dh) // COLUMNS):
@@ -503,10 +494,10 @@ def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray, 
     return WRITE[K.dtype.str], [k, v, K, V, slots, apart, Dh, N, D, some], math.ceil(N / some)
 
 
-@njit
-def _write(table: Any, K: Any, V: Any) -> None:
+def _write(table: Any) -> None:
     """A task is some tokens."""
     a = at(table, ARGUMENTS)
+    K, V = stored(a[2]), stored(a[3])
     k, v, slots, apart, Dh, N, D, some = floats(a[0]), floats(a[1]), int64s(a[4]), a[5], a[6], a[7], a[8], a[9]
     first = claim(table, TASKS) * some
     while first < N:
@@ -519,18 +510,6 @@ def _write(table: Any, K: Any, V: Any) -> None:
                     put(V, place + d, v[source + d])
         claim(table, DONE)
         first = claim(table, TASKS) * some
-
-
-def _write_float32(table: Any) -> None:
-    _write(table, floats(table[ARGUMENTS + 2]), floats(table[ARGUMENTS + 3]))
-
-
-def _write_float16(table: Any) -> None:
-    _write(table, int16s(table[ARGUMENTS + 2]), int16s(table[ARGUMENTS + 3]))
-
-
-def _write_bfloat16(table: Any) -> None:
-    _write(table, uint16s(table[ARGUMENTS + 2]), uint16s(table[ARGUMENTS + 3]))
 
 
 @intrinsic
@@ -577,13 +556,13 @@ def float16_bits(builder: Any, bits: Any) -> Any:
 # ---- a tile ------------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
+@inner
 def whole_panels(n: int) -> int:
     """n, up to a multiple of COLUMNS."""
     return (n + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
-@njit
+@inner
 def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int, limit: int, seen: int, scores: Any) -> None:
     """scores[r, j] = x[r] · key j, or -inf where the key is hidden or in the query's future, j ≥ limit + r; for panels that hold j < seen ≤ n."""
     panels, p = whole_panels(seen) // COLUMNS, 0
@@ -603,7 +582,7 @@ def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int,
                 scores[r * STRIDE + j] = -np.inf
 
 
-@njit
+@inner
 def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> None:
     """A row of scores becomes weights under the query's new maximum; what was summed under the old one shrinks."""
     highest = max(m[0], maximum(row, columns))
@@ -618,7 +597,7 @@ def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> Non
     l[0] += exponentials(row, columns, highest)
 
 
-@njit
+@inner
 def weights_again(P: Any, rows: int, columns: int, L: Any, step: int) -> None:
     """Scores become weights by the log-sum-exp of their queries."""
     for r in range(rows):
@@ -785,6 +764,8 @@ def copy(typing_context, rows, step, panel, n):
     return types.void(rows, types.intp, panel, types.intp), generate
 
 
-FORWARD = {"<f4": Kernel(_forward_float32), "<i2": Kernel(_forward_float16), "<u2": Kernel(_forward_bfloat16)}
-WRITE = {"<f4": Kernel(_write_float32), "<i2": Kernel(_write_float16), "<u2": Kernel(_write_bfloat16)}
+FORWARD, WRITE = (
+    {"<f4": variant(f, "float32", stored=floats), "<i2": variant(f, "float16", stored=int16s), "<u2": variant(f, "bfloat16", stored=uint16s)}
+    for f in (_forward, _write)
+)
 PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from ml_dtypes import bfloat16
-from numba import get_num_threads, njit, types
+from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
 from opt_fast.kernel import (
@@ -33,6 +33,7 @@ from opt_fast.kernel import (
     claim,
     every,
     floats,
+    inner,
     int16s,
     int32s,
     intrinsic,
@@ -42,6 +43,7 @@ from opt_fast.kernel import (
     multiply_add,
     store,
     uint16s,
+    variant,
 )  # fmt: skip
 from opt_fast.rowwise import FUNCTIONS, activate
 
@@ -82,6 +84,7 @@ BLOCK_ROWS, BLOCK_UNIT = (48 if TILE.width == 16 else 12) * ROWS, 2 * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
+stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
 PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 PAIRS = np.dtype(np.int32)  # two bfloat16
@@ -207,11 +210,10 @@ def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
 # ---- packing -----------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
-def _pack(table: Any, weight: Any, panels: Any) -> None:
+def _pack(table: Any) -> None:
     """panels[p, i, c] = weight[(p · COLUMNS + c) · row + i · step], and zeros for the columns that the last panel has too many."""
     a = at(table, ARGUMENTS)
-    row, step, O, I, P = a[1], a[2], a[3], a[4], a[6]
+    weight, row, step, O, I, panels, P = stored(a[0]), a[1], a[2], a[3], a[4], stored(a[5]), a[6]
     p = claim(table, TASKS)
     while p < P:
         columns = min(COLUMNS, O - p * COLUMNS)
@@ -221,14 +223,6 @@ def _pack(table: Any, weight: Any, panels: Any) -> None:
             for c in range(columns, COLUMNS):
                 panels[(p * I + i) * COLUMNS + c] = 0
         p = claim(table, TASKS)
-
-
-def _pack32(table: Any) -> None:
-    _pack(table, floats(table[ARGUMENTS]), floats(table[ARGUMENTS + 5]))
-
-
-def _pack16(table: Any) -> None:
-    _pack(table, int16s(table[ARGUMENTS]), int16s(table[ARGUMENTS + 5]))
 
 
 def _pack_pairs(table: Any) -> None:
@@ -251,16 +245,16 @@ def _pack_pairs(table: Any) -> None:
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
-def _matmul(table: Any, panels: Any, per: int) -> None:
+def _matmul(table: Any) -> None:
     """A task is a block of rows and a part of the panels; x's rows are packed so that the kernel reads them in order.
 
-    The kernel's k is a number, or a pair: `per` numbers of x.
+    The kernel's k is a number, or a pair: PER numbers of x.
     """
     a = at(table, ARGUMENTS)
+    panels = stored(a[3])
     x, row, step, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, most, blocks, parts = a[9], a[10], a[11], a[12], a[13], a[14]
-    xs, height = memory(table), (K + per - 1) // per
+    xs, height = memory(table), (K + PER - 1) // PER
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part, groups = task % blocks * most, task // blocks, (P + ABREAST - 1) // ABREAST
@@ -272,9 +266,9 @@ def _matmul(table: Any, panels: Any, per: int) -> None:
         abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
         for k in range(0, K, BLOCK_K):
             numbers = min(BLOCK_K, K - k)
-            n, block = (numbers + per - 1) // per, at(panels, k // per * COLUMNS)
+            n, block = (numbers + PER - 1) // PER, at(panels, k // PER * COLUMNS)
             for i in range(first, last, ROWS):
-                if per == 2:
+                if PER == 2:
                     _round_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), numbers, at(xs, (i - first) * n))
                 else:
                     _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
@@ -293,23 +287,7 @@ def _matmul(table: Any, panels: Any, per: int) -> None:
         task = claim(table, TASKS)
 
 
-def _matmul_float32(table: Any) -> None:
-    _matmul(table, floats(table[ARGUMENTS + 3]), 1)
-
-
-def _matmul_float16(table: Any) -> None:
-    _matmul(table, int16s(table[ARGUMENTS + 3]), 1)
-
-
-def _matmul_bfloat16(table: Any) -> None:
-    _matmul(table, uint16s(table[ARGUMENTS + 3]), 1)
-
-
-def _matmul_pairs(table: Any) -> None:
-    _matmul(table, int32s(table[ARGUMENTS + 3]), 2)
-
-
-@njit
+@inner
 def begin(y: Any, y_row: int, rows: int, columns: int, bias: Any) -> None:
     """Every sum starts from its bias."""
     for r in range(rows):
@@ -317,7 +295,7 @@ def begin(y: Any, y_row: int, rows: int, columns: int, bias: Any) -> None:
             y[r * y_row + c] = bias[c]
 
 
-@njit
+@inner
 def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
     """Relu or gelu, where one is asked for, while the numbers are at hand."""
     if function:
@@ -326,7 +304,7 @@ def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
                 y[r * y_row + c] = activate(y[r * y_row + c], function)
 
 
-@njit
+@inner
 def _pack_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
     """xs[j, r] = x[r · row + j · step], and zeros for the rows that a tile has too many."""
     for r in range(ROWS):
@@ -334,7 +312,7 @@ def _pack_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
             xs[j * ROWS + r] = x[r * row + j * step] if r < rows else np.float32(0)
 
 
-@njit
+@inner
 def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
     """As _pack_rows, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, a zero after an odd n's last."""
     for r in range(ROWS):
@@ -348,7 +326,7 @@ def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None
             xs[j * ROWS + r] = pair_of(low, high)
 
 
-@njit
+@inner
 def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any) -> None:
     """Adds n products to rows × columns results; by way of a scratch tile unless it is a whole one."""
     whole = rows == ROWS and columns == COLUMNS
@@ -504,10 +482,10 @@ def round_row(typing_context, x, n, xs):
     return types.void(x, types.int64, xs), generate
 
 
-PACK32, PACK16, PACK_PAIRS = Kernel(_pack32), Kernel(_pack16), Kernel(_pack_pairs)
+PACK32, PACK16, PACK_PAIRS = variant(_pack, "32", stored=floats), variant(_pack, "16", stored=int16s), Kernel(_pack_pairs)
 MATMUL = {
-    "<f4": Kernel(_matmul_float32),
-    "<i2": Kernel(_matmul_float16),
-    "<u2": Kernel(_matmul_bfloat16),
-    PAIRS.str: Kernel(_matmul_pairs),
+    "<f4": variant(_matmul, "float32", stored=floats),
+    "<i2": variant(_matmul, "float16", stored=int16s),
+    "<u2": variant(_matmul, "bfloat16", stored=uint16s),
+    PAIRS.str: variant(_matmul, "pairs", stored=int32s, PER=2),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from ml_dtypes import bfloat16
-from numba import get_num_threads, njit, types
+from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
 from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish
@@ -40,12 +40,14 @@ from opt_fast.kernel import (
     claim,
     every,
     floats,
+    inner,
     intrinsic,
     lines,
     load,
     loop,
     multiply_add,
     store,
+    variant,
 )
 from opt_fast.rowwise import FUNCTIONS
 
@@ -62,6 +64,7 @@ ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PE
 OF_X, OF_WEIGHTS = 6, 7  # tiles; those before hold sums
 AHEAD = 4 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
+INTEGERS = False  # in the kernel: it has two variants
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORDS, VECTOR = ir.VectorType(SINGLE, SIDE), ir.VectorType(ir.FloatType(), SIDE)
 
@@ -180,19 +183,18 @@ SHAPES = [tile_shapes(rows) for rows in range(SIDE + 1)]
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
-def _matmul(table: Any, integers: int) -> None:
+def _matmul(table: Any) -> None:
     """A task is a block of rows and a part of the strips. x's rows are rounded into tiles, block of k after block of k; then some strips, which stay
     in the cache, meet group after group of them."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], bytes_(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, most, blocks, parts, chunk, scale, factors, uneven = a[9], a[10], a[11], a[12], a[13], a[14], a[15], floats(a[16]), floats(a[17]), a[18]
-    per = 4 if integers else 2
+    per = 4 if INTEGERS else 2
     strip = (K + per * SIDE - 1) // (per * SIDE) * TILE_BYTES
     sums, planes = floats(place), place + 4 * (CHUNK * GROUP * SIDE + 2 * SIDE * SIDE + BLOCK_K)
     apart, xs, plane = at(sums, CHUNK * GROUP * SIDE), bytes_(planes), most // SIDE * strip  # of int8's two, the lower bytes' one stands behind
     line = at(apart, 2 * SIDE * SIDE)
-    sizes = floats(planes + (2 if integers else 1) * plane)
+    sizes = floats(planes + (2 if INTEGERS else 1) * plane)
     configure(bytes_(a[19]))
     task = claim(table, TASKS)
     while task < blocks * parts:
@@ -208,7 +210,7 @@ def _matmul(table: Any, integers: int) -> None:
                         line[j] = np.float32(0) if j >= n else source[j * step] * factors[k + j] if uneven else source[j * step]
                     source = line
                 target = at(here, i // SIDE * tiles * TILE_BYTES + i % SIDE * SIDE * 4)
-                if integers:
+                if INTEGERS:
                     highest = largest(source, tiles * per * SIDE)  # NaN where a number is NaN or infinite
                     sizes[k // BLOCK_K * most + i] = highest / np.float32(LARGEST)
                     inverse = np.float32(LARGEST) / highest if highest > TINY else np.float32(0)
@@ -217,8 +219,8 @@ def _matmul(table: Any, integers: int) -> None:
                     round_row(source, tiles * per * SIDE, target)
         for some in range(P * part // parts, strips_to, chunk):
             until = min(some + chunk, strips_to)
-            for i in range(0, last - first, SIDE if integers else GROUP):
-                rows = min(SIDE if integers else GROUP, last - first - i)
+            for i in range(0, last - first, SIDE if INTEGERS else GROUP):
+                rows = min(SIDE if INTEGERS else GROUP, last - first - i)
                 for s in range(some, until):
                     begin(at(sums, (s - some) * GROUP * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
                 for k in range(0, K, BLOCK_K):
@@ -227,7 +229,7 @@ def _matmul(table: Any, integers: int) -> None:
                     here = at(xs, k // (per * SIDE) * TILE_BYTES * (most // SIDE) + i // SIDE * tiles * TILE_BYTES)
                     for s in range(some, until):
                         target = at(sums, (s - some) * GROUP * SIDE)
-                        if integers:
+                        if INTEGERS:
                             if M <= SIDE:
                                 bytes_of_few(apart, here, plane, at(weights, s * strip), tiles)
                             else:
@@ -250,22 +252,14 @@ def _matmul(table: Any, integers: int) -> None:
     release()
 
 
-@njit
+@inner
 def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
     """Of the block that begins at k, how many numbers it has, and how many tiles those take."""
     n = min(BLOCK_K, K - k)
     return n, (n + per * SIDE - 1) // (per * SIDE)
 
 
-def _matmul_bfloat16(table: Any) -> None:
-    _matmul(table, 0)
-
-
-def _matmul_int8(table: Any) -> None:
-    _matmul(table, 1)
-
-
-@njit
+@inner
 def copy(row: Any, y: Any, columns: int) -> None:
     if columns == SIDE:
         copy_vector(row, y)
@@ -500,4 +494,4 @@ def over_tiles(*products: str, few: bool = False) -> Any:
 
 one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))
 bytes_apart, bytes_of_few = over_tiles(*BYTES_OF), over_tiles(*BYTES_OF, few=True)
-MATMUL = {"bfloat16": Kernel(_matmul_bfloat16), "int8": Kernel(_matmul_int8)}
+MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}

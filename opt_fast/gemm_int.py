@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.registry import cpu_target
 
 from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, widened
@@ -40,6 +40,7 @@ from opt_fast.kernel import (
     claim,
     every,
     floats,
+    inner,
     int16s,
     int32s,
     intrinsic,
@@ -48,6 +49,7 @@ from opt_fast.kernel import (
     loop,
     store,
     uint16s,
+    variant,
 )  # fmt: skip
 from opt_fast.rowwise import FUNCTIONS
 from opt_np import ops
@@ -203,14 +205,16 @@ def k_blocks(I: int) -> list[tuple[int, int]]:
     return [(first, min(BLOCK_K, I - first)) for first in range(0, I, BLOCK_K)]
 
 
+stored = uint16s  # weights, in the kernel that reads them: it has variants
+
+
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
 
 
-@njit
-def _matmul(table: Any, panels: Any) -> None:
+def _matmul(table: Any) -> None:
     """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
     a = at(table, ARGUMENTS)
-    x, x_row, P, bias, function, y, y_row = floats(a[0]), a[1], a[3], floats(a[4]), a[5], floats(a[6]), a[7]
+    x, x_row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], stored(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
     M, O, K, most, blocks, parts, scale, factors = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), floats(a[15])
     uneven, group, word, full, scaled = a[16], a[17], a[18], a[19], a[20]
     place = table[MEMORY] + claim(table, THREADS) * table[BYTES]
@@ -245,15 +249,7 @@ def _matmul(table: Any, panels: Any) -> None:
         task = claim(table, TASKS)
 
 
-def _matmul_int8(table: Any) -> None:
-    _matmul(table, uint16s(table[ARGUMENTS + 2]))
-
-
-def _matmul_int4(table: Any) -> None:
-    _matmul(table, int16s(table[ARGUMENTS + 2]))
-
-
-@njit
+@inner
 def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int, even: Any, xs: Any, size: Any, starts: Any) -> None:
     """A row's n numbers in whole ones, pairs ROWS apart; what one of them is worth; and for each group what is added to its sum."""
     if uneven:
@@ -276,7 +272,7 @@ def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int,
         starts[g // group * ROWS] = -start * (128 if word == 2 else 8)
 
 
-@njit
+@inner
 def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
           scratch: Any) -> None:  # fmt: skip
     """Adds n products to rows × columns results; by way of a scratch tile unless a kernel writes just these."""
@@ -485,4 +481,4 @@ def rounded(typing_context, x, inverse, n, xs):
     return types.int32(x, types.float32, types.int64, xs), generate
 
 
-MATMUL = {"int8": Kernel(_matmul_int8), "int4": Kernel(_matmul_int4)}
+MATMUL = {"int8": variant(_matmul, "int8", stored=uint16s), "int4": variant(_matmul, "int4", stored=int16s)}

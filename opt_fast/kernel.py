@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -33,6 +34,9 @@ intrinsic: Any = numba_intrinsic
 config: Any = numba_config
 _local, _lock = threading.local(), threading.Lock()
 COMPILED = ("kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "rowwise.py", "attention_cpu.py", "program_cpu.py", "paged_cache.py")
+
+
+inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload] # for functions that only kernels call: Python has no way in
 
 
 class Kernel:
@@ -59,6 +63,13 @@ class Kernel:
     @staticmethod
     def table(arguments: Iterable[Any], memory: np.ndarray, scratch: int) -> list[int]:
         return [0, 0, 0, address(memory), 4 * scratch, *(address(a) if isinstance(a, np.ndarray) else a for a in arguments)]
+
+
+def variant(function: Callable[[Any], None], name: str, **meanings: Any) -> Kernel:
+    """A kernel of the same lines in which some of the module's names have other meanings."""
+    made = FunctionType(function.__code__, function.__globals__ | meanings)
+    made.__name__ = made.__qualname__ = f"{function.__name__}_{name}"  # by which Numba keeps it
+    return Kernel(made)
 
 
 @contextmanager

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, squares, total
+from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, inner, squares, total
 from opt_np.ops import LAYER_NORM_EPS
 
 CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
@@ -76,7 +75,7 @@ def _add(table: Any) -> None:
         first = claim(table, TASKS) * CHUNK
 
 
-@njit
+@inner
 def activate(x: Any, function: int) -> Any:
     """relu (1), gelu (2) in its exact form x·Φ(x), or gelu_new (3), GPT-2's; NaN stays NaN."""
     if function == 1:
@@ -86,7 +85,7 @@ def activate(x: Any, function: int) -> Any:
     return x * np.float32(0.5) * math.erfc(x * np.float32(-math.sqrt(0.5)))
 
 
-@njit
+@inner
 def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
     """y may be x itself."""
     mean = total(x, D) / np.float32(D)
