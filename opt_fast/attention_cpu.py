@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, types
 
-from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, micro_kernel, widened
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, micro_kernel, pack_tile, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
@@ -45,6 +45,7 @@ from opt_fast.kernel import (
     memory,
     multiply_add,
     store,
+    transposed,
     uint16s,
     variant,
 )
@@ -435,11 +436,9 @@ def _backward(table: Any) -> None:
 
 @inner
 def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> None:
-    """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]; zeros after the last. HF scales q, too, before the product."""
+    """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]. HF scales q, too, before the product."""
     for i in range(0, n, ROWS):
-        for r in range(ROWS):
-            for d in range(Dh):
-                groups[i * Dh + d * ROWS + r] = x[(i + r) * step + d] * scale if i + r < n else np.float32(0)
+        pack_tile(at(x, i * step), step, 1, min(ROWS, n - i), Dh, scale, at(groups, i * Dh))
 
 
 @inner
@@ -676,20 +675,6 @@ def transpose(typing_context, rows, step, columns):
         return context.get_dummy_value()
 
     return types.void(rows, types.intp, columns), generate
-
-
-def transposed(builder: Any, lines: list) -> list:
-    """LLVM: WIDTH vectors of WIDTH numbers, the first of which holds the first number of each, and so on."""
-    lines, apart = list(lines), 1
-    while apart < WIDTH:  # swaps the off-diagonal quarters of every square of 2 · apart
-        above = [lane if not lane & apart else WIDTH + lane - apart for lane in range(WIDTH)]
-        below = [lane + apart if not lane & apart else WIDTH + lane for lane in range(WIDTH)]
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes) for lanes in (above, below)]
-        for r in range(WIDTH):
-            if not r & apart:
-                lines[r], lines[r + apart] = (builder.shuffle_vector(lines[r], lines[r + apart], mask) for mask in masks)
-        apart *= 2
-    return lines
 
 
 @intrinsic

@@ -42,6 +42,7 @@ from opt_fast.kernel import (
     memory,
     multiply_add,
     store,
+    transposed,
     uint16s,
     variant,
 )  # fmt: skip
@@ -271,7 +272,7 @@ def _matmul(table: Any) -> None:
                 if PER == 2:
                     _round_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), numbers, at(xs, (i - first) * n))
                 else:
-                    _pack_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, at(xs, (i - first) * n))
+                    pack_tile(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, np.float32(1), at(xs, (i - first) * n))
             for p in range(panels_from, panels_to, abreast):
                 some = min(abreast, panels_to - p)  # min(0, some) below: a plain 0 would have _tile compiled once more, for that number
                 for q in range(p, p + some):
@@ -305,16 +306,50 @@ def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
 
 
 @inner
-def _pack_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
-    """xs[j, r] = x[r · row + j · step], and zeros for the rows that a tile has too many."""
-    for r in range(ROWS):
-        for j in range(n):
-            xs[j * ROWS + r] = x[r * row + j * step] if r < rows else np.float32(0)
+def pack_tile(x: Any, row: int, step: int, rows: int, n: int, scale: Any, xs: Any) -> None:
+    """xs[j, r] = scale · x[r · row + j · step]; of the last row again where there are fewer than ROWS."""
+    whole = n // TILE.width * TILE.width if step == 1 else 0
+    if whole:
+        interleave(x, row, rows, whole, scale, xs)
+    for j in range(whole, n):
+        for r in range(ROWS):
+            xs[j * ROWS + r] = x[min(r, rows - 1) * row + j * step] * scale
+
+
+@intrinsic
+def interleave(typing_context, x, row, rows, n, scale, xs):
+    """The same for n numbers that lie side by side: whole vectors, and at least one."""
+
+    def generate(context, builder, signature, arguments):
+        x, row, rows, n, scale, xs = arguments
+        index, lanes, vector = ir.IntType(64), TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
+        last = builder.sub(rows, index(1))
+        there = [builder.select(builder.icmp_signed("<", index(r), rows), index(r), last) for r in range(ROWS)]
+        places, scales = [builder.gep(x, [builder.mul(row, r)]) for r in there], broadcast(builder, scale, vector)
+
+        def body(k: Any, carried: list) -> list:
+            lines = [builder.fmul(load(builder, builder.gep(place, [k]), vector), scales) for place in places]
+            lines += [ir.Constant(vector, ir.Undefined)] * (-ROWS % lanes)
+            target, squares = builder.gep(xs, [builder.mul(k, index(ROWS))]), range(0, ROWS, lanes)
+            columns = [transposed(builder, lines[r : r + lanes]) for r in squares]
+            for j in range(lanes):
+                for r, square in zip(squares, columns, strict=True):
+                    column, first = square[j], j * ROWS + r
+                    if first + lanes > lanes * ROWS:  # elsewhere, what a column has too many is written over by the next
+                        some = ir.Constant(ir.VectorType(ir.IntType(32), min(lanes, ROWS - r)), list(range(min(lanes, ROWS - r))))
+                        column = builder.shuffle_vector(column, column, some)
+                    store(builder, column, builder.gep(target, [index(first)]))
+            return []
+
+        loop(builder, n, lanes, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, types.intp, scale, xs), generate
 
 
 @inner
 def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
-    """As _pack_rows, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, a zero after an odd n's last."""
+    """As pack_tile, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, a zero after an odd n's last."""
     for r in range(ROWS):
         whole = n // TILE.width * TILE.width if step == 1 and r < rows else 0
         if whole:

@@ -283,6 +283,20 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+def transposed(builder: Any, lines: list) -> list:
+    """LLVM: n vectors of n numbers, the first of which holds the first number of each, and so on."""
+    lines, n, apart = list(lines), len(lines), 1
+    while apart < n:  # swaps the off-diagonal quarters of every square of 2 · apart
+        above = [lane if not lane & apart else n + lane - apart for lane in range(n)]
+        below = [lane + apart if not lane & apart else n + lane for lane in range(n)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), n), lanes) for lanes in (above, below)]
+        for r in range(n):
+            if not r & apart:
+                lines[r], lines[r + apart] = (builder.shuffle_vector(lines[r], lines[r + apart], mask) for mask in masks)
+        apart *= 2
+    return lines
+
+
 def across(builder: Any, lanes: Any, combine: Any) -> Any:
     """The lanes of a vector combined into one number, always in the same order."""
     while (half := lanes.type.count // 2) > 0:
