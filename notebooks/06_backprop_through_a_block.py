@@ -104,15 +104,15 @@ assert np.allclose(dp["weight"], np.einsum("bto,bti->oi", dy, x))  # the formula
 # In words: LayerNorm forgets the mean and the size of $x$, so what would only change these is taken out of the gradient.
 
 # %%
-show(grad.layer_norm_bwd)
+show(ops.layer_norm_bwd)
 
 # %%
 x, dy = 3 * rng.normal(size=(B, T, D)) + 1, rng.normal(size=(B, T, D))
 p = {"weight": rng.normal(size=D), "bias": rng.normal(size=D)}
-dx, dp = grad.layer_norm_bwd(dy, grad.layer_norm_fwd(x, p)[1])
+dx, dweight, dbias = ops.layer_norm_bwd(dy, x, p["weight"])
 arrays = (x, p["weight"], p["bias"])
 theirs = autograd(lambda torch, x, w, b: torch.nn.functional.layer_norm(x, (D,), w, b), dy, *arrays)
-for mine, torchs, array in zip((dx, *dp.values()), theirs, arrays, strict=True):
+for mine, torchs, array in zip((dx, dweight, dbias), theirs, arrays, strict=True):
     assert close(mine, differences(lambda: (dy * ops.layer_norm(x, **p)).sum(), array))
     assert close(mine, torchs, digits=13)
 assert np.abs(dx.mean(-1)).max() < 1e-12  # nothing along the mean
@@ -128,7 +128,7 @@ assert np.abs(along).max() < 1e-4  # next to nothing along the size; what is lef
 # %%
 def layer_norm_dx(dy, x):
     """dy: (*N, D);  x: (*N, D)  ->  (*N, D)"""
-    return grad.layer_norm_bwd(dy, (x, {}))[0]
+    return ops.layer_norm_bwd(dy, x)[0]
 
 
 def my_layer_norm_dx(dy, x):
@@ -146,7 +146,7 @@ check(my_layer_norm_dx, spec=layer_norm_dx)
 # $\Phi(x) + x\,\varphi(x)$, with the normal distribution function $\Phi$ and its density $\varphi$. (Galactica is Meta's OPT for science.)
 
 # %%
-show(grad.activation_bwd, grad.mlp_bwd)
+show(ops.activation_bwd, grad.mlp_bwd)
 
 # %%
 h, dy = rng.normal(size=(B, T, D)), rng.normal(size=(B, T, D))
@@ -224,11 +224,11 @@ assert not np.triu(ds, 1).any()  # nothing flows to what was hidden
 # All of learning starts here: push every token down by its probability, and the right one up by what was missing. The numbers of a row add up to 0.
 
 # %%
-show(grad.cross_entropy)
+show(ops.cross_entropy)
 
 # %%
 z, labels = rng.normal(size=(6, V)), rng.integers(0, V, 6)
-loss, dz = grad.cross_entropy(z.copy(), labels)  # it writes over the logits
+loss, dz = ops.cross_entropy(z.copy(), labels)  # it writes over the logits
 
 
 def in_torch(torch, z):
@@ -236,7 +236,7 @@ def in_torch(torch, z):
 
 
 (theirs,) = autograd(in_torch, np.array(1.0), z)
-assert close(dz, differences(lambda: grad.cross_entropy(z.copy(), labels)[0], z))
+assert close(dz, differences(lambda: ops.cross_entropy(z.copy(), labels)[0], z))
 assert close(dz, theirs, digits=13)
 assert np.allclose(dz, ops.softmax(z) - np.eye(V)[labels])
 assert np.abs(dz.sum(-1)).max() < 1e-12

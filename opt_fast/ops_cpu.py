@@ -14,7 +14,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_cpu, gemm, gemm_amx, program_cpu, rowwise
+from opt_fast import attention_cpu, gemm, gemm_amx, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_int import PackedIntegers
@@ -22,6 +22,8 @@ from opt_np import model
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
+
+adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global_norm  # which take any tree of arrays
 
 
 def description() -> str:
@@ -142,6 +144,21 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     return attention_cpu.attention_bwd(float32(dO), float32(q), float32(k), float32(v), float32(O), L, scale, getattr(layout, "visible", None))
+
+
+def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As opt_np.ops.layer_norm_bwd.  dy: (*N, D);  x: (*N, D);  weight: (D)  ->  (*N, D), (D), (D)"""
+    return train_cpu.layer_norm_bwd(float32(dy), float32(x), weight)
+
+
+def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
+    """As opt_np.ops.activation_bwd.  dy: (*N, F);  x: (*N, F)  ->  (*N, F)"""
+    return train_cpu.activation_bwd(float32(dy), float32(x), function)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """As opt_np.ops.cross_entropy.  logits: (N, V);  labels: (N)  ->  loss, (N, V)"""
+    return train_cpu.cross_entropy(float32(logits), labels)
 
 
 def float32(x: np.ndarray) -> np.ndarray:

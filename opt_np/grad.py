@@ -2,7 +2,8 @@
 
 `x_fwd` calls the one true op and also returns `saved`, what its backward needs; `x_bwd(dy, saved)` returns the gradient of the input and,
 where there are parameters, their gradients in a tree like theirs. A gradient of y is called dy. Dropout lives here alone: without an rng
-nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. Axes as in model.py; F ffn_dim.
+nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. The gradients of attention, LayerNorm, the activation and the
+loss stand in ops.py, for a backend has its own. Axes as in model.py; F ffn_dim.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from opt_np import ops as numpy_ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
 from opt_np.model import Layout, embeddings, id_array, layout, no_tap
+from opt_np.ops import cross_entropy
 
 IGNORED = -100  # a label that asks for nothing
 LOGIT_ROWS = 1024  # tokens whose logits exist at one time
@@ -58,53 +60,28 @@ def linear_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 def layer_norm_fwd(x: np.ndarray, p: dict, ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:
     """x: (*N, D)  ->  (*N, D), saved"""
-    return ops.layer_norm(x, **p), (x, p)
+    return ops.layer_norm(x, **p), (x, p, ops)
 
 
 def layer_norm_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
-    """y = x̂ w + b with x̂ = (x - mean)·rstd:  dx = rstd (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)).
-
-    dy: (*N, D)  ->  (*N, D), gradients of weight and bias
-    """
-    x, p = saved
-    xhat, rstd = numpy_ops.normalize(x)
-    dp = {}
-    if p:
-        dp = {"weight": np.einsum("nd,nd->d", dy.reshape(-1, x.shape[-1]), xhat.reshape(-1, x.shape[-1])), "bias": dy.reshape(-1, x.shape[-1]).sum(0)}
-        dy = dy * p["weight"]  # dy is now dx̂
-    along = np.einsum("...d,...d->...", dy, xhat)[..., None] / x.shape[-1]
-    dx = dy - dy.mean(-1, keepdims=True)
-    dx -= xhat * along
-    dx *= rstd
-    return dx, dp
-
-
-def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
-    """relu passes the gradient where x > 0; gelu' = Φ(x) + x φ(x); gelu_new = x (1 + t) / 2 with t = tanh(u): ' = (1 + t) / 2 + x (1 - t²) u' / 2.
-
-    dy: (*N, F);  x: (*N, F)  ->  (*N, F)
-    """
-    if function == "relu":
-        return dy * (x > 0)
-    if function == "gelu_new":
-        t = np.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi))
-        du = (3 * 0.044715 * x * x + 1) * math.sqrt(2 / math.pi)
-        return dy * (1 + t + x * (1 - t * t) * du) / 2
-    return dy * (numpy_ops.normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
+    """dy: (*N, D)  ->  (*N, D), gradients of weight and bias"""
+    x, p, ops = saved
+    dx, dweight, dbias = ops.layer_norm_bwd(dy, x, p.get("weight"))
+    return dx, {"weight": dweight, "bias": dbias} if p else {}
 
 
 def mlp_fwd(h: np.ndarray, fc1: dict, fc2: dict, function: str, ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:
     """h: (*N, D)  ->  (*N, D), saved"""
     a, saved1 = linear_fwd(h, fc1, ops)  # (B, T, D) -> (B, T, F)
     y, saved2 = linear_fwd(ops.activation(a, function), fc2, ops)
-    return y, (saved1, a, function, saved2)
+    return y, (saved1, a, function, saved2, ops)
 
 
 def mlp_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict, dict]:
     """dy: (*N, D)  ->  (*N, D), gradients of fc1 and of fc2"""
-    saved1, a, function, saved2 = saved
+    saved1, a, function, saved2, ops = saved
     da, dfc2 = linear_bwd(dy, saved2)
-    dh, dfc1 = linear_bwd(activation_bwd(da, a, function), saved1)
+    dh, dfc1 = linear_bwd(ops.activation_bwd(da, a, function), saved1)
     return dh, dfc1, dfc2
 
 
@@ -281,21 +258,6 @@ def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
 Head = Callable[..., tuple[float, np.ndarray, dict]]
 
 
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
-    """Sum over rows of -log softmax(logits)[label], and its gradient, written over the logits.
-
-    logits: (N, V);  labels: (N)  ->  loss, (N, V)
-    """
-    rows = np.arange(len(labels))
-    logits -= logits.max(-1, keepdims=True)
-    wanted = logits[rows, labels]
-    np.exp(logits, out=logits)
-    total = logits.sum(-1, keepdims=True)
-    logits /= total
-    logits[rows, labels] -= 1
-    return float(np.sum(np.log(total[:, 0]) - wanted, dtype=np.float64)), logits
-
-
 def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labels: np.ndarray, cfg: OPTConfig, num_items: int | None = None,
                         ops: ModuleType = numpy_ops):  # fmt: skip
     """Next-token cross-entropy: labels are shifted here, -100 is ignored, the mean is over the rest (or over num_items).
@@ -311,7 +273,7 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
     loss, dh, dweight, dh_kept = 0.0, np.zeros_like(h), np.empty(0), np.empty_like(h_kept)
     for first in range(0, len(wanted), LOGIT_ROWS):
         rows = slice(first, first + LOGIT_ROWS)
-        part, dlogits = cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
+        part, dlogits = ops.cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
         loss += part / count
         dh_kept[rows] = ops.matmul(dlogits, weight)
         dh_kept[rows] /= count  # the mean's share: on (n, W) less work than on (n, V)

@@ -88,7 +88,7 @@ def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray
 
     x: (*N, D);  weight: (D);  bias: (D)  ->  (*N, D)
 
-    Equals torch.nn.LayerNorm (biased variance, eps inside the root). Backward: grad.layer_norm_bwd.
+    Equals torch.nn.LayerNorm (biased variance, eps inside the root). Backward: layer_norm_bwd.
     """
     y, _ = normalize(x)
     if weight is not None:
@@ -109,16 +109,46 @@ def normalize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, rstd
 
 
+def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradients of `layer_norm` by x, weight and bias: y = x̂ w + b with x̂ = (x - mean)·rstd gives dx = rstd (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)).
+
+    dy: (*N, D);  x: (*N, D);  weight: (D)  ->  (*N, D), (D), (D)
+    """
+    xhat, rstd = normalize(x)
+    dy2, xhat2 = dy.reshape(-1, x.shape[-1]), xhat.reshape(-1, x.shape[-1])
+    dweight, dbias = np.einsum("nd,nd->d", dy2, xhat2), dy2.sum(0)
+    dxhat = dy if weight is None else dy * weight
+    along = np.einsum("...d,...d->...", dxhat, xhat)[..., None] / x.shape[-1]
+    dx = dxhat - dxhat.mean(-1, keepdims=True)
+    dx -= xhat * along
+    dx *= rstd
+    return dx, dweight, dbias
+
+
 def activation(x: np.ndarray, function: str) -> np.ndarray:
     """relu, gelu in its exact form x·Φ(x), or gelu_new, GPT-2's, with a tanh near Φ.
 
     x: (*N, F)  ->  (*N, F)
 
-    Equals torch.nn.functional.relu, gelu(approximate="none") and gelu(approximate="tanh"). Backward: grad.activation_bwd.
+    Equals torch.nn.functional.relu, gelu(approximate="none") and gelu(approximate="tanh"). Backward: activation_bwd.
     """
     if function == "gelu_new":
         return x * (np.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi)) + 1) * 0.5
     return np.maximum(x, 0) if function == "relu" else x * normal_cdf(x)
+
+
+def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
+    """relu passes the gradient where x > 0; gelu' = Φ(x) + x φ(x); gelu_new = x (1 + t) / 2 with t = tanh(u): ' = (1 + t) / 2 + x (1 - t²) u' / 2.
+
+    dy: (*N, F);  x: (*N, F)  ->  (*N, F)
+    """
+    if function == "relu":
+        return dy * (x > 0)
+    if function == "gelu_new":
+        t = np.tanh((x * x * x * 0.044715 + x) * math.sqrt(2 / math.pi))
+        du = (3 * 0.044715 * x * x + 1) * math.sqrt(2 / math.pi)
+        return dy * (1 + t + x * (1 - t * t) * du) / 2
+    return dy * (normal_cdf(x) + x * np.exp(-x * x / 2) * (1 / math.sqrt(2 * math.pi)))
 
 
 def mlp(h: np.ndarray, fc1: dict[str, Any], fc2: dict[str, Any], function: str) -> np.ndarray:
@@ -243,6 +273,23 @@ def softmax_terms(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     scores -= np.maximum(m, np.finfo(scores.dtype).min)  # a row of -inf stays -inf, and becomes 0
     np.exp(scores, out=scores)
     return scores, np.maximum(scores.sum(-1, keepdims=True), 1), m  # the sum is at least exp(0) = 1, unless the row is all 0
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum over rows of -log softmax(logits)[label], and its gradient, written over the logits.
+
+    logits: (N, V);  labels: (N)  ->  loss, (N, V)
+
+    Equals torch.nn.functional.cross_entropy(reduction="sum").
+    """
+    rows = np.arange(len(labels))
+    logits -= logits.max(-1, keepdims=True)
+    wanted = logits[rows, labels]
+    np.exp(logits, out=logits)
+    total = logits.sum(-1, keepdims=True)
+    logits /= total
+    logits[rows, labels] -= 1
+    return float(np.sum(np.log(total[:, 0]) - wanted, dtype=np.float64)), logits
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,40 +24,50 @@ def decays(name: str) -> bool:
     return name.endswith("weight") and "layer_norm" not in name
 
 
+def adamw_update(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, betas: tuple[float, float], eps: float, step_size: float,
+                 root_correction: float, shrink: float) -> None:  # fmt: skip
+    """One parameter's step, in place: its numbers, their gradients and both moments in a row.  p: (N);  g: (N);  m: (N);  v: (N)"""
+    b1, b2 = betas
+    for first in range(0, p.size, CHUNK):
+        p_, g_, m_, v_ = (a[first : first + CHUNK] for a in (p, g, m, v))
+        m_ *= b1
+        m_ += (1 - b1) * g_
+        v_ *= b2
+        v_ += (1 - b2) * (g_ * g_)
+        update = np.sqrt(v_)
+        update *= 1 / root_correction
+        update += eps
+        np.divide(m_, update, out=update)
+        update *= step_size
+        p_ *= shrink
+        p_ -= update
+
+
 def adamw_step(params: Any, grads: Any, state: dict[str, Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-               weight_decay: float = 0.0) -> None:  # fmt: skip
+               weight_decay: float = 0.0, update: Callable[..., None] = adamw_update) -> None:  # fmt: skip
     """One step of AdamW, in place (Loshchilov & Hutter, arXiv:1711.05101; equals torch.optim.AdamW).
 
-    p ← p - lr·λ·p, then p ← p - lr·m̂ / (√v̂ + eps) with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ).
+    p ← p - lr·λ·p, then p ← p - lr·m̂ / (√v̂ + eps) with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ). Raises ValueError.
     """
     state["step"] += 1
-    b1, b2 = betas
-    step_size, root_correction = lr / (1 - b1 ** state["step"]), math.sqrt(1 - b2 ** state["step"])
+    step_size, root_correction = lr / (1 - betas[0] ** state["step"]), math.sqrt(1 - betas[1] ** state["step"])
     flat_grads, flat_m, flat_v = flatten(grads), flatten(state["m"]), flatten(state["v"])
     for name, p in flatten(params).items():
         shrink = 1 - lr * weight_decay if decays(name) else 1.0
         if not p.flags.c_contiguous:  # its flat form would be a copy, and the step would be lost
             raise ValueError(f"{name} is not C-contiguous; train on np.ascontiguousarray of it")
-        arrays = [a.reshape(-1) for a in (p, flat_grads[name], flat_m[name], flat_v[name])]
-        for first in range(0, p.size, CHUNK):
-            p_, g, m, v = (a[first : first + CHUNK] for a in arrays)
-            m *= b1
-            m += (1 - b1) * g
-            v *= b2
-            v += (1 - b2) * (g * g)
-            update = np.sqrt(v)
-            update *= 1 / root_correction
-            update += eps
-            np.divide(m, update, out=update)
-            update *= step_size
-            p_ *= shrink
-            p_ -= update
+        update(*(a.reshape(-1) for a in (p, flat_grads[name], flat_m[name], flat_v[name])), betas, eps, step_size, root_correction, shrink)
 
 
-def clip_by_global_norm(grads: Any, max_norm: float) -> float:
+def square_sum(g: np.ndarray) -> float:
+    """The sum of a gradient's squares."""
+    return float(np.vdot(g, g))
+
+
+def clip_by_global_norm(grads: Any, max_norm: float, square_sum: Callable[[np.ndarray], float] = square_sum) -> float:
     """Scales all gradients, in place, so that their joint norm is at most max_norm; returns the norm before (torch's clip_grad_norm_)."""
     leaves = list(flatten(grads).values())
-    norm = math.sqrt(sum(float(np.vdot(g, g)) for g in leaves))
+    norm = math.sqrt(sum(map(square_sum, leaves)))
     coefficient = max_norm / (norm + 1e-6)
     if coefficient < 1:
         for g in leaves:

@@ -15,14 +15,14 @@ from reference import PADDINGS, VARIANTS, batch, build, worst
 
 from opt_fast import attention_cpu, ops_cpu
 from opt_fast.gemm import Packed
-from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, flash, grad, model, ops
+from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, flash, grad, model, ops, optim
 from opt_np.kv_cache import KVCache
 from opt_np.quantize import quantized
 from opt_np.train import Options, train
 from opt_np.tree import flatten
 
 CONTRACT = ("description", "pack", "embed", "linear", "matmul", "layer_norm", "activation", "mlp",
-            "attention", "attention_lse", "attention_probs", "attention_bwd")  # fmt: skip
+            "attention", "attention_lse", "attention_probs", "attention_bwd", "layer_norm_bwd", "activation_bwd", "cross_entropy")  # fmt: skip
 EPS = np.finfo(np.float32).eps
 
 
@@ -66,6 +66,60 @@ def test_layer_norm(N, D, affine, offset):
     exact = ops.layer_norm(*wide(x, *p))
     numpys = np.abs(ops.layer_norm(x, *p) - exact).max()  # x - mean cancels what x and mean have in common
     assert close(ops_cpu.layer_norm(x, *p), exact, 16 + 4 * numpys / EPS)
+
+
+@given(N=shapes, D=st.integers(1, 100), affine=st.booleans(), many=st.booleans())
+def test_the_backward_of_layer_norm(N, D, affine, many):
+    N = [*N, 700] if many else N  # rows for several tasks, where D is large
+    x, dy, weight = numbers(*N, D), numbers(*N, D, seed=1), numbers(D, seed=2) if affine else None
+    x[..., 0] += 9  # one number alone has no variance, and nor have two alike
+    exact = ops.layer_norm_bwd(*wide(dy, x), None if weight is None else weight.astype(float))
+    numpys = ops.layer_norm_bwd(dy, x, weight)
+    for ours, plain, truth in zip(ops_cpu.layer_norm_bwd(dy, x, weight), numpys, exact, strict=True):
+        assert close(ours, truth, 32 + 4 * np.abs(plain - truth).max() / (EPS * max(np.abs(truth).max(), 1)))
+
+
+@given(N=shapes, function=st.sampled_from(["relu", "gelu", "gelu_new"]))
+def test_the_backward_of_the_activation(N, function):
+    x, dy = numbers(*N, 9), numbers(*N, 9, seed=1)
+    x.flat[0] = 0
+    assert close(ops_cpu.activation_bwd(dy, x, function), ops.activation_bwd(*wide(dy, x), function))
+
+
+@given(N=st.integers(1, 9), V=st.one_of(st.integers(1, 70), st.sampled_from([4096, 5000, 9001])), size=st.sampled_from([1.0, 30.0, 1e4]))
+def test_the_loss_and_its_gradient(N, V, size):
+    logits, labels = numbers(N, V) * np.float32(size), np.random.default_rng(N).integers(0, V, N)
+    loss, exact = ops.cross_entropy(logits.astype(float), labels)
+    ours, dlogits = ops_cpu.cross_entropy(logits, labels)
+    assert dlogits is logits
+    assert abs(ours - loss) <= 64 * EPS * max(loss, N * size)
+    assert close(dlogits, exact, 16 + 4 * size)
+
+
+def test_a_loss_that_is_no_number_says_so():
+    logits = numbers(3, 40)
+    logits[1, 7] = np.nan
+    loss, dlogits = ops_cpu.cross_entropy(logits, np.array([1, 2, 3]))
+    assert np.isnan(loss)
+    assert np.isnan(dlogits[1]).all()
+    assert np.isfinite(dlogits[[0, 2]]).all()
+
+
+@given(sizes=st.lists(st.one_of(st.integers(1, 50), st.sampled_from([16384, 40000])), min_size=1, max_size=3), decay=st.sampled_from([0.0, 0.1]),
+       dtype=st.sampled_from(["float32", "float64"]))  # fmt: skip
+def test_the_optimiser_takes_the_steps_of_the_plain_one(sizes, decay, dtype):
+    tree = {f"{i}.weight": numbers(size, 2, seed=i).astype(dtype) for i, size in enumerate(sizes)}
+    ours, theirs = ({name: a.copy() for name, a in tree.items()} for _ in range(2))
+    states = [optim.adamw_init(ours), optim.adamw_init(theirs)]
+    for step in range(3):
+        grads = [{name: numbers(*a.shape, seed=9 + step).astype(dtype) for name, a in tree.items()} for _ in range(2)]
+        norms = ops_cpu.clip_by_global_norm(grads[0], 1.0), optim.clip_by_global_norm(grads[1], 1.0)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        ops_cpu.adamw_step(ours, grads[1], states[0], 1e-2, weight_decay=decay)
+        optim.adamw_step(theirs, grads[1], states[1], 1e-2, weight_decay=decay)
+    for name in tree:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+        np.testing.assert_array_equal(flatten(states[0]["v"])[name], flatten(states[1]["v"])[name])
 
 
 @given(N=shapes, function=st.sampled_from(["relu", "gelu", "gelu_new"]), size=st.sampled_from([1e-3, 1.0, 30.0]))
