@@ -44,6 +44,7 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
+    rows_from,
     store,
     transposed,
     uint16s,
@@ -445,14 +446,12 @@ def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> 
 def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, panels: Any) -> None:
     """n rows of a tile as columns: panels[p, d, c] = x[p · COLUMNS + c, d]; 0 for hidden rows, and up to a whole panel."""
     for j in range(0, n, WIDTH):
-        target = at(panels, j // COLUMNS * COLUMNS * Dh + j % COLUMNS)
-        for d in range(0, Dh, WIDTH):
-            if j + WIDTH <= n and d + WIDTH <= Dh:
-                transpose(at(x, j * step + d), step, at(target, d * COLUMNS))
-            else:
-                for c in range(min(WIDTH, n - j)):
-                    for e in range(d, min(d + WIDTH, Dh)):
-                        target[e * COLUMNS + c] = float32_at(x, (j + c) * step + e)
+        rows, target, whole = min(WIDTH, n - j), at(panels, j // COLUMNS * COLUMNS * Dh + j % COLUMNS), Dh // WIDTH * WIDTH
+        for d in range(0, whole, WIDTH):
+            transpose(at(x, j * step + d), step, rows, at(target, d * COLUMNS))
+        for d in range(whole, Dh):
+            for c in range(rows):
+                target[d * COLUMNS + c] = float32_at(x, (j + c) * step + d)
     for j in range(whole_panels(n)):
         if j >= n or (hides and not shown[j]):
             for d in range(Dh):
@@ -468,8 +467,10 @@ def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: 
             copy(source, step, target, n)
         else:
             for j in range(n):
-                for c in range(COLUMNS):
-                    target[j * COLUMNS + c] = float32_at(source, j * step + c) if p * COLUMNS + c < Dh else np.float32(0)
+                for c in range(Dh - p * COLUMNS):
+                    target[j * COLUMNS + c] = float32_at(source, j * step + c)
+                for c in range(Dh - p * COLUMNS, COLUMNS):
+                    target[j * COLUMNS + c] = 0
         for j in range(n if hides else 0):
             if not shown[j]:
                 for c in range(COLUMNS):
@@ -663,18 +664,18 @@ def exponential(builder: Any, x: Any) -> Any:
 
 
 @intrinsic
-def transpose(typing_context, rows, step, columns):
-    """WIDTH × WIDTH numbers: rows, `step` apart, become columns, COLUMNS apart."""
+def transpose(typing_context, rows, step, n, columns):
+    """WIDTH numbers of WIDTH rows, `step` apart, as columns, COLUMNS apart; beyond the n rows there are, of the last again."""
 
     def generate(context, builder, signature, arguments):
-        rows, step, columns = arguments
-        places = [builder.gep(rows, [builder.mul(step, ir.IntType(64)(r))]) for r in range(WIDTH)]
+        rows, step, n, columns = arguments
+        places = rows_from(builder, rows, step, n, WIDTH)
         lines = transposed(builder, [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places])
         for r, line in enumerate(lines):
             store(builder, line, builder.gep(columns, [ir.IntType(64)(r * COLUMNS)]))
         return context.get_dummy_value()
 
-    return types.void(rows, types.intp, columns), generate
+    return types.void(rows, types.intp, types.intp, columns), generate
 
 
 @intrinsic
@@ -683,10 +684,7 @@ def dots(typing_context, scores, q, keys, step, n, Dh):
 
     def generate(context, builder, signature, arguments):
         scores, q, keys, step, n, Dh = arguments
-        index = ir.IntType(64)
-        last = builder.sub(n, index(1))
-        rows = [builder.select(builder.icmp_signed("<", index(r), n), index(r), last) for r in range(WIDTH)]
-        places = [builder.gep(keys, [builder.mul(step, row)]) for row in rows]
+        index, places = ir.IntType(64), rows_from(builder, keys, step, n, WIDTH)
 
         def body(d: Any, carried: list) -> list:
             lines = transposed(builder, [widened(builder, builder.gep(place, [d]), VECTOR, signature.args[2].dtype, TILE) for place in places])

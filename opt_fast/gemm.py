@@ -41,6 +41,7 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
+    rows_from,
     store,
     transposed,
     uint16s,
@@ -323,9 +324,7 @@ def interleave(typing_context, x, row, rows, n, scale, xs):
     def generate(context, builder, signature, arguments):
         x, row, rows, n, scale, xs = arguments
         index, lanes, vector = ir.IntType(64), TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
-        last = builder.sub(rows, index(1))
-        there = [builder.select(builder.icmp_signed("<", index(r), rows), index(r), last) for r in range(ROWS)]
-        places, scales = [builder.gep(x, [builder.mul(row, r)]) for r in there], broadcast(builder, scale, vector)
+        places, scales = rows_from(builder, x, row, rows, ROWS), broadcast(builder, scale, vector)
 
         def body(k: Any, carried: list) -> list:
             lines = [builder.fmul(load(builder, builder.gep(place, [k]), vector), scales) for place in places]

@@ -283,6 +283,14 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+def rows_from(builder: Any, rows: Any, step: Any, n: Any, count: int) -> list:
+    """LLVM: where `count` rows begin, `step` apart; beyond the n there are, the last."""
+    index = ir.IntType(64)
+    last = builder.sub(n, index(1))
+    there = [builder.select(builder.icmp_signed("<", index(r), n), index(r), last) for r in range(count)]
+    return [builder.gep(rows, [builder.mul(step, row)]) for row in there]
+
+
 def transposed(builder: Any, lines: list) -> list:
     """LLVM: n vectors of n numbers, the first of which holds the first number of each, and so on."""
     lines, n, apart = list(lines), len(lines), 1
