@@ -91,6 +91,7 @@ class PackedIntegers(Packed):
         self.zero = 0 if self.bits == 8 else 8
         tops = sum(1 << self.bits * (i + 1) - 1 for i in range(16 // self.bits) if (i % RUN[self.bits] == RUN[self.bits] - 1) == (self.bits == 4))
         self.flipped = np.uint16(tops)  # the highest bit of each of the numbers that change between having a sign and having none
+        self.signs = np.uint16(tops ^ 0x8888 * (self.bits == 4))  # which give every number its sign
         O, I = self.shape = (len(weight), weight.shape[1] * 8 // self.bits)
         self.group = BLOCK_K if self.bits == 8 else max(ops.group_size(I, scale.shape[1]), 32)
         self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
@@ -166,26 +167,26 @@ class PackedIntegers(Packed):
         """Rows of the matrix that the weight stands for, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
         ids = self.checked_rows(ids)
         p, c = np.divmod(ids, COLUMNS)
-        panel, offset, shift, scales = self.lookup
-        first = panel[0] + p[..., None] * panel[1]  # (*N, I): where the panel begins
-        numbers = (self.panels[first + offset[c]] ^ self.flipped) >> shift[c] & np.uint16((1 << self.bits) - 1)
-        w = numbers.astype(np.uint8).view(np.int8).astype(np.float32) - self.zero
-        w *= self.scale[ids][..., None] if self.bits == 8 else self.panels[first + scales + c[..., None]].view(np.float16)
+        places, sizes, up = self.lookup
+        words = self.panels[places[c] + (p[..., None] * sizes)[..., None, :]]  # (*N, 1 or 2, I): the numbers' words, and int4's scales
+        w = ((words[..., 0, :] ^ self.signs) << up[c]).view(np.int16) >> 16 - self.bits
+        w = w * (self.scale[ids][..., None] if self.bits == 8 else words[..., 1, :].view(np.float16))
         return w * self.columns if self.columns.size else w
 
     @cached_property
-    def lookup(self) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-        """For each k: where its block begins, and how far apart its panels lie (I, I); the word's offset and the number's shift in it, for each
-        column of a panel (COLUMNS, I); the offset of the group's scales (I)."""
+    def lookup(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the first panel has the word of each column of a panel and each k, and int4's scale (COLUMNS, 1 or 2, I); how far apart panels lie
+        (I); how far the number has to go up to the word's highest bits (COLUMNS, I)."""
         I, per, scaled = self.shape[1], 16 // self.bits, int(self.bits == 4)
         sizes = np.array([self.height(n) * COLUMNS for _, n in k_blocks(I)])
         block, k = np.divmod(np.arange(I), BLOCK_K)
         group, row = k // self.group, k // per
         place = np.argsort(ORDER[self.bits], axis=None).reshape(per, COLUMNS).T[:, k % per]  # (COLUMNS, I): part · COLUMNS + word
-        offset = (row + scaled * (group + 1)) * COLUMNS + place % COLUMNS
-        starts = self.count * (np.cumsum(sizes) - sizes)
-        shift = (self.bits * (place // COLUMNS)).astype(np.uint16)
-        return (starts[block], sizes[block]), offset, shift, (group * (self.group // per + 1)) * COLUMNS
+        starts = (self.count * (np.cumsum(sizes) - sizes))[block]
+        words = starts + (row + scaled * (group + 1)) * COLUMNS + place % COLUMNS
+        scales = starts + group * (self.group // per + 1) * COLUMNS + np.arange(COLUMNS)[:, None]
+        up = (16 - self.bits - self.bits * (place // COLUMNS)).astype(np.uint16)
+        return np.stack([words, scales][: 1 + scaled], axis=1), sizes[block], up
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As Packed.call; x's rows lie whole."""

@@ -102,7 +102,7 @@ class Program:
     def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, params: dict | None = None) -> None:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
         self.cfg, self.dtype, self.parameters, self.threads = cfg, dtype, leaves(layers), get_num_threads()
-        self.whole = params is not None
+        self.whole, self.written = params is not None, np.empty(0)
         self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
@@ -182,8 +182,10 @@ class Program:
         Any number of rows, up to B, share the tokens.
         """
         arguments, logits = self.blocks[:, :, ARGUMENTS:], None
-        arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
-        arguments[:, self.writing, 5], arguments[:, self.writing + 1, 9:11] = rows.apart, (rows.step, rows.apart)
+        if self.written is not bases:  # a KVCache's are new at each step, pages stay
+            self.written = bases
+            arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
+            arguments[:, self.writing, 5], arguments[:, self.writing + 1, 9:11] = rows.apart, (rows.step, rows.apart)
         if self.whole:
             logits = np.empty(self.shape, np.float32)
             self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
