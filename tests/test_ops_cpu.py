@@ -179,6 +179,16 @@ def test_attention_and_its_gradients(problem):
         assert np.abs(ours - exact_grad).max() <= 3 * np.abs(numpys - exact_grad).max() + 16 * EPS * max(np.abs(exact_grad).max(), 1)
 
 
+@pytest.mark.parametrize("Dh", [4, 16, 48, 64, 80, 128, 144, 272])
+@pytest.mark.parametrize("S", [1, 63, 64, 65, 191, 193, 400])
+def test_a_query_alone_has_the_bits_that_it_has_in_a_prompt(Dh, S):
+    """Alone it reads keys where they stand, several vectors at a time; with others it reads them packed."""
+    q, k, v = (numbers(1, S, 2, Dh, seed=seed) for seed in (1, 2, 3))
+    (O, L), alone = ops_cpu.attention_lse(q, k, v, Dh**-0.5), ops_cpu.attention_lse(q[:, -1:], k, v, Dh**-0.5)
+    np.testing.assert_array_equal(alone[0][:, 0], O[:, -1])
+    np.testing.assert_array_equal(alone[1][:, 0], L[:, -1])
+
+
 @given(problem=attention_problem(), data=st.data())
 def test_the_weights_that_attention_used(problem, data):
     q, k, _, _, layout = problem
