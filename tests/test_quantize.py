@@ -156,6 +156,17 @@ def test_a_product_is_that_of_the_meaning_and_its_rows_are_what_they_are_alone(O
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("M", [1, 5, 13])
+def test_rows_that_are_rounded_once_serve_every_task(kind, M):
+    """Few rows, several blocks of k, and more panels than a thread takes at a time: against one panel alone."""
+    w, x = matrix(700, 2 * BLOCK_K + 64), matrix(M, 2 * BLOCK_K + 64, seed=1, size=1)
+    y = gemm.matmul(x, PackedIntegers(**quantize_matrix(w, *kind)))
+    for first in range(0, 700, 64):
+        panel = PackedIntegers(**quantize_matrix(w[first : first + 64], *kind))
+        np.testing.assert_array_equal(gemm.matmul(x, panel), y[:, first : first + 64])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_sums_are_exact_to_the_last_unit(kind):
     """x and weights that are whole numbers already, at their largest: every product and sum must fit."""
     for sign in (1, -1):
