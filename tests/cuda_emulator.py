@@ -26,7 +26,7 @@ KERNELS = HERE.parents[1] / "opt_fast" / "kernels"
 CACHE = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"  # what was compiled, by all that it depends on
 # The sanitizers' traps end in the emulator's own errors and need no library. CUDA code reads and writes the same bytes as whatever it likes.
 FLAGS = (
-    *("-std=c++17", "-O2", "-g1", "-shared", "-fPIC", "-x", "c++", "-include", "cuda_on_cpu.h"),
+    *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-x", "c++", "-include", "cuda_on_cpu.h"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-threadsafe-statics", "-U_FORTIFY_SOURCE"),
     *("-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"),
     *("-fno-crossjumping", "-fno-tree-tail-merge"),  # each trap keeps its line
