@@ -58,7 +58,7 @@ BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, pack
 STRIDE = BC + LINE // 4  # from row to row in a tile of scores: an odd number of lines of the cache, so that rows do not all fall into the same ones
 LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
-stored = floats  # keys and values, in the kernels that read or write them: each has variants
+as_stored = floats  # keys and values, in the kernels that read or write them: each has variants
 SIDE = 4 * WIDTH  # of a value's numbers, those that are summed side by side
 
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
@@ -193,7 +193,7 @@ def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, 
 
 def _forward(table: Any) -> None:
     a = at(table, ARGUMENTS)
-    k, v = stored(a[1]), stored(a[2])
+    k, v = as_stored(a[1]), as_stored(a[2])
     q, O, L, rows_table, tasks, n = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7]
     Br, step, apart, H, Dh, scale = a[8], a[9], a[10], a[11], a[12], float_of(a[13])
     width = whole_panels(Dh)
@@ -497,7 +497,7 @@ def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray, 
 def _write(table: Any) -> None:
     """A task is some tokens."""
     a = at(table, ARGUMENTS)
-    K, V = stored(a[2]), stored(a[3])
+    K, V = as_stored(a[2]), as_stored(a[3])
     k, v, slots, apart, Dh, N, D, some = floats(a[0]), floats(a[1]), int64s(a[4]), a[5], a[6], a[7], a[8], a[9]
     first = claim(table, TASKS) * some
     while first < N:
@@ -748,7 +748,7 @@ def copy(typing_context, rows, step, panel, n):
 
 
 FORWARD, WRITE = (
-    {"<f4": variant(f, "float32", stored=floats), "<i2": variant(f, "float16", stored=int16s), "<u2": variant(f, "bfloat16", stored=uint16s)}
+    {"<f4": variant(f, "float32", as_stored=floats), "<i2": variant(f, "float16", as_stored=int16s), "<u2": variant(f, "bfloat16", as_stored=uint16s)}
     for f in (_forward, _write)
 )
 PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)

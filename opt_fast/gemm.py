@@ -86,7 +86,7 @@ BLOCK_ROWS, BLOCK_UNIT = (48 if TILE.width == 16 else 12) * ROWS, 2 * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
-stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
+as_stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
 PARTS = 3  # tasks for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 PAIRS = np.dtype(np.int32)  # two bfloat16
@@ -215,7 +215,7 @@ def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
 def _pack(table: Any) -> None:
     """panels[p, i, c] = weight[(p · COLUMNS + c) · row + i · step], and zeros for the columns that the last panel has too many."""
     a = at(table, ARGUMENTS)
-    weight, row, step, O, I, panels, P = stored(a[0]), a[1], a[2], a[3], a[4], stored(a[5]), a[6]
+    weight, row, step, O, I, panels, P = as_stored(a[0]), a[1], a[2], a[3], a[4], as_stored(a[5]), a[6]
     p = claim(table, TASKS)
     while p < P:
         columns = min(COLUMNS, O - p * COLUMNS)
@@ -253,7 +253,7 @@ def _matmul(table: Any) -> None:
     The kernel's k is a number, or a pair: PER numbers of x.
     """
     a = at(table, ARGUMENTS)
-    panels = stored(a[3])
+    panels = as_stored(a[3])
     x, row, step, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, most, blocks, parts = a[9], a[10], a[11], a[12], a[13], a[14]
     xs, height = memory(table), (K + PER - 1) // PER
@@ -516,10 +516,10 @@ def round_row(typing_context, x, n, xs):
     return types.void(x, types.int64, xs), generate
 
 
-PACK32, PACK16, PACK_PAIRS = variant(_pack, "32", stored=floats), variant(_pack, "16", stored=int16s), Kernel(_pack_pairs)
+PACK32, PACK16, PACK_PAIRS = variant(_pack, "32", as_stored=floats), variant(_pack, "16", as_stored=int16s), Kernel(_pack_pairs)
 MATMUL = {
-    "<f4": variant(_matmul, "float32", stored=floats),
-    "<i2": variant(_matmul, "float16", stored=int16s),
-    "<u2": variant(_matmul, "bfloat16", stored=uint16s),
-    PAIRS.str: variant(_matmul, "pairs", stored=int32s, PER=2),
+    "<f4": variant(_matmul, "float32", as_stored=floats),
+    "<i2": variant(_matmul, "float16", as_stored=int16s),
+    "<u2": variant(_matmul, "bfloat16", as_stored=uint16s),
+    PAIRS.str: variant(_matmul, "pairs", as_stored=int32s, PER=2),
 }  # fmt: skip

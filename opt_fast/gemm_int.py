@@ -206,7 +206,7 @@ def k_blocks(I: int) -> list[tuple[int, int]]:
     return [(first, min(BLOCK_K, I - first)) for first in range(0, I, BLOCK_K)]
 
 
-stored = uint16s  # weights, in the kernel that reads them: it has variants
+as_stored = uint16s  # weights, in the kernel that reads them: it has variants
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ stored = uint16s  # weights, in the kernel that reads them: it has variants
 def _matmul(table: Any) -> None:
     """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
     a = at(table, ARGUMENTS)
-    x, x_row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], stored(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
+    x, x_row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], as_stored(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
     M, O, K, most, blocks, parts, scale, factors = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), floats(a[15])
     uneven, group, word, full, scaled = a[16], a[17], a[18], a[19], a[20]
     place = table[MEMORY] + claim(table, THREADS) * table[BYTES]
@@ -482,4 +482,4 @@ def rounded(typing_context, x, inverse, n, xs):
     return types.int32(x, types.float32, types.int64, xs), generate
 
 
-MATMUL = {"int8": variant(_matmul, "int8", stored=uint16s), "int4": variant(_matmul, "int4", stored=int16s)}
+MATMUL = {"int8": variant(_matmul, "int8", as_stored=uint16s), "int4": variant(_matmul, "int4", as_stored=int16s)}

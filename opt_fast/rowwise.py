@@ -86,12 +86,18 @@ def activate(x: Any, function: int) -> Any:
 
 
 @inner
-def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
-    """y may be x itself."""
+def centre(x: Any, y: Any, D: int, eps: Any) -> Any:
+    """y = x less its mean; the reciprocal standard deviation."""
     mean = total(x, D) / np.float32(D)
     for d in range(D):
         y[d] = x[d] - mean
-    rstd = np.float32(1) / math.sqrt(squares(y, D) / np.float32(D) + eps)
+    return np.float32(1) / math.sqrt(squares(y, D) / np.float32(D) + eps)
+
+
+@inner
+def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
+    """y may be x itself."""
+    rstd = centre(x, y, D, eps)
     for d in range(D):
         y[d] = y[d] * rstd * weight[d] + bias[d]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_fast.attention_cpu import WIDTH, exponentials, maximum
 from opt_fast.kernel import ARGUMENTS, TASKS, Kernel, at, claim, float_bits, float_of, floats, inner, int64s, memory, squares, total
-from opt_fast.rowwise import CHUNK
+from opt_fast.rowwise import CHUNK, centre
 from opt_np import ops, optim
 from opt_np.ops import LAYER_NORM_EPS
 
@@ -42,6 +42,10 @@ def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
     """logits: (N, V);  labels: (N)  ->  loss, (N, V)"""
     (N, V), losses = logits.shape, np.empty(len(labels), np.float32)
+    if not logits.flags.c_contiguous:  # what is written over must be the caller's own memory
+        return ops.cross_entropy(logits, labels)
+    if labels.size and not 0 <= labels.min() <= labels.max() < V:  # the kernel would write there
+        raise IndexError(f"labels are {labels.min()} to {labels.max()}; {V} logits have 0 to {V - 1}")
     some = max(CHUNK // V, 1)
     CROSS_ENTROPY(logits, np.ascontiguousarray(labels, np.int64), losses, N, V, some, tasks=math.ceil(N / some))
     return float(losses.sum(dtype=np.float64)), logits
@@ -90,10 +94,7 @@ def _norm_bwd(table: Any) -> None:
 @inner
 def _norm_bwd_row(dy: Any, x: Any, weight: Any, dx: Any, sums: Any, xhat: Any, D: int, eps: Any) -> None:
     products, n = at(xhat, D), np.float32(D)
-    mean = total(x, D) / n
-    for d in range(D):
-        xhat[d] = x[d] - mean
-    rstd = np.float32(1) / math.sqrt(squares(xhat, D) / n + eps)
+    rstd = centre(x, xhat, D, eps)
     for d in range(D):
         xhat[d] *= rstd
         sums[d] += dy[d] * xhat[d]

@@ -143,7 +143,7 @@ def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: s
     for start in range(0, len(tokens), context - 1):
         window = tokens[start : start + context - 1]
         logits = forward(params, np.array([[tokenizer.bos_token_id, *window[:-1]]]), cfg, ops=ops)[0]  # (T, V)
-        nats += grad.cross_entropy(host(logits), window)[0]
+        nats += numpy_ops.cross_entropy(host(logits), window)[0]
     return nats, len(tokens), len(text.encode())
 
 

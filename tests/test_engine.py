@@ -307,7 +307,7 @@ class Eager(Engine):
 
 @pytest.mark.parametrize("kind", [Engine, Eager])
 def test_a_hundred_requests_say_what_each_says_alone_and_leave_no_page_behind(kind, monkeypatch):
-    """Over few pages; one in five is cancelled on its way. (Sixty where most work is done again and again.)"""
+    """Over few pages; one in five is cancelled on its way."""
     e, back = kind(LM, pages=16, max_batch=6, chunk=2 * PAGE), []
 
     def put_back(waiting, handle, key):
@@ -315,13 +315,13 @@ def test_a_hundred_requests_say_what_each_says_alone_and_leave_no_page_behind(ki
         bisect.insort(waiting, handle, key=key)
 
     monkeypatch.setattr(engine, "bisect", SimpleNamespace(insort=put_back))
-    asked = [(e.submit(ids, **options), ids, options) for ids, options in requests(100 if kind is Engine else 60, seed=0)]
+    asked = [(e.submit(ids, **options), ids, options) for ids, options in requests(100, seed=0)]
     for i, (handle, _, _) in enumerate(asked):
         if i % 5 == 0:
             [e.step() for _ in range(i % 4)]
             e.cancel(handle)
     run(e)
-    assert len(back) > 300 or kind is Engine
+    assert len(back) > 1000 or kind is Engine
     assert all(back)  # it is always the last that is put back, so the first goes on
     for handle, ids, options in asked:
         if handle.cancelled:

@@ -203,22 +203,40 @@ for kind in ("int8", "int4"):
 """
 
 
-def test_a_processor_without_wide_vectors(tmp_path):
-    """The same, compiled as for the plainest processor of this kind; float16 widens exactly there."""
-    halves = """
-from opt_fast import gemm
-x, half = np.random.default_rng(0).normal(size=(9, 50)).astype(np.float32), np.random.default_rng(1).normal(size=(21, 50)).astype(np.float16)
+PROGRAM = """
+from opt_fast import attention_cpu, gemm, gemm_int
+from opt_np import ops, quantize
+x, w = np.random.default_rng(0).normal(size=(9, 50)).astype(np.float32), np.random.default_rng(1).normal(size=(21, 50)).astype(np.float32)
+y = gemm.matmul(x, gemm.pack(w))
+assert np.abs(y - x.astype(float) @ w.T).max() < 1e-5
+assert (gemm.matmul(x[3:4], gemm.pack(w)) == y[3:4]).all()
+for kind in ("int8", "int4"):
+    leaf = quantize.quantize_matrix(w, kind)
+    y = gemm.matmul(x, gemm_int.PackedIntegers(**leaf))
+    assert np.abs(y - x.astype(float) @ ops.dequantized(**leaf).astype(float).T).max() < 2e-3
+    assert (gemm.matmul(x[3:4], gemm_int.PackedIntegers(**leaf)) == y[3:4]).all()
+half = w.astype(np.float16)
 assert (gemm.matmul(x, gemm.pack(half)) == gemm.matmul(x, gemm.pack(half.astype(np.float32)))).all()
+q, k, v = np.random.default_rng(2).normal(size=(3, 1, 40, 2, 10)).astype(np.float32)
+O, L = attention_cpu.attention_lse(q, k, v, 0.3, None)
+scores = np.where(np.tri(40, dtype=bool), 0.3 * np.einsum("bthd,bshd->bhts", q, k, dtype=float), -np.inf)
+P = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+assert np.abs(np.einsum("bhts,bshd->bthd", P, v) - O).max() < 1e-5
 print(gemm.TILE.name)
 """
+GENERIC = "plain" if platform.machine() in ("x86_64", "AMD64") else "NEON"  # the tile of the plainest processor of this kind
+
+
+def test_a_processor_without_wide_vectors(tmp_path):
+    """Products, attention and the model, compiled as for the plainest processor of this kind."""
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    program = f"import sys\nimport numpy as np\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\nfrom opt_fast import ops_cpu\n{MODEL}{halves}"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    paths = f"import sys\nimport numpy as np\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\nfrom opt_fast import ops_cpu\n"
+    run = subprocess.run([sys.executable, "-c", paths + MODEL + PROGRAM], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() in ("plain", "NEON")
+    assert run.stdout.strip() == GENERIC
 
 
-@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.name not in (gemm.TILE.name, "plain")], ids=lambda tile: tile.name)
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.name not in (gemm.TILE.name, GENERIC)], ids=lambda tile: tile.name)
 def test_a_model_in_another_processors_tiles(tile, tmp_path):
     """Everything but the registers' width: a model forward, backward and step by step, in the tiles of the processors that this is not."""
     assert run_in(tile, MODEL, tmp_path)

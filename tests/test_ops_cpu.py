@@ -96,6 +96,16 @@ def test_the_loss_and_its_gradient(N, V, size):
     assert close(dlogits, exact, 16 + 4 * size)
 
 
+def test_the_loss_of_logits_that_lie_apart_and_of_labels_that_are_none():
+    logits = numbers(3, 80)
+    loss, exact = ops.cross_entropy(logits[:, ::2].astype(float), np.array([1, 2, 3]))
+    ours, dlogits = ops_cpu.cross_entropy(logits[:, ::2], np.array([1, 2, 3]))
+    assert abs(ours - loss) <= 64 * EPS * loss
+    assert close(dlogits, exact)
+    with pytest.raises(IndexError, match="labels are 1 to 80; 80 logits have 0 to 79"):
+        ops_cpu.cross_entropy(logits, np.array([1, 80, 3]))
+
+
 def test_a_loss_that_is_no_number_says_so():
     logits = numbers(3, 40)
     logits[1, 7] = np.nan
