@@ -12,6 +12,7 @@ Forward, rows may have any lengths, and keys stand PAGE by PAGE wherever `Rows` 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +86,16 @@ weigh_one = micro_kernel(1, ABREAST, STRIDE, 1)
 scores_of, scores_of_one = micro_kernel(ROWS, 1, 1, ROWS, adds=False), micro_kernel(1, ABREAST, 0, ROWS, adds=False)
 
 
+class Forward(NamedTuple):
+    """A way to compute attention forward."""
+
+    kernels: dict[str, Kernel]  # by the dtype of keys and values, as it is stored
+    rows: int  # queries of a group: tasks have whole groups of them
+    needed: Callable[[int, int], int]  # numbers of memory for a task of so many queries, with heads of so many numbers
+    more: list  # arguments that come last
+    stored: str  # what keys and values may be stored as, in the fewest bits, without a change to the result
+
+
 class Rows(NamedTuple):
     """Which queries see which keys: rows of any lengths, T queries at the end of S keys."""
 
@@ -112,7 +123,8 @@ def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, ste
     return Rows(table, step, Dh, (places, visible))
 
 
-def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None,
+                  way: Forward | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
@@ -124,37 +136,37 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, vis
         k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
     row, step = steps(k)
     rows = rows_of(np.arange(B) * T, T, np.arange(B) * row, np.full(B, S), step, Dh, visible)
-    O, L = attend(q.reshape(B * T, H, Dh), k, v, rows, scale)
+    O, L = attend(q.reshape(B * T, H, Dh), k, v, rows, scale, way)
     return O.reshape(q.shape), L.reshape(B, T, H)
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float, way: Forward | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The same for rows of any lengths; k and v are arrays of any shape, float32 or 16-bit floats as BITS, in which rows.places count.
 
     q: (N, H, Dh)  ->  (N, H, Dh), (N, H)
     """
-    N, H, Dh = q.shape
+    (N, H, Dh), way = q.shape, way or IN_FLOAT32
     O, L = np.empty(q.shape, np.float32), np.empty((N, H), np.float32)
     if O.size:
-        Br, tasks = blocks(rows.table, H)
-        kernel, arguments = attention_call(np.ascontiguousarray(q), k, v, O, L, rows.table, tasks, rows.step, rows.apart, Br, scale)
-        kernel(*arguments, tasks=len(tasks) * H, scratch=attending(Br, Dh))
+        Br, tasks = blocks(way, rows.table, H)
+        kernel, arguments = attention_call(way, np.ascontiguousarray(q), k, v, O, L, rows.table, tasks, rows.step, rows.apart, Br, scale)
+        kernel(*arguments, tasks=len(tasks) * H, scratch=way.needed(Br, Dh))
     return O, L
 
 
-def attention_call(q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int, apart: int, Br: int,
-                   scale: float) -> tuple[Kernel, list]:  # fmt: skip
+def attention_call(way: Forward, q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int,
+                   apart: int, Br: int, scale: float) -> tuple[Kernel, list]:  # fmt: skip
     """The kernel that reads keys of this dtype, and its arguments."""
-    return FORWARD[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), Br, step, apart, *q.shape[1:], float_bits(scale)]
+    return way.kernels[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), Br, step, apart, *q.shape[1:], float_bits(scale), *way.more]
 
 
-def blocks(table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
+def blocks(way: Forward, table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
     """How many queries a task has at most, and the tasks, (n, 2): a row and its first query, those with most work first."""
     rows = [(int(T), int(S)) for T, S in table[:, 1:3]]
     longest = max(T for T, _ in rows)
     equals = sum(T for T, _ in rows) / longest  # as many rows of the longest's length
     parts = math.ceil(4 * get_num_threads() / (equals * H)) if longest > 1 else 1  # few heads: several tasks for each
-    Br = math.ceil(longest / parts / ROWS) * ROWS
+    Br = math.ceil(longest / parts / way.rows) * way.rows
 
     def work(task: tuple[int, int]) -> int:
         (T, S), first = rows[task[0]], task[1]
@@ -747,8 +759,11 @@ def copy(typing_context, rows, step, panel, n):
     return types.void(rows, types.intp, panel, types.intp), generate
 
 
-FORWARD, WRITE = (
-    {"<f4": variant(f, "float32", as_stored=floats), "<i2": variant(f, "float16", as_stored=int16s), "<u2": variant(f, "bfloat16", as_stored=uint16s)}
-    for f in (_forward, _write)
-)
+def by_dtype(function: Callable[[Any], None]) -> dict[str, Kernel]:
+    """The kernel for keys and values of each dtype."""
+    meanings = {"<f4": ("float32", floats), "<i2": ("float16", int16s), "<u2": ("bfloat16", uint16s)}
+    return {dtype: variant(function, name, as_stored=pointer) for dtype, (name, pointer) in meanings.items()}
+
+
+IN_FLOAT32, WRITE = Forward(by_dtype(_forward), ROWS, attending, [], "float32"), by_dtype(_write)
 PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)

@@ -314,7 +314,7 @@ def round_row(typing_context, x, n, target):
 def rounded(builder: Any, numbers: Any) -> Any:
     """A vector of float32 as bfloat16; a subnormal one may become 0, which it is to a product of tiles."""
     halves = ir.VectorType(ir.IntType(16), SIDE)
-    if UNIT == EMULATED:
+    if EMULATED in (UNIT, TILE.pairs):
         return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), halves)
     name = "llvm.x86.avx512bf16.cvtneps2bf16.512"  # LLVM takes 16-bit words for bfloat16, as it once declared them itself
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(halves, [VECTOR]), name), [numbers])
@@ -455,10 +455,10 @@ class EmulatedTiles(Tiles):
         return [total]
 
 
-def over_tiles(*products: str, few: bool = False) -> Any:
+def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
     """kernel(sums, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some that lie `gap` bytes apart.
 
-    Sums of bfloat16's products are added to what is there, those of bytes begin at 0. With `few` rows, weights are asked for ahead of their use.
+    Sums are added to what is there, or begin at 0. With `few` rows, weights are asked for ahead of their use.
     """
     count = len(products)
 
@@ -469,7 +469,7 @@ def over_tiles(*products: str, few: bool = False) -> Any:
             tiles = (EmulatedTiles if UNIT == EMULATED else Tiles)(builder)
             places = [builder.bitcast(builder.gep(sums, [INDEX(i * SIDE * SIDE)]), INT8.as_pointer()) for i in range(count)]
             for i, place in enumerate(places):
-                tiles.load(i, place) if products[0] == PAIRS else tiles.zero(i)
+                tiles.load(i, place) if adds else tiles.zero(i)
 
             def step(k: Any, carried: list) -> list:
                 offset = builder.mul(k, INDEX(TILE_BYTES))
@@ -493,5 +493,5 @@ def over_tiles(*products: str, few: bool = False) -> Any:
 
 
 one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))
-bytes_apart, bytes_of_few = over_tiles(*BYTES_OF), over_tiles(*BYTES_OF, few=True)
+bytes_apart, bytes_of_few = over_tiles(*BYTES_OF, adds=False), over_tiles(*BYTES_OF, few=True, adds=False)
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}

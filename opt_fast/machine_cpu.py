@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_fast import attention_cpu, ops_cpu, paged_cache, program_cpu
+from opt_fast import attention_bf16, attention_cpu, ops_cpu, paged_cache, program_cpu
 from opt_fast.gemm import BITS
 from opt_fast.kernel import address
 from opt_fast.paged_cache import PAGE, Row
@@ -39,7 +39,7 @@ class Machine:
     """The model over pages: one pass reads new tokens of any rows."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
-        self.params, self.cfg, self.pool = params, cfg, pool
+        self.params, self.cfg, self.pool, self.way = params, cfg, pool, attention_bf16.way_for(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
         self.reading: Any = None  # a program for as many tokens of prompts as were last read at once
 
@@ -51,7 +51,7 @@ class Machine:
         """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
-        batch = Batch(self.pool, pieces)
+        batch = Batch(self.pool, pieces, self.way)
         logits: Any = None
         x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
         if len(ids) == len(rows) and self.has_programs:
@@ -80,20 +80,20 @@ class Machine:
 
     def program(self, B: int) -> program_cpu.Program:
         if B not in self.programs:
-            self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.params)
+            self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.way, self.params)
         return self.programs[B]
 
     def reader(self, N: int) -> program_cpu.Program:
         if self.reading is None or len(self.reading.x) != N:
-            self.reading = program_cpu.Program(self.params["layers"], self.cfg, N, self.pool.dtype)
+            self.reading = program_cpu.Program(self.params["layers"], self.cfg, N, self.pool.dtype, self.way)
         return self.reading
 
 
 class Batch:
     """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
 
-    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
-        self.pool = pool
+    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]], way: attention_cpu.Forward) -> None:
+        self.pool, self.way = pool, way
         where = [(row.pages[n // PAGE] * pool.size + n % PAGE * pool.step, n) for row, count in pieces for n in range(row.length, row.length + count)]
         self.slots, self.positions = np.array(where).T  # (N), (N)
         table, first = [], 0

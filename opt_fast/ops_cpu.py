@@ -8,13 +8,13 @@ loading; one that is not packed is packed at each use, as training wants it. int
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_cpu, gemm, gemm_amx, program_cpu, rowwise, train_cpu
+from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_int import PackedIntegers
@@ -109,7 +109,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout:
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh)
     """
     if rows := getattr(layout, "rows", None):
-        return attention_cpu.attend(float32(q), k, v, rows, scale)[0]
+        return attention_cpu.attend(float32(q), k, v, rows, scale, layout.way)[0]
     return attention_lse(q, k, v, scale, layout)[0]
 
 
@@ -118,7 +118,8 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
     """
-    return attention_cpu.attention_lse(float32(q), float32(k), float32(v), scale, getattr(layout, "visible", None))
+    way, visible = getattr(layout, "way", None), getattr(layout, "visible", None)
+    return attention_cpu.attention_lse(float32(q), float32(k), float32(v), scale, visible, way)
 
 
 def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
@@ -172,20 +173,21 @@ def float32(x: np.ndarray) -> np.ndarray:
 
 
 def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, ops: ModuleType, cache: KVCache | None = None,
-            tap: model.Tap = model.no_tap, hidden_states: list | None = None) -> np.ndarray:  # fmt: skip
+            tap: model.Tap = model.no_tap, hidden_states: list | None = None, padding: bool = False) -> np.ndarray:  # fmt: skip
     """model.decoder, made faster in two cases, with the same bits: one token for each row goes through all blocks in one call; and where there
-    is padding, the same lines run on (N, D), the real tokens alone, and padding becomes 0.
+    is padding that nobody wants, the same lines run on (N, D), the real tokens alone, and padding becomes 0. Where the weights' products are in
+    tiles, attention's are (attention_bf16.py).
 
     x: (B, T, D)  ->  (B, T, D)
     """
-    real = None if layout.visible is None else layout.visible[:, layout.past :]  # (B, T)
-    if real is None or real.all() or with_holes(real):
+    real, way = None if layout.visible is None else layout.visible[:, layout.past :], attention_bf16.way_for(params)  # real: (B, T)
+    if padding or real is None or real.all() or with_holes(real):
         if x.shape[1] == 1 and type(cache) is KVCache and hidden_states is None:
-            y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache)
+            y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache, way)
             if y is not None:
                 return y
-        return model.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states)
-    ragged = Ragged(layout, real, cache, cfg)
+        return model.decoder(params, x, cfg, Whole(layout.visible, way), ops, cache, tap, hidden_states)  # type: ignore[arg-type]
+    ragged = Ragged(layout, real, cache, cfg, way)
     packed_states: list | None = None if hidden_states is None else []
     y = model.decoder(params, x[real], cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
     if hidden_states is not None:
@@ -198,11 +200,18 @@ def with_holes(real: np.ndarray) -> bool:
     return bool((np.diff(real, axis=1, prepend=False, append=False).sum(1) > 2).any())
 
 
+class Whole(NamedTuple):
+    """A layout of rows of one length, as `attention` sees it."""
+
+    visible: np.ndarray | None  # (B, S)
+    way: attention_cpu.Forward
+
+
 class Ragged:
     """A layout of real tokens alone, (N, …), each row's side by side, and the cache as the model's lines see it then."""
 
-    def __init__(self, layout: model.Layout, real: np.ndarray, cache: KVCache | None, cfg: OPTConfig) -> None:
-        self.real, self.cache, self.heads = real, cache, (cfg.num_attention_heads, cfg.head_dim)  # real: (B, T)
+    def __init__(self, layout: model.Layout, real: np.ndarray, cache: KVCache | None, cfg: OPTConfig, way: attention_cpu.Forward) -> None:
+        self.real, self.cache, self.way, self.heads = real, cache, way, (cfg.num_attention_heads, cfg.head_dim)  # real: (B, T)
         some, counts = real.any(1), real.sum(1)
         first, counts = (np.cumsum(counts) - counts)[some], counts[some]  # of the rows that have a token
         assert layout.visible is not None
@@ -236,12 +245,12 @@ class Ragged:
 
 
 def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
-    """The model over so many pages, for the engine; `dtype` is that of keys and values. Raises ValueError."""
+    """The model over so many pages, for the engine; `dtype` is that of keys and values, None what keeps the bits. Raises ValueError."""
     from opt_fast.machine_cpu import Machine, Pages  # which import this module
 
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
-    return Machine(params, cfg, Pages(cfg, pages, dtype or "float32"))
+    return Machine(params, cfg, Pages(cfg, pages, dtype or attention_bf16.way_for(params).stored))
 
 
 def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:

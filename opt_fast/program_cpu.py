@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numba import get_num_threads
 
-from opt_fast.attention_cpu import Rows, attending, attention_call, blocks, rows_of, steps, write_call
-from opt_fast.gemm import ROWS, Packed
+from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, rows_of, steps, write_call
+from opt_fast.gemm import Packed
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, lines, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
@@ -27,16 +27,16 @@ WIDTH = ARGUMENTS + 21  # of a table, at most
 KERNELS = 12  # of a block
 
 
-def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache) -> np.ndarray | None:
+def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache, way: Forward) -> np.ndarray | None:
     """All blocks for one token a row, whose keys and values are written into the cache; None where the parameters are not as `pack` left them.
 
     x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)
     """
     B, past = len(x), cache.length
-    if cache.program is None or not cache.program.serves(layers, cfg, B):
+    if cache.program is None or not cache.program.serves(layers, cfg, B, way):
         if not fit(layers, cfg):
             return None
-        cache.program = Program(layers, cfg, B, np.dtype(np.float32))
+        cache.program = Program(layers, cfg, B, np.dtype(np.float32), way)
     arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), x) for i in range(len(layers))]
     row, step = steps(arrays[0][0])
     rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, cfg.head_dim, visible)
@@ -94,14 +94,14 @@ Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks
 
 
 class Program:
-    """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype.
+    """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype, attention goes this way.
 
     With `params`, that is the whole model, the pass goes on to the logits.
     """
 
-    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, params: dict | None = None) -> None:
+    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, way: Forward, params: dict | None = None) -> None:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
-        self.cfg, self.dtype, self.parameters, self.threads = cfg, dtype, leaves(layers), get_num_threads()
+        self.cfg, self.dtype, self.way, self.parameters, self.threads = cfg, dtype, way, leaves(layers), get_num_threads()
         self.whole, self.written = params is not None, np.empty(0)
         self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
@@ -109,7 +109,7 @@ class Program:
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
         products = [p["weight"].needed for found in (*map(matrices, layers), end(params)[0] if params else []) for p in found]
-        scratch = lines(max(attending(B, cfg.head_dim), *products))
+        scratch = lines(max(way.needed(B, cfg.head_dim), *products))
         self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
         kernels = [line for layer in layers for line in self.block(layer, cfg)] + (self.ending(params, cfg) if params else [])
         self.lines = kernels  # with the arrays that the tables point to
@@ -131,7 +131,7 @@ class Program:
         source = h if pre else x  # a post-norm block's branch reads the stream itself
         norm, linear, nowhere = self.norm, self.linear, np.empty(0, self.dtype)
         write, writes, tasks = write_call(self.k, self.v, nowhere, nowhere, self.slots, Dh, Dh)
-        attention, attends = attention_call(self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, Dh, ROWS, Dh**-0.5)
+        attention, attends = attention_call(self.way, self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, Dh, 1, Dh**-0.5)
         add = ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True
         return [
             *([norm(norm1, h)] if pre else []),
@@ -170,10 +170,10 @@ class Program:
     def linear(self, x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
         return *p["weight"].call(x, x.shape[1], 1, p.get("bias", self.zeros), function, y, len(x)), after
 
-    def serves(self, layers: list[dict], cfg: OPTConfig, B: int) -> bool:
+    def serves(self, layers: list[dict], cfg: OPTConfig, B: int, way: Forward) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""
         found = leaves(layers)
-        same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and len(found) == len(self.parameters)
+        same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and way is self.way and len(found) == len(self.parameters)
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
@@ -190,12 +190,12 @@ class Program:
             logits = np.empty(self.shape, np.float32)
             self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
         R, H = len(rows.table), self.cfg.num_attention_heads
-        Br, tasks = ROWS, len(self.x)
+        Br, tasks = self.way.rows, len(self.x)
         self.slots[:], self.rows[:R] = slots, rows.table
         if tasks == R:
             self.tasks[:, 0], self.tasks[:, 1] = np.argsort(-rows.table[:, 2]), 0  # the row with most keys first
         else:
-            Br, found = blocks(rows.table, H)
+            Br, found = blocks(self.way, rows.table, H)
             tasks = len(found)
             self.tasks[:tasks] = found
         arguments[:, self.writing + 1, 7:9] = tasks, Br

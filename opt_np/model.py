@@ -170,8 +170,11 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     input_ids, tap = id_array(input_ids), tap or no_tap
     where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, where, ops, tap)
-    stack = decoder if tap is not no_tap or padding else getattr(ops, "decoder", decoder)  # a backend's own has the same bits, and 0 at padding
-    x = final(params, stack(params, x, cfg, where, ops, cache, tap, hidden_states), cfg, ops, tap)
+    if tap is no_tap and hasattr(ops, "decoder"):  # a backend's own, which may leave padding at 0
+        x = ops.decoder(params, x, cfg, where, ops, cache, tap, hidden_states, padding)
+    else:
+        x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
+    x = final(params, x, cfg, ops, tap)
     if hidden_states is not None:
         hidden_states.append(x)
     return x

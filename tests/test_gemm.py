@@ -332,6 +332,10 @@ for broken in (np.inf, -np.inf, np.nan):
 for dtype, stored in ((np.float32, "f4"), (np.float16, "i2")):
     assert gemm.pack(np.ones((3, 5), dtype)).panels.dtype == stored
 
+# attention in pairs
+import rounded_attention
+rounded_attention.checked(real=False)
+
 # a model: as precise as torch's; the same bits in a batch, step by step, and in the engine
 given = np.load(folder + "/given.npz")
 cfg = OPTConfig.from_dict(eval(str(given["config"])))

@@ -1,4 +1,4 @@
-"""Products in Intel's tiles: on processors that have them by themselves, and everywhere by an emulation of what Intel's manual says of them."""
+"""Products and attention in Intel's tiles: on processors that have them by themselves, and everywhere by an emulation of what the manual says."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ spec.loader.exec_module(opt_fast.gemm_amx)
 PROGRAM = """
 import pickle, sys
 sys.path.insert(0, root + "/tests")
-import ml_dtypes, numba, numpy as np, small
-from opt_fast import gemm, gemm_amx, gemm_int, ops_cpu
+import ml_dtypes, numba, numpy as np, rounded_attention, small
+from opt_fast import attention_bf16, gemm, gemm_amx, gemm_int, machine_cpu, ops_cpu
 from opt_fast.engine import Engine
 from opt_fast.gemm_amx import GROUP, PackedTiles
 from opt_np import OPTForCausalLM, model, quantize
@@ -77,6 +77,8 @@ for broken in (np.inf, -np.inf, np.nan):
     assert np.isnan(y[1]).all() and np.allclose(y[[0, 2]], 70, rtol=1e-4)
 assert gemm.matmul(np.ones((0, 70), np.float32), PackedTiles(np.ones((5, 70), bfloat16))).shape == (0, 5)
 
+found |= rounded_attention.checked(real=unit == "AMX")
+
 # a model: the same bits in a batch, step by step, and in the engine
 cfg = small.config(num_hidden_layers=1, max_position_embeddings=300)
 params, ids = small.params(cfg), small.ids(cfg, 2, 23)
@@ -91,6 +93,8 @@ for dtype in ("bfloat16", "int8"):
     assert np.abs(logits - exact)[mask == 1].max() < (2e-2 if dtype == "bfloat16" else 1e-3) * np.abs(exact).max()
     for row, seen, ours in zip(ids, mask, logits):
         assert (model.forward(packed, row[seen == 1][None], cfg, ops=ops_cpu)[0] == ours[seen == 1]).all()
+    hidden = [model.last_hidden_state(packed, ids, cfg, attention_mask=mask, ops=ops_cpu, padding=padding)[mask == 1] for padding in (False, True)]
+    assert (hidden[0] == hidden[1]).all()
     cache = KVCache()
     parts = [model.forward(packed, ids[:, a:b], cfg, cache=cache, attention_mask=mask[:, :b], ops=ops_cpu) for a, b in ((0, 17), (17, 22), (22, 23))]
     assert cache.program is not None
@@ -98,6 +102,7 @@ for dtype in ("bfloat16", "int8"):
     assert (model.forward(tree, ids, cfg, attention_mask=mask, ops=ops_cpu)[mask == 1] == logits[mask == 1]).all()  # packed at each use
     lm, long = OPTForCausalLM(tree, cfg, backend="cpu"), small.ids(cfg, 1, 140)  # long enough to be read by a program
     engine = Engine(lm)
+    assert engine.pool.dtype == np.uint16 and machine_cpu.Machine(packed, cfg, engine.pool).way is attention_bf16.IN_BFLOAT16
     handles = [engine.submit(long, max_new_tokens=4), engine.submit(ids[1:, :9], max_new_tokens=3)]
     assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
@@ -114,7 +119,7 @@ def run(unit, folder):
         source = (ROOT / "opt_fast" / "gemm_amx.py").read_text(encoding="utf-8")
         assert source.count("UNIT = unit()") == 1
         (folder / "gemm_amx.py").write_text(source.replace("UNIT = unit()", f"UNIT = {unit!r}"), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(folder / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(folder / f"kernels of {unit}")}
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", variables + emulated + PROGRAM], capture_output=True, text=True, env=environment, check=False
     )
@@ -123,7 +128,7 @@ def run(unit, folder):
         return dict(found)
 
 
-def test_products_in_tiles(tmp_path):
+def test_products_and_attention_in_tiles(tmp_path):
     """Right for every shape, and the same bits however the work is cut; where the processor has tiles, they give the bits of the manual."""
     emulated = run(gemm.EMULATED, tmp_path)
     if gemm_amx.UNIT:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import build
 
-from opt_fast import gemm, ops_cpu
+from opt_fast import attention_bf16, gemm, ops_cpu
+from opt_fast.gemm import TILE
 from opt_fast.gemm_int import BLOCK_K, PackedIntegers
 from opt_np import CheckpointError, OPTForCausalLM, OPTForSequenceClassification, OPTTokenizer, checkpoint, grad, model, ops
 from opt_np.cli import SHIPPED, main
@@ -203,7 +204,7 @@ def test_nan_and_infinity_stay_in_their_rows_and_zero_is_zero(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("variant", ["pre_norm", "like_350m", "galactica_30b", "untied", "wide_embeddings"])
-def test_both_backends_compute_what_the_leaves_mean(variant, kind):
+def test_both_backends_compute_what_the_leaves_mean(variant, kind, monkeypatch):
     _, cfg, exact = build(variant)
     tree, cfg = quantized(small.cast(exact, "float32"), cfg, *kind)
     meaning = {name: a for name, a in flatten(tree).items() if not name.endswith((".scale", ".columns"))}
@@ -214,7 +215,11 @@ def test_both_backends_compute_what_the_leaves_mean(variant, kind):
     ids = np.random.default_rng(0).integers(4, cfg.vocab_size, (2, 11))
     expected = model.forward(unflatten({name: np.asarray(a, np.float64) for name, a in meaning.items()}), ids, cfg)
     assert np.abs(model.forward(tree, ids, cfg) - expected).max() < 1e-5 * np.abs(expected).max()
-    assert np.abs(model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu) - expected).max() < 3e-4 * np.abs(expected).max()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_bf16, "TILE", TILE._replace(pairs=""))  # attention in float32, for it hides small errors where it is in bfloat16
+        assert np.abs(model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu) - expected).max() < 3e-4 * np.abs(expected).max()
+    if TILE.pairs:
+        assert np.abs(model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu) - expected).max() < 5e-3 * np.abs(expected).max()
     np.testing.assert_array_equal(model.forward(tree, ids, cfg, ops=ops_cpu), model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu))
     lm = OPTForCausalLM(small.cast(exact, "float32"), build(variant)[1])
     assert OPTForCausalLM(tree, cfg).num_parameters() == OPTForCausalLM(tree, cfg, backend="cpu").num_parameters() == lm.num_parameters()

@@ -1,0 +1,703 @@
+"""Attention of models in bfloat16 or whole numbers, where the processor multiplies bfloat16: FlashAttention-2 as in attention_cpu.py.
+
+Queries, keys, values and weights are rounded to bfloat16, as HF does in that type; sums, the softmax and what it divides by stay float32. Keys are
+the rows of a product: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ. So 16 queries stand side by side in a vector and each lane has a softmax of its own, keys are used
+as they lie, and two neighbouring rows of weights make the pairs that the second product wants. Products are in the tiles of gemm_amx.py, or where
+there are none the same of 16 vectors, by gemm.py's products of pairs.
+
+A query that is alone, as in decoding, takes keys and values from where they stand, and computes the same sums in vectors. In tiles (TDPBF16PS) those
+are, of 32 neighbours, the first, third … and the second, fourth … apart, then both, then what there was. These instructions take subnormal numbers as
+0, and so do all in this kernel: the same bits whether a query comes alone or with others, and whether keys are kept in float32 or in bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from ml_dtypes import bfloat16
+from numba import types
+
+from opt_fast.attention_cpu import BC, IN_FLOAT32, LOWEST, Forward, by_dtype, float32_at
+from opt_fast.gemm import EMULATED, TILE, pair_products, widened
+from opt_fast.gemm_amx import PAIRS, SHAPES, SIDE, TILE_BYTES, UNIT, configure, instruction, over_tiles, release, rounded
+from opt_fast.kernel import (
+    ARGUMENTS,
+    BYTES,
+    DONE,
+    MEMORY,
+    TASKS,
+    THREADS,
+    across,
+    at,
+    broadcast,
+    bytes_,
+    claim,
+    every,
+    float_of,
+    floats,
+    inner,
+    int64s,
+    intrinsic,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    rows_from,
+    store,
+    transposed,
+    uint16s,
+)
+from opt_fast.paged_cache import PAGE
+
+as_stored = floats  # keys and values: the kernel has variants
+IN_TILES, WIDE = bool(UNIT), TILE._replace(width=SIDE)
+PAIR = 2 * SIDE  # keys or numbers of d, of a row of a tile
+BLOCKS = BC // PAIR  # of keys
+LINE_SIZE = PAIR * SIDE  # of what is copied beside, where heads are no whole tiles
+POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # 2ᶠ, the highest first: the least relative error in |f| ≤ 1/2 of those that are 1 at 0
+FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
+INDEX, SINGLE = ir.IntType(64), ir.IntType(32)
+VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
+
+assert BC % PAIR == PAGE % PAIR == 0
+
+
+def needed(queries: int, Dh: int) -> int:
+    """Numbers of memory that a task of so many queries needs."""
+    deep, wide, groups = math.ceil(Dh / PAIR), math.ceil(Dh / SIDE), math.ceil(queries / SIDE)
+    tiles = BC // SIDE * deep + BLOCKS * wide + groups * (deep + wide)
+    return BC * SIDE + tiles * TILE_BYTES // 4 + 2 * groups * SIDE + LINE_SIZE + wide * SIDE
+
+
+def _forward(table: Any) -> None:
+    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    k, v = as_stored(a[1]), as_stored(a[2])
+    q, O, L, rows_table, tasks, n = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7]
+    step, apart, H, Dh, scale = a[9], a[10], a[11], a[12], float_of(a[13])
+    Br, shapes, before = a[8], bytes_(a[14]), flush()
+    task = claim(table, TASKS)
+    while task < n * H:
+        h, row, first = task % H, at(rows_table, tasks[task // H * 2] * 5), tasks[task // H * 2 + 1]
+        T, S, places, mask, hides = row[1], row[2], int64s(row[3]), bytes_(row[4]), row[4]
+        past, count, origin = S - T, min(Br, T - first), (row[0] + first) * H + h
+        x, o, lse = at(q, origin * Dh), at(O, origin * Dh), at(L, origin)
+        if count == 1 and hides == 0 and Dh % SIDE == 0:
+            attend_alone(x, k, v, places, h * apart, step, past + first + 1, Dh, scale, floats(place), o, lse)
+        else:
+            attend_groups(x, k, v, places, h * apart, step, mask, hides, past + first, count, H, Dh, scale, shapes, place, o, lse)
+        claim(table, DONE)
+        task = claim(table, TASKS)
+    restore(before)
+
+
+@inner
+def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mask: Any, hides: int, past: int, count: int, H: int, Dh: int,
+                  scale: Any, shapes: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
+    """Some queries of a head, the first of which sees `past` keys besides its own."""
+    deep, wide, groups = (Dh + PAIR - 1) // PAIR, (Dh + SIDE - 1) // SIDE, (count + SIDE - 1) // SIDE  # tiles along d, as pairs and as single ones
+    scores, keys = floats(place), place + 4 * BC * SIDE
+    values = keys + BC // SIDE * deep * TILE_BYTES
+    queries = values + wide * BLOCKS * TILE_BYTES
+    acc = floats(queries + groups * deep * TILE_BYTES)
+    m = at(acc, groups * wide * SIDE * SIDE)
+    l = at(m, groups * SIDE)
+    line = at(l, groups * SIDE)
+    for i in range(groups * SIDE):
+        m[i], l[i] = -np.inf, 0
+        for d in range(wide * SIDE):
+            acc[i * wide * SIDE + d] = 0
+    for g in range(groups):
+        pack_queries(at(q, g * SIDE * H * Dh), H * Dh, min(SIDE, count - g * SIDE), Dh, scale, bytes_(queries + g * deep * TILE_BYTES), line)
+    configure(shapes)
+    for key in range(0, past + count, BC):
+        tile, shown = min(BC, past + count - key), at(mask, key)
+        for j in range(0, tile, PAGE):
+            here, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
+            pack_keys(at(k, here), step, some, Dh, bytes_(keys + j // SIDE * deep * TILE_BYTES), line)
+            pack_values(at(v, here), step, some, Dh, bytes_(values + j // PAIR * TILE_BYTES), line)
+        for j in range((tile + PAIR - 1) // PAIR * PAIR if hides else 0):
+            if j >= tile or not shown[j]:  # lest a weight of 0 times NaN be NaN
+                for d in range(wide * SIDE):
+                    uint16s(values + (d // SIDE * BLOCKS + j // PAIR) * TILE_BYTES)[d % SIDE * PAIR + j % PAIR] = 0
+        for g in range(max(0, key - past) // SIDE, groups):  # from the first queries that see this tile
+            limit = past + g * SIDE + 1 - key  # the group's first query sees so many keys of the tile
+            seen = min(tile, limit + min(SIDE, count - g * SIDE) - 1)
+            blocks, sums = (seen + PAIR - 1) // PAIR, at(acc, g * wide * SIDE * SIDE)
+            score(scores, bytes_(keys), deep, bytes_(queries + g * deep * TILE_BYTES), (seen + SIDE - 1) // SIDE)
+            for j in range(max(0, min(limit, seen)), blocks * PAIR):
+                hide(at(scores, j * SIDE), j - limit + 1 if j < tile else SIDE)
+            for j in range(seen if hides else 0):
+                if not shown[j]:
+                    hide(at(scores, j * SIDE), SIDE)
+            soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
+            weigh(sums, bytes_(values), wide, scores, blocks)
+    release()
+    for g in range(groups):
+        rows = min(SIDE, count - g * SIDE)
+        for t in range(wide):
+            columns, sums, corner = min(SIDE, Dh - t * SIDE), at(acc, (g * wide + t) * SIDE * SIDE), at(O, g * SIDE * H * Dh + t * SIDE)
+            whole = rows == columns == SIDE
+            divide(sums, at(l, g * SIDE), corner if whole else line, H * Dh if whole else SIDE)
+            if not whole:
+                for r in range(rows):
+                    for d in range(columns):
+                        corner[r * H * Dh + d] = line[r * SIDE + d]
+        for r in range(rows):
+            L[(g * SIDE + r) * H] = m[g * SIDE + r] + math.log(l[g * SIDE + r])
+
+
+@inner
+def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, scores: Any, O: Any, L: Any) -> None:
+    """One query: keys and values are used where they stand."""
+    acc, weights = at(scores, BC), pairs_of(scores)
+    m, l = at(acc, Dh), at(acc, Dh + 1)
+    xs = pairs_of(at(acc, Dh + 2))
+    m[0], l[0] = -np.inf, 0
+    for d in range(Dh):
+        acc[d] = 0
+    round_scaled(q, scale, Dh, xs)
+    for key in range(0, S, BC):
+        tile = min(BC, S - key)
+        columns = (tile + SIDE - 1) // SIDE * SIDE
+        for j in range(0, tile, PAGE):
+            page, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
+            for c in range(0, some, SIDE):
+                dots(at(scores, j + c), xs, at(k, page + c * step), step, min(SIDE, some - c), Dh)
+        for j in range(tile, columns):
+            scores[j] = -np.inf
+        shrink = soften_one(scores, columns, m, l)
+        for d in range(Dh):
+            acc[d] *= shrink
+        for j in range(0, tile, PAGE):
+            page, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
+            d = 0
+            while d + 4 * SIDE <= Dh:
+                weigh_side(at(acc, d), at(weights, j // 2), at(v, page + d), step, some)
+                d += 4 * SIDE
+            while d < Dh:
+                weigh_vector(at(acc, d), at(weights, j // 2), at(v, page + d), step, some)
+                d += SIDE
+    part = np.float32(1) / l[0]
+    for d in range(Dh):
+        O[d] = acc[d] * part
+    L[0] = m[0] + math.log(l[0])
+
+
+# ---- products ----------------------------------------------------------------------------------------------------------------------------
+
+
+def by_vectors(adds: bool) -> Any:
+    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, x, gap, strip, n)."""
+
+    @intrinsic
+    def kernel(typing_context, sums, x, gap, strip, n):
+        def generate(context, builder, signature, arguments):
+            sums, x, _, strip, n = arguments
+            places = [builder.gep(sums, [INDEX(r * SIDE)]) for r in range(SIDE)]
+
+            def tile(t: Any, totals: list) -> list:
+                offset = builder.mul(t, INDEX(TILE_BYTES))
+
+                def word(k: Any, carried: list) -> list:
+                    column = builder.add(offset, builder.mul(k, INDEX(4)))
+                    line = load(builder, builder.gep(strip, [builder.add(offset, builder.mul(k, INDEX(4 * SIDE)))]), WORDS)
+                    pairs = [builder.gep(x, [builder.add(column, INDEX(r * 4 * SIDE))]) for r in range(SIDE)]
+                    pairs = [broadcast(builder, builder.load(builder.bitcast(place, SINGLE.as_pointer())), WORDS) for place in pairs]
+                    return [pair_products(builder, pair, line, total, WIDE) for pair, total in zip(pairs, carried, strict=True)]
+
+                return loop(builder, INDEX(SIDE), 1, totals, word)
+
+            before = [load(builder, place, VECTOR) if adds else every(VECTOR, 0.0) for place in places]
+            for place, total in zip(places, loop(builder, n, 1, before, tile), strict=True):
+                store(builder, total, place)
+            return context.get_dummy_value()
+
+        return types.void(sums, x, types.int64, strip, types.int64), generate
+
+    return kernel
+
+
+def products(count: int, adds: bool) -> Any:
+    """For so many tiles of sums, which are one after the other; what they begin with is added to, or written over."""
+    return over_tiles(*[PAIRS] * count, adds=adds) if UNIT else by_vectors(adds)
+
+
+three, two, one = (products(count, True) for count in (3, 2, 1))
+three_new, two_new, one_new = (products(count, False) for count in (3, 2, 1))
+
+
+@inner
+def score(scores: Any, keys: Any, deep: int, queries: Any, n: int) -> None:
+    """scores[j] = key j · each of 16 queries, for n tiles of 16 keys."""
+    i = 0
+    while i < n:
+        target, x, gap = at(scores, i * SIDE * SIDE), at(keys, i * deep * TILE_BYTES), deep * TILE_BYTES
+        if IN_TILES and n - i >= 3:
+            three_new(target, x, gap, queries, deep)
+            i += 3
+        elif IN_TILES and n - i == 2:
+            two_new(target, x, gap, queries, deep)
+            i += 2
+        else:
+            one_new(target, x, gap, queries, deep)
+            i += 1
+
+
+@inner
+def weigh(sums: Any, values: Any, wide: int, weights: Any, blocks: int) -> None:
+    """sums[d] += Σ weights[j] · values[d, j] for each of 16 queries, over blocks of 32 keys."""
+    i, strip = 0, bytes_of(weights)
+    while i < wide:
+        target, x, gap = at(sums, i * SIDE * SIDE), at(values, i * BLOCKS * TILE_BYTES), BLOCKS * TILE_BYTES
+        if IN_TILES and (wide - i == 3 or wide - i > 4):
+            three(target, x, gap, strip, blocks)
+            i += 3
+        elif IN_TILES and wide - i > 1:
+            two(target, x, gap, strip, blocks)
+            i += 2
+        else:
+            one(target, x, gap, strip, blocks)
+            i += 1
+
+
+@intrinsic
+def bytes_of(typing_context, numbers):
+    """The same address, for tiles."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(numbers), generate
+
+
+def halves_at(builder: Any, place: Any, stored: Any) -> Any:
+    """LLVM: 16 numbers as bfloat16, which they may be already."""
+    return load(builder, place, HALVES) if stored == types.uint16 else rounded(builder, widened(builder, place, VECTOR, stored, TILE))
+
+
+def as_pairs(builder: Any, first: Any, second: Any) -> Any:
+    """LLVM: two vectors of bfloat16 as one of pairs."""
+    return builder.or_(builder.zext(first, WORDS), builder.shl(builder.zext(second, WORDS), every(WORDS, SIDE)))
+
+
+@inner
+def pack_keys(k: Any, step: int, n: int, Dh: int, keys: Any, line: Any) -> None:
+    """n keys as tiles of 16 keys by 16 pairs of d, all pairs of some keys side by side; zeros beyond Dh."""
+    whole, deep = Dh // PAIR * PAIR, (Dh + PAIR - 1) // PAIR
+    for j in range(n):
+        target = at(keys, j // SIDE * deep * TILE_BYTES + j % SIDE * 4 * SIDE)
+        if whole:
+            round_row(at(k, j * step), whole, target)
+        if whole < Dh:
+            for d in range(PAIR):
+                line[d] = float32_at(k, j * step + whole + d) if whole + d < Dh else np.float32(0)
+            round_row(line, PAIR, at(target, whole // PAIR * TILE_BYTES))
+
+
+@inner
+def pack_queries(q: Any, step: int, n: int, Dh: int, scale: Any, queries: Any, line: Any) -> None:
+    """16 queries, times `scale`, as tiles of 16 pairs of d by 16 queries; of the last again where they are fewer."""
+    for t in range((Dh + PAIR - 1) // PAIR):
+        source, apart = at(q, t * PAIR), step
+        if (t + 1) * PAIR > Dh:
+            for r in range(n):
+                for d in range(PAIR):
+                    line[r * PAIR + d] = source[r * step + d] if t * PAIR + d < Dh else np.float32(0)
+            source, apart = line, PAIR
+        pack_turned(source, apart, n, scale, at(queries, t * TILE_BYTES))
+
+
+@inner
+def pack_values(v: Any, step: int, n: int, Dh: int, values: Any, line: Any) -> None:
+    """n values as tiles of 16 numbers of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; beyond n the last again, for which weights are 0."""
+    for j in range(0, n, PAIR):
+        rows = min(PAIR, n - j)
+        for t in range((Dh + SIDE - 1) // SIDE):
+            source, target = at(v, j * step + t * SIDE), at(values, (t * BLOCKS + j // PAIR) * TILE_BYTES)
+            if (t + 1) * SIDE <= Dh:
+                pack_pairs(source, step, rows, target)
+            else:
+                for r in range(rows):
+                    for d in range(SIDE):
+                        line[r * SIDE + d] = float32_at(source, r * step + d) if t * SIDE + d < Dh else np.float32(0)
+                pack_pairs(line, SIDE, rows, target)
+
+
+@intrinsic
+def round_row(typing_context, x, n, target):
+    """n numbers, whole rows of tiles, as bfloat16: a row of each tile."""
+
+    def generate(context, builder, signature, arguments):
+        x, n, target = arguments
+
+        def body(k: Any, carried: list) -> list:
+            for half in range(2):
+                halves = halves_at(builder, builder.gep(x, [builder.add(k, INDEX(half * SIDE))]), signature.args[0].dtype)
+                store(builder, halves, builder.gep(target, [builder.add(builder.mul(k, INDEX(TILE_BYTES // PAIR)), INDEX(2 * SIDE * half))]))
+            return []
+
+        loop(builder, n, PAIR, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, target), generate
+
+
+@intrinsic
+def pack_turned(typing_context, rows, step, n, scale, tile):
+    """32 numbers of 16 rows, times `scale`: a tile of 16 pairs of numbers by 16 rows; of the last of n rows again where they are fewer."""
+
+    def generate(context, builder, signature, arguments):
+        rows, step, n, scale, tile = arguments
+        scale, lines = broadcast(builder, scale, VECTOR), []
+        for place in rows_from(builder, rows, step, n, SIDE):
+            numbers = [load(builder, builder.gep(place, [INDEX(half * SIDE)]), VECTOR) for half in range(2)]
+            lines.append(side_by_side(builder, *(rounded(builder, builder.fmul(number, scale)) for number in numbers)))
+        for r, line in enumerate(transposed(builder, lines)):
+            store(builder, line, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64, types.float32, tile), generate
+
+
+def side_by_side(builder: Any, low: Any, high: Any) -> Any:
+    """LLVM: two vectors of 16 bfloat16 as 16 pairs of neighbours."""
+    return builder.bitcast(builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(SINGLE, PAIR), list(range(PAIR)))), WORDS)
+
+
+@intrinsic
+def pack_pairs(typing_context, rows, step, n, tile):
+    """16 numbers of 32 rows: a tile of 16 numbers by 16 pairs of rows; of the last of n rows again where they are fewer."""
+
+    def generate(context, builder, signature, arguments):
+        rows, step, n, tile = arguments
+        halves = [halves_at(builder, place, signature.args[0].dtype) for place in rows_from(builder, rows, step, n, PAIR)]
+        pairs = [as_pairs(builder, *halves[r : r + 2]) for r in range(0, PAIR, 2)]
+        for r, line in enumerate(transposed(builder, pairs)):
+            store(builder, line, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64, tile), generate
+
+
+# ---- a group's softmax: a vector holds a key's scores for 16 queries ---------------------------------------------------------------------
+
+
+@intrinsic
+def hide(typing_context, scores, queries):
+    """A key is hidden from so many of the first queries."""
+
+    def generate(context, builder, signature, arguments):
+        scores, queries = arguments
+        lanes = ir.Constant(WORDS, list(range(SIDE)))
+        hidden = builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(queries, SINGLE), WORDS))
+        store(builder, builder.select(hidden, every(VECTOR, -math.inf), load(builder, scores, VECTOR)), scores)
+        return context.get_dummy_value()
+
+    return types.void(scores, types.int64), generate
+
+
+@intrinsic
+def soften(typing_context, scores, n, m, l, acc, d):
+    """Scores of n keys become weights, in pairs of keys, under the queries' new maxima; older sums, `d` rows of acc, shrink."""
+
+    def generate(context, builder, signature, arguments):
+        scores, n, m, l, acc, d = arguments
+        count = 4  # keys at a time: as many sums that do not wait for each other
+
+        def row(base: Any, k: Any, r: int = 0) -> Any:
+            return builder.gep(base, [builder.add(builder.mul(k, INDEX(SIDE)), INDEX(r * SIDE))])
+
+        def highest_of(k: Any, carried: list) -> list:
+            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
+
+        before = load(builder, m, VECTOR)
+        found = loop(builder, n, count, [before] * count, highest_of)
+        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
+        shown = seen_yet(builder, highest)
+        shrink = weight_of(builder, before, shown)
+
+        def shrunk(k: Any, _: list) -> list:
+            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
+            return []
+
+        loop(builder, d, 1, [], shrunk)
+
+        def weights(k: Any, carried: list) -> list:
+            numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]
+            for r in range(0, count, 2):
+                first, second = (rounded_weight(builder, number) for number in numbers[r : r + 2])
+                pairs = builder.or_(builder.lshr(first, every(WORDS, 16)), builder.and_(second, every(WORDS, 0xFFFF0000)))
+                store(builder, pairs, builder.gep(scores, [builder.add(builder.mul(k, INDEX(SIDE // 2)), INDEX(r // 2 * SIDE))]))
+            return [builder.fadd(total, number) for total, number in zip(carried, numbers, strict=True)]
+
+        totals = loop(builder, n, count, [every(VECTOR, 0.0)] * count, weights)
+        total = builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3]))
+        store(builder, builder.fadd(builder.fmul(load(builder, l, VECTOR), shrink), total), l)
+        store(builder, highest, m)
+        return context.get_dummy_value()
+
+    return types.void(scores, types.int64, m, l, acc, types.int64), generate
+
+
+def seen_yet(builder: Any, highest: Any) -> Any:
+    """LLVM: 0 where no score was seen, for -inf - -inf would be NaN."""
+    return builder.select(builder.fcmp_ordered("==", highest, every(VECTOR, -math.inf)), every(VECTOR, 0.0), highest)
+
+
+def weight_of(builder: Any, score: Any, highest: Any) -> Any:
+    """LLVM: exp(score - highest) = 2ⁿ · 2ᶠ, n whole and |f| ≤ 1/2, within 3e-6 of itself, where a bfloat16 has 4e-3; exactly 1 for the highest.
+
+    0 where it would be subnormal. NaN stays NaN: it comes from bfloat16, so the lower bits, which are added to the exponent, are 0.
+    """
+
+    def number(value: float) -> Any:
+        return every(VECTOR, float(np.float32(value)))
+
+    less = builder.fsub(score, highest)
+    magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
+    shifted = multiply_add(builder, less, number(1 / math.log(2)), magic, True)
+    f = multiply_add(builder, less, number(1 / math.log(2)), builder.fsub(magic, shifted), True)
+    p = number(POWERS[0])
+    for coefficient in POWERS[1:]:
+        p = multiply_add(builder, p, f, number(coefficient), True)
+    exponent = builder.shl(builder.bitcast(shifted, WORDS), every(WORDS, 23))
+    value = builder.add(builder.bitcast(p, WORDS), exponent)
+    return builder.bitcast(builder.select(builder.fcmp_ordered("<", less, number(LOWEST)), every(WORDS, 0), value), VECTOR)
+
+
+def rounded_weight(builder: Any, weight: Any) -> Any:
+    """LLVM: the bits of the nearest bfloat16 above 16 others, which say nothing; of two as near the larger."""
+    return builder.add(builder.bitcast(weight, WORDS), every(WORDS, 0x8000))
+
+
+@intrinsic
+def divide(typing_context, acc, l, rows, step):
+    """16 rows of sums, of 16 queries each, by the queries' l: a row for each query, `step` apart; exactly 0 where no key is seen."""
+
+    def generate(context, builder, signature, arguments):
+        acc, l, rows, step = arguments
+        places = [[INDEX(r * SIDE)] for r in range(SIDE)]
+        sums = load(builder, l, VECTOR)
+        none, part = builder.fcmp_ordered("==", sums, every(VECTOR, 0.0)), builder.fdiv(every(VECTOR, 1.0), sums)
+        lines = [builder.fmul(load(builder, builder.gep(acc, place), VECTOR), part) for place in places]
+        lines = [builder.select(none, every(VECTOR, 0.0), line) for line in lines]
+        for r, line in enumerate(transposed(builder, lines)):
+            store(builder, line, builder.gep(rows, [builder.mul(step, INDEX(r))]))
+        return context.get_dummy_value()
+
+    return types.void(acc, l, rows, types.int64), generate
+
+
+# ---- one query: what tiles compute, in vectors -------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def soften_one(typing_context, scores, n, m, l):
+    """Scores of n keys, whole vectors, become weights in pairs, as `soften` makes them; returns by what earlier sums shrink."""
+
+    def generate(context, builder, signature, arguments):
+        scores, n, m, l = arguments
+        quarters = [ir.Constant(ir.VectorType(SINGLE, 4), list(range(c, c + 4))) for c in range(0, SIDE, 4)]
+        before = builder.load(m)
+        (lanes,) = loop(builder, n, SIDE, [broadcast(builder, before, VECTOR)],
+                        lambda k, carried: [larger(builder, load(builder, builder.gep(scores, [k]), VECTOR), carried[0])])  # fmt: skip
+        highest = across(builder, lanes, larger)
+        shown = seen_yet(builder, broadcast(builder, highest, VECTOR))
+        shrink = builder.extract_element(weight_of(builder, broadcast(builder, before, VECTOR), shown), SINGLE(0))
+
+        def weights(k: Any, carried: list) -> list:
+            place = builder.gep(scores, [k])
+            number = weight_of(builder, load(builder, place, VECTOR), shown)
+            halves = builder.trunc(builder.lshr(rounded_weight(builder, number), every(WORDS, 16)), HALVES)
+            store(builder, halves, builder.gep(scores, [builder.udiv(k, INDEX(2))]))
+            (total,) = carried
+            for quarter in quarters:
+                total = builder.fadd(total, builder.shuffle_vector(number, number, quarter))
+            return [total]
+
+        (total,) = loop(builder, n, SIDE, [every(ir.VectorType(ir.FloatType(), 4), 0.0)], weights)
+        total = across_neighbours(builder, total)
+        builder.store(builder.fadd(builder.fmul(builder.load(l), shrink), total), l)
+        builder.store(highest, m)
+        return shrink
+
+    return types.float32(scores, types.int64, m, l), generate
+
+
+def across_neighbours(builder: Any, four: Any) -> Any:
+    """LLVM: (a + b) + (c + d)."""
+    a, b, c, d = (builder.extract_element(four, SINGLE(lane)) for lane in range(4))
+    return builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+
+
+@intrinsic
+def pairs_of(typing_context, numbers):
+    """The same address, for words."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], SINGLE.as_pointer())
+
+    return types.CPointer(types.int32)(numbers), generate
+
+
+@intrinsic
+def round_scaled(typing_context, x, scale, n, pairs):
+    """n numbers, whole vectors, times `scale`, as pairs of bfloat16."""
+
+    def generate(context, builder, signature, arguments):
+        x, scale, n, pairs = arguments
+        scale = broadcast(builder, scale, VECTOR)
+
+        def body(k: Any, _: list) -> list:
+            numbers = builder.fmul(load(builder, builder.gep(x, [k]), VECTOR), scale)
+            store(builder, rounded(builder, numbers), builder.gep(pairs, [builder.udiv(k, INDEX(2))]))
+            return []
+
+        loop(builder, n, SIDE, [], body)
+        return context.get_dummy_value()
+
+    return types.void(x, types.float32, types.int64, pairs), generate
+
+
+def met(builder: Any, word: Any, pairs: Any, sums: list) -> list:
+    """LLVM: a pair meets a vector of pairs: products are added to one vector of sums, or as tiles do it to two, of first and of second numbers."""
+    if not IN_TILES:
+        return [pair_products(builder, broadcast(builder, word, WORDS), pairs, sums[0], WIDE)]
+    both = [[builder.shl(x, ones(x, 16)), builder.and_(x, ones(x, 0xFFFF0000))] for x in (word, pairs)]
+    weights = [broadcast(builder, builder.bitcast(half, ir.FloatType()), VECTOR) for half in both[0]]
+    lines = [builder.bitcast(half, VECTOR) for half in both[1]]
+    return [multiply_add(builder, w, line, total, True) for w, line, total in zip(weights, lines, sums, strict=True)]
+
+
+def ones(like: Any, value: int) -> Any:
+    """LLVM: a constant word, or a vector of them."""
+    return every(WORDS, value) if like.type == WORDS else SINGLE(value)
+
+
+def opened(totals: list) -> list:
+    """LLVM: the sums with which a block of 16 pairs begins."""
+    return [[every(VECTOR, 0.0)] * 2 for _ in totals] if IN_TILES else [[total] for total in totals]
+
+
+def closed(builder: Any, totals: list, sums: list) -> list:
+    """LLVM: what there is after the block."""
+    return [builder.fadd(total, builder.fadd(*both)) for total, both in zip(totals, sums, strict=True)] if IN_TILES else [total for (total,) in sums]
+
+
+@intrinsic
+def dots(typing_context, scores, q, keys, step, n, Dh):
+    """scores[j] = q · key j for 16 keys, `step` apart; beyond the n there are, of the last again. Dh is a multiple of 16."""
+
+    def generate(context, builder, signature, arguments):
+        scores, q, keys, step, n, Dh = arguments
+        stored, places = signature.args[2].dtype, rows_from(builder, keys, step, n, SIDE)
+
+        def body(d: Any, carried: list) -> list:
+            there = builder.icmp_signed("<", builder.add(d, INDEX(SIDE)), Dh)  # or the last 16 numbers stand alone
+            second = builder.select(there, builder.add(d, INDEX(SIDE)), d)
+            lines = []
+            for place in places:
+                low, high = (halves_at(builder, builder.gep(place, [offset]), stored) for offset in (d, second))
+                high = builder.select(there, high, every(HALVES, 0))
+                lines.append(side_by_side(builder, low, high))
+            (sums,) = opened(carried)
+            for e, pairs in enumerate(transposed(builder, lines)):
+                place = builder.add(builder.udiv(d if e < SIDE // 2 else second, INDEX(2)), INDEX(e % (SIDE // 2)))
+                sums = met(builder, builder.load(builder.gep(q, [place])), pairs, sums)
+            return closed(builder, carried, [sums])
+
+        (total,) = loop(builder, Dh, PAIR, [every(VECTOR, 0.0)], body)
+        store(builder, total, scores)
+        return context.get_dummy_value()
+
+    return types.void(scores, q, keys, types.int64, types.int64, types.int64), generate
+
+
+def weighing(vectors: int) -> Any:
+    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d] for so many vectors of d; a weight after an odd n is 0."""
+
+    @intrinsic
+    def kernel(typing_context, sums, weights, values, step, n):
+        def generate(context, builder, signature, arguments):
+            sums, weights, values, step, n = arguments
+            stored, last = signature.args[2].dtype, builder.sub(n, INDEX(1))
+            places = [INDEX(c * SIDE) for c in range(vectors)]
+
+            def block(first: Any, totals: list) -> list:
+                rest, begun = builder.sub(n, first), opened(totals)
+
+                def pair(j: Any, carried: list) -> list:
+                    key = builder.add(first, j)
+                    after = builder.add(key, INDEX(1))
+                    rows = [
+                        builder.gep(values, [builder.mul(k, step)]) for k in (key, builder.select(builder.icmp_signed("<", after, n), after, last))
+                    ]
+                    word, found = builder.load(builder.gep(weights, [builder.udiv(key, INDEX(2))])), []
+                    for place, so_far in zip(places, zip(*[iter(carried)] * len(begun[0]), strict=True), strict=True):
+                        pairs = as_pairs(builder, *(halves_at(builder, builder.gep(row, [place]), stored) for row in rows))
+                        found += met(builder, word, pairs, list(so_far))
+                    return found
+
+                some = builder.select(builder.icmp_signed("<", rest, INDEX(PAIR)), rest, INDEX(PAIR))
+                found = loop(builder, some, 2, [total for both in begun for total in both], pair)
+                return closed(builder, totals, list(zip(*[iter(found)] * len(begun[0]), strict=True)))
+
+            before = [load(builder, builder.gep(sums, [place]), VECTOR) for place in places]
+            for place, total in zip(places, loop(builder, n, PAIR, before, block), strict=True):
+                store(builder, total, builder.gep(sums, [place]))
+            return context.get_dummy_value()
+
+        return types.void(sums, weights, values, types.int64, types.int64), generate
+
+    return kernel
+
+
+weigh_side, weigh_vector = weighing(4), weighing(1)
+
+
+# ---- subnormal numbers -------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def flush(typing_context):
+    """From here on subnormal numbers are 0 in this thread; returns what `restore` wants."""
+
+    def generate(context, builder, signature, arguments):
+        if EMULATED in (UNIT, TILE.pairs):  # on any processor
+            return INDEX(0)
+        word = builder.alloca(SINGLE)
+        place = builder.bitcast(word, ir.IntType(8).as_pointer())
+        instruction(builder, "sse.stmxcsr", place)
+        before = builder.load(word)
+        builder.store(builder.or_(before, SINGLE(FLUSH)), word)
+        instruction(builder, "sse.ldmxcsr", place)
+        return builder.zext(before, INDEX)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def restore(typing_context, before):
+    """As it was."""
+
+    def generate(context, builder, signature, arguments):
+        if EMULATED not in (UNIT, TILE.pairs):
+            word = builder.alloca(SINGLE)
+            builder.store(builder.trunc(arguments[0], SINGLE), word)
+            instruction(builder, "sse.ldmxcsr", builder.bitcast(word, ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+IN_BFLOAT16 = Forward(by_dtype(_forward), SIDE, needed, [SHAPES[SIDE]], "bfloat16")
+
+
+def way_for(params: dict) -> Forward:
+    """How attention is computed in this model: in bfloat16 where the processor multiplies it and weights are no more precise."""
+    leaf = params["embed_tokens"]
+    imprecise = leaf["weight"].dtype == bfloat16 or "scale" in leaf or getattr(leaf["weight"], "kind", "")
+    return IN_BFLOAT16 if TILE.pairs and imprecise else IN_FLOAT32
