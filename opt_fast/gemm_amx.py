@@ -39,17 +39,22 @@ from opt_fast.kernel import (
     bytes_,
     claim,
     every,
+    float_bits,
+    float_of,
     floats,
     inner,
     intrinsic,
     lines,
     load,
     loop,
+    memory,
     multiply_add,
     store,
     variant,
 )
-from opt_fast.rowwise import FUNCTIONS
+from opt_fast.rowwise import CHUNK as NUMBERS
+from opt_fast.rowwise import FUNCTIONS, norm_row
+from opt_np.ops import LAYER_NORM_EPS
 
 SIDE = 16  # rows of a tile, and words of a row
 TILE_BYTES = SIDE * SIDE * 4
@@ -80,6 +85,16 @@ def unit() -> str:
 
 
 UNIT = unit()
+
+
+class Rounded:
+    """Activations (M, K) as products in tiles take them, rounded once for all that read them: block of k after block, 16 rows after 16."""
+
+    def __init__(self, M: int, K: int, stored: np.dtype) -> None:
+        planes, per = (2, 4) if stored == np.int8 else (1, 2)  # of int8's two, the lower bytes' one stands behind
+        self.stored, self.rows = stored, math.ceil(M / SIDE) * SIDE
+        words = planes * self.rows * math.ceil(K / (per * SIDE)) * SIDE
+        self.memory = aligned(words + self.rows * math.ceil(K / BLOCK_K), np.float32)  # and the scales of blocks of rows
 
 
 class PackedTiles(Packed):
@@ -146,19 +161,29 @@ class PackedTiles(Packed):
         words = self.tiles * SIDE * (1 if self.stored == bfloat16 else 2)
         return lines(self.rows_at_once * (words + math.ceil(self.shape[1] / BLOCK_K)) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
 
-    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
-        """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips."""
+    def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
+             adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip
+        """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips.
+
+        x, and where `writes_rounded` y, may be Rounded. What y has can be added to.
+        """
         threads, (few, many) = get_num_threads(), TASKS_EACH
         blocks = math.ceil(M / self.rows_at_once)
         if threads <= M // GROUP:
             blocks = max(blocks, min(threads * many, M // GROUP))
         rows = math.ceil(M / blocks / GROUP) * GROUP
         blocks = math.ceil(M / rows)
-        parts = 1 if blocks >= threads else min(self.count, math.ceil(threads * few / blocks))
-        chunk = max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
+        given, rounds = ((a.memory, a.rows) if isinstance(a, Rounded) else (0, 0) for a in (x, y))
+        parts = 1 if blocks >= threads or rounds[1] else min(self.count, math.ceil(threads * few / blocks))
+        chunk = BLOCK_K // SIDE if rounds[1] else max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
+        x, y = 0 if given[1] else x, 0 if rounds[1] else y
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
-                     self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)]]  # fmt: skip
+                     self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)], *given, *rounds, int(adds)]  # fmt: skip
         return MATMUL[self.stored.name], arguments, blocks * parts
+
+    def writes_rounded(self, M: int) -> bool:
+        """Whether a result of so many rows may be Rounded: where a task has whole rows, and meets a block of k's strips at once."""
+        return get_num_threads() * GROUP <= M and self.tiles * TILE_BYTES * BLOCK_K // SIDE <= WEIGHT_BYTES
 
     def __repr__(self) -> str:
         return f"PackedTiles({self.shape}, {self.stored.name})"
@@ -190,33 +215,29 @@ def _matmul(table: Any) -> None:
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], bytes_(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, most, blocks, parts, chunk, scale, factors, uneven = a[9], a[10], a[11], a[12], a[13], a[14], a[15], floats(a[16]), floats(a[17]), a[18]
     per = 4 if INTEGERS else 2
+    given, rounds, rounds_rows, adds = a[20], a[22], a[23], a[24]
+    high = a[21] if given else most
     strip = (K + per * SIDE - 1) // (per * SIDE) * TILE_BYTES
-    sums, planes = floats(place), place + 4 * (CHUNK * GROUP * SIDE + 2 * SIDE * SIDE + BLOCK_K)
-    apart, xs, plane = at(sums, CHUNK * GROUP * SIDE), bytes_(planes), most // SIDE * strip  # of int8's two, the lower bytes' one stands behind
+    sums = floats(place)
+    apart = at(sums, CHUNK * GROUP * SIDE)
     line = at(apart, 2 * SIDE * SIDE)
-    sizes = floats(planes + (2 if INTEGERS else 1) * plane)
+    rounded_x = given if given else place + 4 * (CHUNK * GROUP * SIDE + 2 * SIDE * SIDE + BLOCK_K)
+    xs, plane = bytes_(rounded_x), high // SIDE * strip
+    sizes = floats(rounded_x + (2 if INTEGERS else 1) * plane)
     configure(bytes_(a[19]))
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part = task % blocks * most, task // blocks
-        last, strips_to = min(first + most, M), P * (part + 1) // parts
-        for k in range(0, K, BLOCK_K):
+        last, strips_to, begun = min(first + most, M), P * (part + 1) // parts, first if given else 0
+        for k in range(0, 0 if given else K, BLOCK_K):
             n, tiles = tiles_of(K, k, per)
-            here = at(xs, k // (per * SIDE) * TILE_BYTES * (most // SIDE))
             for i in range(last - first):
                 source = at(x, (first + i) * row + k * step)
                 if step != 1 or uneven or n % (per * SIDE) != 0:
                     for j in range(tiles * per * SIDE):
                         line[j] = np.float32(0) if j >= n else source[j * step] * factors[k + j] if uneven else source[j * step]
                     source = line
-                target = at(here, i // SIDE * tiles * TILE_BYTES + i % SIDE * SIDE * 4)
-                if INTEGERS:
-                    highest = largest(source, tiles * per * SIDE)  # NaN where a number is NaN or infinite
-                    sizes[k // BLOCK_K * most + i] = highest / np.float32(LARGEST)
-                    inverse = np.float32(LARGEST) / highest if highest > TINY else np.float32(0)
-                    split_row(source, inverse, tiles * per * SIDE, target, at(target, plane))
-                else:
-                    round_row(source, tiles * per * SIDE, target)
+                round_line(source, INTEGERS, xs, plane, high, K, i, k)
         for some in range(P * part // parts, strips_to, chunk):
             until = min(some + chunk, strips_to)
             for i in range(0, last - first, SIDE if INTEGERS else GROUP):
@@ -226,7 +247,7 @@ def _matmul(table: Any) -> None:
                 for k in range(0, K, BLOCK_K):
                     _, tiles = tiles_of(K, k, per)
                     weights = at(panels, k // (per * SIDE) * TILE_BYTES)
-                    here = at(xs, k // (per * SIDE) * TILE_BYTES * (most // SIDE) + i // SIDE * tiles * TILE_BYTES)
+                    here = at(xs, k // (per * SIDE) * TILE_BYTES * (high // SIDE) + (begun + i) // SIDE * tiles * TILE_BYTES)
                     for s in range(some, until):
                         target = at(sums, (s - some) * GROUP * SIDE)
                         if INTEGERS:
@@ -235,7 +256,7 @@ def _matmul(table: Any) -> None:
                             else:
                                 bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
                             for r in range(rows):
-                                add_scaled(at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), sizes[k // BLOCK_K * most + i + r])
+                                add_scaled(at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), sizes[k // BLOCK_K * high + begun + i + r])
                         elif rows > 2 * SIDE:
                             three(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                         elif rows > SIDE:
@@ -244,9 +265,15 @@ def _matmul(table: Any) -> None:
                             one(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                 corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
                 for r in range(rows):
+                    here_y = line if rounds else at(corner, r * y_row)
                     for c in range(0, columns, SIDE):
-                        copy(at(sums, c * GROUP + r * SIDE), at(corner, r * y_row + c), min(SIDE, columns - c))
-                finish(corner, y_row, rows, columns, function)
+                        copy(at(sums, c * GROUP + r * SIDE), at(here_y, c), min(SIDE, columns - c), adds)
+                    finish(here_y, 0, 1, columns, function)
+                    if rounds:
+                        for c in range(columns, BLOCK_K):
+                            line[c] = 0
+                        lower = rounds_rows // SIDE * ((O + per * SIDE - 1) // (per * SIDE)) * TILE_BYTES
+                        round_line(line, INTEGERS, bytes_(rounds), lower, rounds_rows, O, first + i + r, some * SIDE)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -260,21 +287,57 @@ def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
 
 
 @inner
-def copy(row: Any, y: Any, columns: int) -> None:
-    if columns == SIDE:
-        copy_vector(row, y)
+def round_line(line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int, i: int, k: int) -> None:
+    """A block of k of row i, whole tiles' rows, to its place among so many rows; `plane` bytes after it the lower bytes', after both the scales."""
+    per = 4 if integers else 2
+    _, tiles = tiles_of(K, k, per)
+    target = at(xs, (k // (per * SIDE) * (rows // SIDE) + i // SIDE * tiles) * TILE_BYTES + i % SIDE * SIDE * 4)
+    if integers:
+        highest = largest(line, tiles * per * SIDE)  # NaN where a number is NaN or infinite
+        floats_of(at(xs, 2 * plane))[k // BLOCK_K * rows + i] = highest / np.float32(LARGEST)
+        split_row(line, np.float32(LARGEST) / highest if highest > TINY else np.float32(0), tiles * per * SIDE, target, at(target, plane))
     else:
-        for c in range(columns):
-            y[c] = row[c]
+        round_row(line, tiles * per * SIDE, target)
 
 
 @intrinsic
-def copy_vector(typing_context, row, y):
-    def generate(context, builder, signature, arguments):
-        store(builder, load(builder, arguments[0], VECTOR), arguments[1])
-        return context.get_dummy_value()
+def floats_of(typing_context, bytes_):
+    """The same address, for float32."""
 
-    return types.void(row, y), generate
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(bytes_), generate
+
+
+@inner
+def copy(row: Any, y: Any, columns: int, adds: int) -> None:
+    if columns < SIDE:
+        for c in range(columns):
+            y[c] = y[c] + row[c] if adds else row[c]
+    elif adds:
+        add_vector(row, y)
+    else:
+        copy_vector(row, y)
+
+
+def vector(adds: bool) -> Any:
+    """kernel(row, y): 16 numbers to y, or added to what it has."""
+
+    @intrinsic
+    def kernel(typing_context, row, y):
+        def generate(context, builder, signature, arguments):
+            row, y = arguments
+            numbers = load(builder, row, VECTOR)
+            store(builder, builder.fadd(load(builder, y, VECTOR), numbers) if adds else numbers, y)
+            return context.get_dummy_value()
+
+        return types.void(row, y), generate
+
+    return kernel
+
+
+copy_vector, add_vector = vector(adds=False), vector(adds=True)
 
 
 @intrinsic
@@ -341,6 +404,34 @@ def split_row(typing_context, x, inverse, n, upper, lower):
         return context.get_dummy_value()
 
     return types.void(x, types.float32, types.int64, upper, lower), generate
+
+
+# ---- LayerNorm, where products come next -------------------------------------------------------------------------------------------------
+
+
+def norm_call(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: Rounded) -> tuple[Kernel, list, int]:
+    """LayerNorm's kernel that writes rounded rows, its arguments, and how many tasks they make; a task needs memory for a row."""
+    M, D = x.shape
+    some = max(NUMBERS // D, 1)
+    return NORM[y.stored.name], [x, weight, bias, y.memory, y.rows, M, D, some, float_bits(LAYER_NORM_EPS)], math.ceil(M / some)
+
+
+def _norm(table: Any) -> None:
+    """A task is some rows."""
+    a, line = at(table, ARGUMENTS), memory(table)
+    x, weight, bias, xs, high, M, D, some, eps = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], a[5], a[6], a[7], float_of(a[8])
+    per = 4 if INTEGERS else 2
+    tiles = (D + per * SIDE - 1) // (per * SIDE)
+    for d in range(D, tiles * per * SIDE):
+        line[d] = 0
+    first = claim(table, TASKS) * some
+    while first < M:
+        for i in range(first, min(first + some, M)):
+            norm_row(at(x, i * D), weight, bias, line, D, eps)
+            for k in range(0, D, BLOCK_K):
+                round_line(at(line, k), INTEGERS, xs, high // SIDE * tiles * TILE_BYTES, high, D, i, k)
+        claim(table, DONE)
+        first = claim(table, TASKS) * some
 
 
 # ---- tiles -------------------------------------------------------------------------------------------------------------------------------
@@ -494,4 +585,5 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
 
 one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))
 bytes_apart, bytes_of_few = over_tiles(*BYTES_OF, adds=False), over_tiles(*BYTES_OF, few=True, adds=False)
+NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from numba import get_num_threads
 
+from opt_fast import gemm_amx
 from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, rows_of, steps, write_call
 from opt_fast.gemm import Packed
+from opt_fast.gemm_amx import PackedTiles, Rounded
 from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, lines, wait
 from opt_fast.rowwise import ADD, CHUNK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
-WIDTH = ARGUMENTS + 21  # of a table, at most
-KERNELS = 12  # of a block
+WIDTH = ARGUMENTS + 25  # of a table, at most
 
 
 def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache, way: Forward) -> np.ndarray | None:
@@ -66,6 +67,13 @@ def fits(found: list[dict], shapes: list[tuple[int, int]], norms: list[dict], D:
     whole = known and all(isinstance(p["weight"], Packed) and p["weight"].shape == shape for p, shape in zip(found, shapes, strict=True))
     vectors = [(p.get("bias"), O) for p, (O, _) in zip(found, shapes, strict=True)] + [(a, D) for p in norms for a in p.values()]
     return whole and all(a is None or (a.dtype == np.float32 and a.shape == (n,) and a.flags.c_contiguous) for a, n in vectors)
+
+
+def in_tiles(layers: list[dict]) -> np.dtype | None:
+    """The one dtype of all matrices, if their products are in tiles and take x as it is."""
+    weights = [p["weight"] for layer in layers for p in matrices(layer)]
+    found = {weight.stored for weight in weights if isinstance(weight, PackedTiles) and not weight.columns.size}
+    return found.pop() if len(found) == 1 and all(isinstance(weight, PackedTiles) and not weight.columns.size for weight in weights) else None
 
 
 def matrices(layer: dict) -> list[dict]:
@@ -111,28 +119,42 @@ class Program:
         products = [p["weight"].needed for found in (*map(matrices, layers), end(params)[0] if params else []) for p in found]
         scratch = lines(max(way.needed(B, cfg.head_dim), *products))
         self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
-        kernels = [line for layer in layers for line in self.block(layer, cfg)] + (self.ending(params, cfg) if params else [])
+        self.tiles = in_tiles(layers)
+        self.rounded: dict[int, Rounded] = {}
+        blocks = [self.block(layer, cfg) for layer in layers]
+        kernels = [line for block in blocks for line in block] + (self.ending(params, cfg) if params else [])
+        K = len(blocks[0]) if blocks else 1
         self.lines = kernels  # with the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
         self.tables = np.zeros((len(kernels), WIDTH), np.int64)
-        self.blocks = self.tables[: len(layers) * KERNELS].reshape(len(layers), KERNELS, WIDTH)
+        self.blocks = self.tables[: len(layers) * K].reshape(len(layers), K, WIDTH)
         place = 0
         for table, (_, arguments, _, after) in zip(self.tables, kernels, strict=True):
             filled = Kernel.table(arguments, self.memory[place], scratch)
             table[: len(filled)] = filled
             place = 0 if after else place + 1
         self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
-        self.attends = self.list[self.writing + 1 : len(layers) * KERNELS : KERNELS, 1]  # its tasks
+        self.attends = self.list[self.writing + 1 : len(layers) * K : K, 1]  # its tasks
 
     def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
-        """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`."""
-        (B, D), pre, x, h, H, Dh = self.x.shape, cfg.do_layer_norm_before, self.x, self.h, cfg.num_attention_heads, cfg.head_dim
+        """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`.
+
+        Products in tiles take from each other, and from LayerNorm, rows that are rounded already, and add to the stream themselves.
+        """
+        (B, D), pre, x, H, Dh = self.x.shape, cfg.do_layer_norm_before, self.x, cfg.num_attention_heads, cfg.head_dim
         (q, k, v, out, fc1, fc2), (norm1, norm2) = matrices(layer), layer_norms(layer)
+        h = self.as_read(self.h)
+        ff = self.as_read(self.ff) if self.tiles and fc1["weight"].writes_rounded(B) else self.ff
         source = h if pre else x  # a post-norm block's branch reads the stream itself
         norm, linear, nowhere = self.norm, self.linear, np.empty(0, self.dtype)
         write, writes, tasks = write_call(self.k, self.v, nowhere, nowhere, self.slots, Dh, Dh)
         attention, attends = attention_call(self.way, self.q, nowhere, nowhere, self.O, self.lse, self.rows, self.tasks, D, Dh, 1, Dh**-0.5)
-        add = ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True
+
+        def branch(source: Any, p: dict) -> list[Line]:
+            if self.tiles:
+                return [linear(source, p, x, adds=True)]
+            return [linear(source, p, self.out), (ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True)]
+
         return [
             *([norm(norm1, h)] if pre else []),
             linear(source, q, self.q, after=False),
@@ -140,13 +162,11 @@ class Program:
             linear(source, v, self.v),
             (write, writes, tasks, True),
             (attention, attends, B * H, True),
-            linear(self.O, out, self.out),
-            add,
+            *branch(self.O, out),
             *([] if pre else [norm(norm1, x)]),
             *([norm(norm2, h)] if pre else []),
-            linear(source, fc1, self.ff, cfg.activation_function),
-            linear(self.ff, fc2, self.out),
-            add,
+            linear(source, fc1, ff, cfg.activation_function),
+            *branch(ff, fc2),
             *([] if pre else [norm(norm2, x)]),
         ]
 
@@ -164,11 +184,23 @@ class Program:
         self.logits_at = next(i for i, argument in enumerate(lines[-1][1]) if argument is nowhere)
         return lines
 
-    def norm(self, p: dict, y: np.ndarray) -> Line:
-        return *norm_call(self.x, p.get("weight", self.ones), p.get("bias", self.zeros), y, *self.x.shape), True
+    def as_read(self, a: np.ndarray) -> Any:
+        """What stands for a buffer where products read it rounded; itself, where they round it."""
+        if self.tiles is None:
+            return a
+        if id(a) not in self.rounded:
+            self.rounded[id(a)] = Rounded(*a.shape, stored=self.tiles)
+        return self.rounded[id(a)]
 
-    def linear(self, x: np.ndarray, p: dict, y: Any, function: str | None = None, after: bool = True) -> Line:
-        return *p["weight"].call(x, x.shape[1], 1, p.get("bias", self.zeros), function, y, len(x)), after
+    def norm(self, p: dict, y: Any) -> Line:
+        weight, bias = p.get("weight", self.ones), p.get("bias", self.zeros)
+        if isinstance(y, Rounded):
+            return *gemm_amx.norm_call(self.x, weight, bias, y), True
+        return *norm_call(self.x, weight, bias, y, *self.x.shape), True
+
+    def linear(self, x: Any, p: dict, y: Any, function: str | None = None, after: bool = True, adds: bool = False) -> Line:
+        weight, bias = p["weight"], p.get("bias", self.zeros)
+        return *weight.call(x, weight.shape[1], 1, bias, function, y, len(self.x), **({"adds": True} if adds else {})), after
 
     def serves(self, layers: list[dict], cfg: OPTConfig, B: int, way: Forward) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""

@@ -58,7 +58,7 @@ def _norm(table: Any) -> None:
     first = claim(table, TASKS) * some
     while first < rows:
         for i in range(first, min(first + some, rows)):
-            _norm_row(at(x, i * D), weight, bias, at(y, i * D), D, eps)
+            norm_row(at(x, i * D), weight, bias, at(y, i * D), D, eps)
         claim(table, DONE)
         first = claim(table, TASKS) * some
 
@@ -95,7 +95,7 @@ def centre(x: Any, y: Any, D: int, eps: Any) -> Any:
 
 
 @inner
-def _norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
+def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
     """y may be x itself."""
     rstd = centre(x, y, D, eps)
     for d in range(D):

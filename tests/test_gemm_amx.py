@@ -25,7 +25,7 @@ PROGRAM = """
 import pickle, sys
 sys.path.insert(0, root + "/tests")
 import ml_dtypes, numba, numpy as np, rounded_attention, small
-from opt_fast import attention_bf16, gemm, gemm_amx, gemm_int, machine_cpu, ops_cpu
+from opt_fast import attention_bf16, gemm, gemm_amx, gemm_int, machine_cpu, ops_cpu, program_cpu
 from opt_fast.engine import Engine
 from opt_fast.gemm_amx import GROUP, PackedTiles
 from opt_np import OPTForCausalLM, model, quantize
@@ -107,6 +107,17 @@ for dtype in ("bfloat16", "int8"):
     assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
     found[dtype] = logits
+    # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
+    for changes in ({"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}, {"do_layer_norm_before": False, "activation_function": "gelu"}):
+        other = small.config(**{"num_hidden_layers": 2, "max_position_embeddings": 300, **changes})
+        tree = small.params(other)
+        tree = small.cast(tree, bfloat16) if dtype == "bfloat16" else quantize.quantized(tree, other, "int8")[0]
+        lm, packed = OPTForCausalLM(tree, other, backend="cpu"), ops_cpu.pack(tree)
+        assert program_cpu.in_tiles(packed["layers"]) == (bfloat16 if dtype == "bfloat16" else np.int8)
+        steps = list(lm.stream(long, max_new_tokens=2))
+        for n, step in enumerate(steps):
+            text = np.concatenate([long, *(step.ids[:, None] for step in steps[:n])], axis=1)
+            assert (step.logits[0] == model.forward(packed, text, other, ops=ops_cpu)[0, -1]).all(), (dtype, changes, n)
 np.savez(folder + "/" + (unit or "none") + ".npz", **found)
 """
 
