@@ -189,7 +189,7 @@ class Program:
         if self.tiles is None:
             return a
         if id(a) not in self.rounded:
-            self.rounded[id(a)] = Rounded(*a.shape, stored=self.tiles)
+            self.rounded[id(a)] = Rounded(a.shape[0], a.shape[1], self.tiles)
         return self.rounded[id(a)]
 
     def norm(self, p: dict, y: Any) -> Line:
