@@ -693,7 +693,7 @@ def restore(typing_context, before):
     return types.void(types.int64), generate
 
 
-IN_BFLOAT16 = Forward(by_dtype(_forward), SIDE, needed, [SHAPES[SIDE]], "bfloat16")
+IN_BFLOAT16 = Forward(by_dtype(_forward, "_in_tiles" if IN_TILES else "_in_pairs"), SIDE, needed, [SHAPES[SIDE]], "bfloat16")
 
 
 def way_for(params: dict) -> Forward:

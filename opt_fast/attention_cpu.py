@@ -759,10 +759,10 @@ def copy(typing_context, rows, step, panel, n):
     return types.void(rows, types.intp, panel, types.intp), generate
 
 
-def by_dtype(function: Callable[[Any], None]) -> dict[str, Kernel]:
-    """The kernel for keys and values of each dtype."""
+def by_dtype(function: Callable[[Any], None], name: str = "") -> dict[str, Kernel]:
+    """The kernel for keys and values of each dtype; `name` tells kernels apart that are compiled from the same lines to different instructions."""
     meanings = {"<f4": ("float32", floats), "<i2": ("float16", int16s), "<u2": ("bfloat16", uint16s)}
-    return {dtype: variant(function, name, as_stored=pointer) for dtype, (name, pointer) in meanings.items()}
+    return {dtype: variant(function, stored + name, as_stored=pointer) for dtype, (stored, pointer) in meanings.items()}
 
 
 IN_FLOAT32, WRITE = Forward(by_dtype(_forward), ROWS, attending, [], "float32"), by_dtype(_write)

@@ -1,12 +1,14 @@
 """How Python runs a compiled function on all threads, and the vector instructions that such functions are written with.
 
-Numba takes seconds to compile a parallel loop, and compiles all that the loop calls once more with it. So there is a single one, here, which calls
+Numba takes seconds to compile a parallel loop, and compiles all that the loop calls once more with it. So there is none: Numba's threads are given
 a kernel by its address; a kernel is compiled by itself, at its first use, and kept in __pycache__. It is given a table of whole numbers: where the
 next task stands, its arguments, and arrays as addresses. Threads take tasks until none is left, so one that is held up holds up no other.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import os
 import sys
@@ -21,18 +23,23 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
+from llvmlite import binding, ir
+from numba import njit, types
 from numba.core import config as numba_config
 from numba.core import event
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
+from numba.core.typing import Signature
 from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
 LINE = 64  # bytes of the cache that are read together
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
+KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
 config: Any = numba_config
 _local, _lock = threading.local(), threading.Lock()
+_libraries: list = []  # in which the machine code is
 COMPILED = (
     "kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "rowwise.py", "attention_cpu.py", "attention_bf16.py", "train_cpu.py",
     "program_cpu.py", "paged_cache.py",
@@ -51,15 +58,20 @@ class Kernel:
         self._function = function
 
     @cached_property
-    def address(self) -> Any:
-        with _lock, kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
-            self._compiled: Any = numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(self._function)
-            return self._compiled.address
+    def address(self) -> int:
+        return compiled(self._function, KERNEL)
+
+    @cached_property
+    def alone(self) -> Any:
+        return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
         threads, scratch = min(numba.get_num_threads(), tasks), lines(scratch)
         table = np.array(self.table(arguments, workspace(threads * scratch), scratch), np.int64)
-        (_run if threads > 1 else _run_alone)(self.address, address(table), threads)
+        if threads > 1:
+            on_threads(self.address, address(table), threads)
+        else:
+            self.alone(address(table))
 
     @staticmethod
     def table(arguments: Iterable[Any], memory: np.ndarray, scratch: int) -> list[int]:
@@ -71,6 +83,31 @@ def variant(function: Callable[[Any], None], name: str, **meanings: Any) -> Kern
     made = FunctionType(function.__code__, function.__globals__ | meanings)
     made.__name__ = made.__qualname__ = f"{function.__name__}_{name}"  # by which Numba keeps it
     return Kernel(made)
+
+
+def compiled(function: Any, types_: Signature) -> int:
+    """The address of a function that Numba has compiled, now or once, and that stays."""
+    with _lock, kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
+        found = kept(function, types_)
+        if found is None:
+            made: Any = numba.cfunc(types_, cache=True)(function)
+            found = made._library, made.address
+        _libraries.append(found[0])
+        return found[1]
+
+
+def kept(function: Any, types_: Signature) -> tuple[Any, int] | None:
+    """The same, from the file in which Numba keeps it, as its own loading does, but for all that it would need to compile: which takes a quarter of a
+    second and 40 MB. None where there is no such file, or where another release of Numba has not what this takes from it."""
+    try:
+        from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
+
+        for name, place in _nrt_python.c_helpers.items():  # what machine code may call, as numba.core.runtime.nrt tells LLVM of it
+            binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", place)
+        found = FunctionCache(function)._load_overload(types_, cpu_target.target_context)
+        return found and (found.library, found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name))
+    except (ImportError, AttributeError, TypeError):
+        return None
 
 
 @contextmanager
@@ -211,15 +248,27 @@ def wait(typing_context, counters, place, n):
     return types.void(counters, types.int64, types.int64), generate
 
 
-@njit(parallel=True, cache=True)
-def _run(function: int, table: int, threads: int) -> None:
-    for _ in prange(threads):
-        call(function, int64s(table))
+def on_threads(function: int, table: int, threads: int) -> None:
+    """Calls the kernel on so many of Numba's threads."""
+    run, enter = threads_of_numba()
+    size, what = np.array([threads], np.int64), np.array([function, table], np.int64)
+    run(enter, address(size), address(size), address(size), address(what), 0, 0, threads)
 
 
-@njit(cache=True)
-def _run_alone(function: int, table: int, threads: int) -> None:
-    call(function, int64s(table))
+@functools.cache
+def threads_of_numba() -> tuple[Any, int]:
+    """What Numba's parallel loops call, and _enter for it. It takes a function; arrays, of which there are none; how many times, shared among so many
+    threads; the arrays' steps; and what the function is given."""
+    numba.get_num_threads()  # which begins the threads
+    place, count = ctypes.c_void_p, ctypes.c_size_t
+    run = ctypes.PYFUNCTYPE(None, place, place, place, place, place, count, count, ctypes.c_int)(binding.address_of_symbol("numba_parallel_for"))
+    return run, compiled(_enter, types.void(*[types.CPointer(types.int64)] * 4))
+
+
+def _enter(arrays: Any, times: Any, steps: Any, what: Any) -> None:
+    """A thread's part of a loop: so many times the kernel."""
+    for _ in range(times[0]):
+        call(what[0], int64s(what[1]))
 
 
 @njit(inline="always")
