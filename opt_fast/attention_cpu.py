@@ -65,11 +65,13 @@ SIDE = 4 * WIDTH  # of a value's numbers, those that are summed side by side
 assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
 
 
-def of_a_head(x_row: int, x_step: int) -> Any:
-    """A kernel over a panel of a head, whose `columns` may be fewer than a panel's: it computes as many vectors as they need, all, half, or one."""
+def of_a_head(name: str, x_row: int, x_step: int) -> Any:
+    """A kernel over a panel of a head, whose `columns` may be fewer than a panel's: it computes as many vectors as they need, all, half, or one.
+
+    By its name the linker tells it from others, some of which may have been compiled in another process.
+    """
     whole, half, vector = (micro_kernel(ROWS, 1, x_row, x_step, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
 
-    @inner
     def kernel(sums: Any, step: int, x: Any, panel: Any, n: int, columns: int) -> None:
         if columns > TILE.vectors // 2 * WIDTH:
             whole(sums, step, x, panel, 0, n)
@@ -78,10 +80,11 @@ def of_a_head(x_row: int, x_step: int) -> Any:
         else:
             vector(sums, step, x, panel, 0, n)
 
-    return kernel
+    kernel.__name__ = kernel.__qualname__ = name
+    return inner(kernel)
 
 
-weigh, gather = of_a_head(STRIDE, 1), of_a_head(1, STRIDE)  # x is a tile of scores, or the same transposed
+weigh, gather = of_a_head("weigh", STRIDE, 1), of_a_head("gather", 1, STRIDE)  # x is a tile of scores, or the same transposed
 weigh_one = micro_kernel(1, ABREAST, STRIDE, 1)
 scores_of, scores_of_one = micro_kernel(ROWS, 1, 1, ROWS, adds=False), micro_kernel(1, ABREAST, 0, ROWS, adds=False)
 

@@ -11,9 +11,10 @@ import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 from reference import PADDINGS, VARIANTS, batch, build, worst
 
-from opt_fast import attention_cpu, ops_cpu
+from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, ops_cpu, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import Packed
 from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, flash, grad, model, ops, optim
 from opt_np.kv_cache import KVCache
@@ -549,3 +550,13 @@ def test_a_classifier_on_this_backend(tmp_path):
     ours, numpys = (OPTForSequenceClassification.from_pretrained(checkpoint, backend=b, **options)(ids, labels=labels) for b in ("cpu", "numpy"))
     np.testing.assert_allclose(ours.logits, numpys.logits, rtol=1e-4, atol=1e-5)
     assert ours.loss == pytest.approx(numpys.loss, rel=1e-5)
+
+
+def test_no_two_functions_within_kernels_have_one_name():
+    """Kernels that were compiled in other processes meet in one, and its linker knows a function by its name and the kinds of its arguments: it took
+    attention's kernel for the backward pass's, which is of another step, and gradients were wrong, if the one was kept and the other was not."""
+    modules = (attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, program_cpu, rowwise, train_cpu)
+    found = {id(f): f.py_func for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
+    names = [f"{f.__module__}.{f.__qualname__}" for f in found.values()]
+    assert len(names) > 30
+    assert len(set(names)) == len(names)
