@@ -17,7 +17,7 @@ MODULES = {
     "Files": ("checkpoint", "hub", "tokenizer", "pickle_bin", "tf_flax", "quantize", "layers_on_disk"),
     "Classes and training": ("classes", "train", "tasks"),
 }
-FAST = ("ops_cpu", "gemm", "gemm_int", "attention_cpu", "paged_cache", "engine", "limits", "ops_cuda", "attention_cuda",
+FAST = ("ops_cpu", "gemm", "gemm_int", "attention_cpu", "attention_bf16", "paged_cache", "engine", "limits", "ops_cuda", "attention_cuda",
         "attention_cpp", "attention_numba", "train_cuda", "nvrtc", "hf")  # fmt: skip
 
 

@@ -155,7 +155,8 @@ class Engine:
     pages        for keys and values; by default as many as max_batch rows of the full context need. Memory is
                  taken when it is first used, a GPU's at once
     max_batch    rows that are continued in a round; where there are more, they take turns
-    dtype        of keys and values. On the CPU float32; float16 and bfloat16 take half the memory, and then results differ from model.generate's.
+    dtype        of keys and values. On the CPU what attention multiplies, float32, or in models of 16, 8 or 4 bits bfloat16 where the processor can;
+                 float16 and bfloat16 instead of float32 take half the memory, and then results differ from model.generate's.
                  On a GPU the model's own, and no other
     chunk        tokens of prompts that are read in a round, at most: so long does a prompt hold up the others
 
