@@ -181,3 +181,9 @@ def test_there_is_work_for_every_thread(threads, M, monkeypatch):
     assert (blocks - 1) * rows < M <= blocks * rows
     assert rows % gemm_amx.GROUP == 0
     assert rows <= packed.rows_at_once
+    if packed.writes_rounded(M):  # then a task has all of a row's strips, a block of k of the next product at a time
+        _, arguments, tasks = packed.call(
+            np.zeros(0, np.float32), 768, 1, np.zeros(3072, np.float32), None, gemm_amx.Rounded(M, 3072, packed.stored), M
+        )
+        assert tasks == arguments[13]
+        assert arguments[14:16] == [1, gemm.BLOCK_K // gemm_amx.SIDE]
