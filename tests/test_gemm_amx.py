@@ -108,7 +108,8 @@ for dtype in ("bfloat16", "int8"):
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
     found[dtype] = logits
     # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
-    for changes in ({"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}, {"do_layer_norm_before": False, "activation_function": "gelu"}):
+    wide = {"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}
+    for changes in (wide, {"hidden_size": 40, "do_layer_norm_before": False, "activation_function": "gelu"}):
         other = small.config(**{"num_hidden_layers": 2, "max_position_embeddings": 300, **changes})
         tree = small.params(other)
         tree = small.cast(tree, bfloat16) if dtype == "bfloat16" else quantize.quantized(tree, other, "int8")[0]
