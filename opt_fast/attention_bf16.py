@@ -21,8 +21,26 @@ from ml_dtypes import bfloat16
 from numba import types
 
 from opt_fast.attention_cpu import BC, IN_FLOAT32, LOWEST, Forward, by_dtype, float32_at
-from opt_fast.gemm import EMULATED, TILE, pair_products, widened
-from opt_fast.gemm_amx import PAIRS, SHAPES, SIDE, TILE_BYTES, UNIT, configure, instruction, over_tiles, release, rounded
+from opt_fast.gemm import EMULATED, TILE, pair_products
+from opt_fast.gemm_amx import (
+    HALVES,
+    INDEX,
+    PAIRS,
+    SHAPES,
+    SIDE,
+    SINGLE,
+    TILE_BYTES,
+    UNIT,
+    VECTOR,
+    WORDS,
+    configure,
+    halves_at,
+    instruction,
+    over_tiles,
+    release,
+    round_row,
+    rounded,
+)
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -59,8 +77,6 @@ BLOCKS = BC // PAIR  # of keys
 LINE_SIZE = PAIR * SIDE  # of what is copied beside, where heads are no whole tiles
 POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # 2ᶠ, the highest first: the least relative error in |f| ≤ 1/2 of those that are 1 at 0
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
-INDEX, SINGLE = ir.IntType(64), ir.IntType(32)
-VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
 
 assert BC % PAIR == PAGE % PAIR == 0
 
@@ -273,11 +289,6 @@ def bytes_of(typing_context, numbers):
     return types.CPointer(types.uint8)(numbers), generate
 
 
-def halves_at(builder: Any, place: Any, stored: Any) -> Any:
-    """LLVM: 16 numbers as bfloat16, which they may be already."""
-    return load(builder, place, HALVES) if stored == types.uint16 else rounded(builder, widened(builder, place, VECTOR, stored, TILE))
-
-
 def as_pairs(builder: Any, first: Any, second: Any) -> Any:
     """LLVM: two vectors of bfloat16 as one of pairs."""
     return builder.or_(builder.zext(first, WORDS), builder.shl(builder.zext(second, WORDS), every(WORDS, SIDE)))
@@ -324,25 +335,6 @@ def pack_values(v: Any, step: int, n: int, Dh: int, values: Any, line: Any) -> N
                     for d in range(SIDE):
                         line[r * SIDE + d] = float32_at(source, r * step + d) if t * SIDE + d < Dh else np.float32(0)
                 pack_pairs(line, SIDE, rows, target)
-
-
-@intrinsic
-def round_row(typing_context, x, n, target):
-    """n numbers, whole rows of tiles, as bfloat16: a row of each tile."""
-
-    def generate(context, builder, signature, arguments):
-        x, n, target = arguments
-
-        def body(k: Any, carried: list) -> list:
-            for half in range(2):
-                halves = halves_at(builder, builder.gep(x, [builder.add(k, INDEX(half * SIDE))]), signature.args[0].dtype)
-                store(builder, halves, builder.gep(target, [builder.add(builder.mul(k, INDEX(TILE_BYTES // PAIR)), INDEX(2 * SIDE * half))]))
-            return []
-
-        loop(builder, n, PAIR, [], body)
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, target), generate
 
 
 @intrinsic

@@ -22,7 +22,7 @@ from ml_dtypes import bfloat16
 from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish
+from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
 from opt_fast.gemm_int import LARGEST, TINY, largest, prefetch, whole_numbers
 from opt_fast.kernel import (
     ARGUMENTS,
@@ -71,7 +71,7 @@ AHEAD = 4 * TILE_BYTES  # so far ahead weights are asked for, where there are fe
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INTEGERS = False  # in the kernel: it has two variants
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-WORDS, VECTOR = ir.VectorType(SINGLE, SIDE), ir.VectorType(ir.FloatType(), SIDE)
+VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
 
 assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
 
@@ -364,7 +364,7 @@ def round_row(typing_context, x, n, target):
 
         def body(k: Any, carried: list) -> list:
             for half in range(2):
-                halves = rounded(builder, load(builder, builder.gep(x, [builder.add(k, INDEX(half * SIDE))]), VECTOR))
+                halves = halves_at(builder, builder.gep(x, [builder.add(k, INDEX(half * SIDE))]), signature.args[0].dtype)
                 store(builder, halves, builder.gep(target, [builder.add(builder.mul(k, INDEX(TILE_BYTES // 32)), INDEX(2 * SIDE * half))]))
             return []
 
@@ -374,13 +374,17 @@ def round_row(typing_context, x, n, target):
     return types.void(x, types.int64, target), generate
 
 
+def halves_at(builder: Any, place: Any, stored: Any) -> Any:
+    """LLVM: 16 numbers as bfloat16, which they may be already."""
+    return load(builder, place, HALVES) if stored == types.uint16 else rounded(builder, widened(builder, place, VECTOR, stored, TILE))
+
+
 def rounded(builder: Any, numbers: Any) -> Any:
     """A vector of float32 as bfloat16; a subnormal one may become 0, which it is to a product of tiles."""
-    halves = ir.VectorType(ir.IntType(16), SIDE)
     if EMULATED in (UNIT, TILE.pairs):
-        return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), halves)
+        return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), HALVES)
     name = "llvm.x86.avx512bf16.cvtneps2bf16.512"  # LLVM takes 16-bit words for bfloat16, as it once declared them itself
-    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(halves, [VECTOR]), name), [numbers])
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(HALVES, [VECTOR]), name), [numbers])
 
 
 @intrinsic
