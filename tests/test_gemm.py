@@ -380,8 +380,8 @@ ASSEMBLY = """
 import pathlib
 import numba
 from numba import types
-from opt_fast import gemm, gemm_int
-from opt_fast.kernel import floats, int16s, int32s, uint16s
+from opt_fast import attention_bf16, gemm, gemm_int
+from opt_fast.kernel import KERNEL, floats, int16s, int32s, uint16s
 many, many_integers = gemm.many, gemm_int.many
 
 def float32(y, stride, x, panel, n):
@@ -396,6 +396,9 @@ def int8(y, stride, x, panel, n):
 for function in (float32, pairs, int8):
     compiled = numba.cfunc(types.void(*[types.int64] * 5))(function)  # compiled, not called
     pathlib.Path(folder, function.__name__ + ".s").write_text(compiled._library.get_asm_str())
+if cpu == "znver4":  # which has pairs and no tiles
+    attention = numba.cfunc(KERNEL)(attention_bf16.IN_BFLOAT16.kernels["<u2"]._function)
+    pathlib.Path(folder, "attention.s").write_text(attention._library.get_asm_str())
 print(gemm.TILE.name, gemm.TILE.pairs, gemm_int.PAIR_INSTRUCTION)
 """
 AVX512 = "+avx,+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni"
@@ -417,10 +420,15 @@ def loops(assembly):
 def test_what_the_compiler_makes_for_processors_that_are_not_here(cpu, tmp_path):
     """Tiles stay in registers, and every product of the innermost loop is the instruction that it should be; nothing of it is run."""
     environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": f"{AVX512},+avx512bf16", "PYTHONPATH": str(ROOT)}
-    program = f"folder = {str(tmp_path)!r}\n{ASSEMBLY}"
+    program = f"folder, cpu = {str(tmp_path)!r}, {cpu!r}\n{ASSEMBLY}"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["AVX-512", gemm.DPBF16, "llvm.x86.avx512.pmaddw.d.512"]
+    if cpu == "znver4":
+        attention = (tmp_path / "attention.s").read_text()
+        assert "vdpbf16ps" in attention
+        assert "tilecfg" not in attention
+        assert "tilerelease" not in attention
     for name, instruction, per_step in (("float32", "vfmadd231ps", 24), ("pairs", "vdpbf16ps", 24), ("int8", "vpdpwssd", 16)):
         assembly = (tmp_path / f"{name}.s").read_text()
         loop = max(loops(assembly), key=lambda loop: sum(instruction in line for line in loop))
