@@ -142,14 +142,14 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             limit = past + g * SIDE + 1 - key  # the group's first query sees so many keys of the tile
             seen = min(tile, limit + min(SIDE, count - g * SIDE) - 1)
             blocks, sums = (seen + PAIR - 1) // PAIR, at(acc, g * wide * SIDE * SIDE)
-            score(scores, bytes_(keys), deep, bytes_(queries + g * deep * TILE_BYTES), (seen + SIDE - 1) // SIDE)
+            score(scores, bytes_(keys), deep * TILE_BYTES, bytes_(queries + g * deep * TILE_BYTES), deep, (seen + SIDE - 1) // SIDE)
             for j in range(max(0, min(limit, seen)), blocks * PAIR):
                 hide(at(scores, j * SIDE), j - limit + 1 if j < tile else SIDE)
             for j in range(seen if hides else 0):
                 if not shown[j]:
                     hide(at(scores, j * SIDE), SIDE)
             soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
-            weigh(sums, bytes_(values), wide, scores, blocks)
+            weigh(sums, bytes_(values), BLOCKS * TILE_BYTES, bytes_of(scores), blocks, wide)
     release()
     for g in range(groups):
         rows = min(SIDE, count - g * SIDE)
@@ -241,42 +241,29 @@ def products(count: int, adds: bool) -> Any:
     return over_tiles(*[PAIRS] * count, adds=adds) if UNIT else by_vectors(adds)
 
 
-three, two, one = (products(count, True) for count in (3, 2, 1))
-three_new, two_new, one_new = (products(count, False) for count in (3, 2, 1))
+def over_all(name: str, adds: bool) -> Any:
+    """kernel(sums, x, gap, strip, n, count): the same for any number of tiles of sums. Named for the linker, as attention_cpu.of_a_head says."""
+    three, two, one = (products(count, adds) for count in (3, 2, 1))
+
+    def kernel(sums: Any, x: Any, gap: int, strip: Any, n: int, count: int) -> None:
+        i = 0
+        while i < count:
+            target, here, left = at(sums, i * SIDE * SIDE), at(x, i * gap), count - i
+            if IN_TILES and (left == 3 or left > 4):
+                three(target, here, gap, strip, n)
+                i += 3
+            elif IN_TILES and left > 1:
+                two(target, here, gap, strip, n)
+                i += 2
+            else:
+                one(target, here, gap, strip, n)
+                i += 1
+
+    kernel.__name__ = kernel.__qualname__ = name
+    return inner(kernel)
 
 
-@inner
-def score(scores: Any, keys: Any, deep: int, queries: Any, n: int) -> None:
-    """scores[j] = key j · each of 16 queries, for n tiles of 16 keys."""
-    i = 0
-    while i < n:
-        target, x, gap = at(scores, i * SIDE * SIDE), at(keys, i * deep * TILE_BYTES), deep * TILE_BYTES
-        if IN_TILES and n - i >= 3:
-            three_new(target, x, gap, queries, deep)
-            i += 3
-        elif IN_TILES and n - i == 2:
-            two_new(target, x, gap, queries, deep)
-            i += 2
-        else:
-            one_new(target, x, gap, queries, deep)
-            i += 1
-
-
-@inner
-def weigh(sums: Any, values: Any, wide: int, weights: Any, blocks: int) -> None:
-    """sums[d] += Σ weights[j] · values[d, j] for each of 16 queries, over blocks of 32 keys."""
-    i, strip = 0, bytes_of(weights)
-    while i < wide:
-        target, x, gap = at(sums, i * SIDE * SIDE), at(values, i * BLOCKS * TILE_BYTES), BLOCKS * TILE_BYTES
-        if IN_TILES and (wide - i == 3 or wide - i > 4):
-            three(target, x, gap, strip, blocks)
-            i += 3
-        elif IN_TILES and wide - i > 1:
-            two(target, x, gap, strip, blocks)
-            i += 2
-        else:
-            one(target, x, gap, strip, blocks)
-            i += 1
+score, weigh = over_all("score", adds=False), over_all("weigh", adds=True)  # of keys and queries along d; of values and weights along keys
 
 
 @intrinsic
@@ -558,13 +545,13 @@ def met(builder: Any, word: Any, pairs: Any, sums: list) -> list:
     """LLVM: a pair meets a vector of pairs: products are added to one vector of sums, or as tiles do it to two, of first and of second numbers."""
     if not IN_TILES:
         return [pair_products(builder, broadcast(builder, word, WORDS), pairs, sums[0], WIDE)]
-    both = [[builder.shl(x, ones(x, 16)), builder.and_(x, ones(x, 0xFFFF0000))] for x in (word, pairs)]
+    both = [[builder.shl(x, constant(x, 16)), builder.and_(x, constant(x, 0xFFFF0000))] for x in (word, pairs)]
     weights = [broadcast(builder, builder.bitcast(half, ir.FloatType()), VECTOR) for half in both[0]]
     lines = [builder.bitcast(half, VECTOR) for half in both[1]]
     return [multiply_add(builder, w, line, total, True) for w, line, total in zip(weights, lines, sums, strict=True)]
 
 
-def ones(like: Any, value: int) -> Any:
+def constant(like: Any, value: int) -> Any:
     """LLVM: a constant word, or a vector of them."""
     return every(WORDS, value) if like.type == WORDS else SINGLE(value)
 
