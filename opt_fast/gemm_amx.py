@@ -66,7 +66,7 @@ X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the st
 CHUNK = 32  # strips, at most: their sums do, too
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-OF_X, OF_WEIGHTS = 6, 7  # tiles; those before hold sums
+OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
 AHEAD = 4 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INTEGERS = False  # in the kernel: it has two variants
@@ -151,15 +151,10 @@ class PackedTiles(Packed):
         return self.panels.shape[1]
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows of a block, at most: whole groups."""
-        return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP))
-
-    @property
     def needed(self) -> int:
         """Numbers of memory that a thread needs: x's block as bfloat16 or as two planes of bytes, its scales, a row, and sums."""
         words = self.tiles * SIDE * (1 if self.stored == bfloat16 else 2)
-        return lines(self.rows_at_once * (words + math.ceil(self.shape[1] / BLOCK_K)) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
+        return lines(rows_at_once(self.shape[1]) * (words + math.ceil(self.shape[1] / BLOCK_K)) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
 
     def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip
@@ -167,14 +162,9 @@ class PackedTiles(Packed):
 
         x, and where `writes_rounded` y, may be Rounded. What y has can be added to.
         """
-        threads, (few, many) = get_num_threads(), TASKS_EACH
-        blocks = math.ceil(M / self.rows_at_once)
-        if threads <= M // GROUP:
-            blocks = max(blocks, min(threads * many, M // GROUP))
-        rows = math.ceil(M / blocks / GROUP) * GROUP
-        blocks = math.ceil(M / rows)
+        rows, blocks, parts = shares(M, self.shape[1], self.count)
         given, rounds = ((a.memory, a.rows) if isinstance(a, Rounded) else (0, 0) for a in (x, y))
-        parts = 1 if blocks >= threads or rounds[1] else min(self.count, math.ceil(threads * few / blocks))
+        parts = 1 if rounds[1] else parts
         chunk = BLOCK_K // SIDE if rounds[1] else max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
         x, y = 0 if given[1] else x, 0 if rounds[1] else y
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
@@ -189,16 +179,32 @@ class PackedTiles(Packed):
         return f"PackedTiles({self.shape}, {self.stored.name})"
 
 
-def tile_shapes(rows: int) -> np.ndarray:
+def rows_at_once(I: int) -> int:
+    """Rows of a block, at most: whole groups."""
+    return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * I + 1) // GROUP * GROUP))
+
+
+def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
+    """Rows of a block, how many blocks, and parts of a weight's strips or panels for each: blocks times parts are the tasks."""
+    threads, (few, many) = get_num_threads(), TASKS_EACH
+    blocks = math.ceil(M / rows_at_once(I))
+    if threads <= M // GROUP:
+        blocks = max(blocks, min(threads * many, M // GROUP))
+    rows = math.ceil(M / blocks / GROUP) * GROUP
+    blocks = math.ceil(M / rows)
+    return rows, blocks, 1 if blocks >= threads else min(count, math.ceil(threads * few / blocks))
+
+
+def tile_shapes(rows: int, depth: int = SIDE) -> np.ndarray:
     """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles.
 
-    All have `rows` rows but the weights' own: fewer are multiplied sooner.
+    All have `rows` rows but the weights' own, which has `depth`, as many as x's have words: fewer are multiplied sooner.
     """
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
-    shapes[16:32].view(np.uint16)[:] = 4 * SIDE
+    shapes[16:32].view(np.uint16)[:] = [4 * SIDE] * OF_X_LOWER + [4 * depth] * 2 + [4 * SIDE]
     shapes[48:56] = rows
-    shapes[48 + OF_WEIGHTS] = SIDE
+    shapes[48 + OF_WEIGHTS] = depth
     return shapes
 
 
@@ -230,14 +236,8 @@ def _matmul(table: Any) -> None:
         first, part = task % blocks * most, task // blocks
         last, strips_to, begun = min(first + most, M), P * (part + 1) // parts, first if given else 0
         for k in range(0, 0 if given else K, BLOCK_K):
-            n, tiles = tiles_of(K, k, per)
             for i in range(last - first):
-                source = at(x, (first + i) * row + k * step)
-                if step != 1 or uneven or n % (per * SIDE) != 0:
-                    for j in range(tiles * per * SIDE):
-                        line[j] = np.float32(0) if j >= n else source[j * step] * factors[k + j] if uneven else source[j * step]
-                    source = line
-                round_line(source, INTEGERS, xs, plane, high, K, i, k)
+                round_block(at(x, (first + i) * row + k * step), step, at(factors, k), uneven, line, INTEGERS, xs, plane, high, K, i, k)
         for some in range(P * part // parts, strips_to, chunk):
             until = min(some + chunk, strips_to)
             for i in range(0, last - first, SIDE if INTEGERS else GROUP):
@@ -256,7 +256,9 @@ def _matmul(table: Any) -> None:
                             else:
                                 bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
                             for r in range(rows):
-                                add_scaled(at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), sizes[k // BLOCK_K * high + begun + i + r])
+                                add_scaled(
+                                    at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), at(sizes, k // BLOCK_K * high + begun + i + r)
+                                )
                         elif rows > 2 * SIDE:
                             three(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                         elif rows > SIDE:
@@ -284,6 +286,20 @@ def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
     """Of the block that begins at k, how many numbers it has, and how many tiles those take."""
     n = min(BLOCK_K, K - k)
     return n, (n + per * SIDE - 1) // (per * SIDE)
+
+
+@inner
+def round_block(x: Any, step: int, factors: Any, uneven: int, line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int, i: int,
+                k: int) -> None:  # fmt: skip
+    """A block of k of x's row i, times `factors` where they are uneven, to its place; by way of a line where it is not whole tiles that lie so."""
+    per = 4 if integers else 2
+    n, tiles = tiles_of(K, k, per)
+    source = x
+    if step != 1 or uneven or n % (per * SIDE) != 0:
+        for j in range(tiles * per * SIDE):
+            line[j] = np.float32(0) if j >= n else x[j * step] * factors[j] if uneven else x[j * step]
+        source = line
+    round_line(source, integers, xs, plane, rows, K, i, k)
 
 
 @inner
@@ -346,13 +362,18 @@ def add_scaled(typing_context, y, sums, scale, size):
 
     def generate(context, builder, signature, arguments):
         y, sums, scale, size = arguments
-        upper, lower = load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS)
-        total = builder.sitofp(builder.add(builder.shl(upper, every(WORDS, 8)), lower), VECTOR)
-        worth = builder.fmul(load(builder, scale, VECTOR), broadcast(builder, size, VECTOR))
-        store(builder, builder.fadd(load(builder, y, VECTOR), builder.fmul(total, worth)), y)
+        store(builder, add_scaled_to(builder, load(builder, y, VECTOR), sums, load(builder, scale, VECTOR), size), y)
         return context.get_dummy_value()
 
     return types.void(y, sums, scale, size), generate
+
+
+def add_scaled_to(builder: Any, y: Any, sums: Any, scale: Any, size: Any) -> Any:
+    """LLVM: y with the sums that stand there, and a tile behind them those of the lower bytes, times what they are worth; `size` is an address."""
+    upper, lower = load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS)
+    total = builder.sitofp(builder.add(builder.shl(upper, every(WORDS, 8)), lower), VECTOR)
+    worth = builder.fmul(scale, broadcast(builder, builder.load(size), VECTOR))
+    return builder.fadd(y, builder.fmul(total, worth))
 
 
 @intrinsic
@@ -474,8 +495,8 @@ def release(typing_context):
 class Tiles:
     """LLVM: the registers, by their numbers."""
 
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
+    def __init__(self, builder: Any, depth: Any) -> None:
+        self.builder, self.depth = builder, depth
 
     def zero(self, tile: int) -> None:
         instruction(self.builder, "tilezero", INT8(tile))
@@ -493,8 +514,8 @@ class Tiles:
 class EmulatedTiles(Tiles):
     """The same in memory, by Intel's manual: for tests, on processors that have no tiles."""
 
-    def __init__(self, builder: Any) -> None:
-        super().__init__(builder)
+    def __init__(self, builder: Any, depth: Any) -> None:
+        super().__init__(builder, depth)
         with builder.goto_entry_block():
             self.memory = builder.alloca(INT8, 8 * TILE_BYTES)
 
@@ -527,7 +548,7 @@ class EmulatedTiles(Tiles):
                 word = broadcast(self.builder, self.builder.load(self.builder.bitcast(self.place(a, m, k), SINGLE.as_pointer())), WORDS)
                 return meet(word, load(self.builder, self.place(b, k), WORDS), carried, name == BYTES_OF[1])
 
-            carried = loop(self.builder, INDEX(SIDE), 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
+            carried = loop(self.builder, self.depth, 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
             place, add = self.place(total, m), self.builder.fadd if sums == 2 else self.builder.add
             found = add(*carried) if sums == 2 else carried[0]
             store(self.builder, add(load(self.builder, place, found.type), found), place)
@@ -550,6 +571,11 @@ class EmulatedTiles(Tiles):
         return [total]
 
 
+def unit_of(builder: Any, depth: Any) -> Tiles:
+    """LLVM: the tiles there are; the weights' have so many rows."""
+    return (EmulatedTiles if UNIT == EMULATED else Tiles)(builder, depth)
+
+
 def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
     """kernel(sums, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some that lie `gap` bytes apart.
 
@@ -561,7 +587,7 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
     def kernel(typing_context, sums, x, gap, strip, n):
         def generate(context, builder, signature, arguments):
             sums, x, gap, strip, n = arguments
-            tiles = (EmulatedTiles if UNIT == EMULATED else Tiles)(builder)
+            tiles = unit_of(builder, INDEX(SIDE))
             places = [builder.bitcast(builder.gep(sums, [INDEX(i * SIDE * SIDE)]), INT8.as_pointer()) for i in range(count)]
             for i, place in enumerate(places):
                 tiles.load(i, place) if adds else tiles.zero(i)

@@ -17,6 +17,7 @@ from numba import get_num_threads
 from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
+from opt_fast.gemm_amx_int4 import PackedNibbles
 from opt_fast.gemm_int import PackedIntegers
 from opt_np import model
 from opt_np import ops as numpy_ops
@@ -61,7 +62,9 @@ def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np
     """A weight in the layout of the kernel that is fastest here.  weight: (O, I)"""
     if gemm_amx.UNIT and weight.dtype in (np.int8, bfloat16):
         return PackedTiles(weight, scale, columns)
-    return gemm.pack(weight) if scale is None else PackedIntegers(weight, scale, columns)
+    if scale is None:
+        return gemm.pack(weight)
+    return (PackedNibbles if gemm_amx.UNIT and weight.dtype == np.uint8 else PackedIntegers)(weight, scale, columns)
 
 
 def embed(ids: np.ndarray, weight: Any, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> np.ndarray:

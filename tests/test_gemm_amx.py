@@ -28,6 +28,7 @@ import ml_dtypes, numba, numpy as np, rounded_attention, small
 from opt_fast import attention_bf16, gemm, gemm_amx, gemm_int, machine_cpu, ops_cpu, program_cpu
 from opt_fast.engine import Engine
 from opt_fast.gemm_amx import GROUP, PackedTiles
+from opt_fast.gemm_amx_int4 import PackedNibbles
 from opt_np import OPTForCausalLM, model, quantize
 from opt_np.kv_cache import KVCache
 assert gemm_amx.UNIT == unit, gemm_amx.UNIT
@@ -67,6 +68,28 @@ for M, I, O, turned in ((1, 1, 1, False), (8, 50, 21, True), (3, 17, 70, False),
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
         found[f"{M} {I} {O} {name}"] = y
 
+# int4: the same bits as with few rows, which are by other instructions; the last group and panel may be short, and a group is half a tile or whole
+for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), (20, 800, 66, 32)):
+    x, bias = rng.normal(size=(M, I)).astype(np.float32), rng.normal(size=O).astype(np.float32)
+    x[0] *= 1000
+    leaf = quantize.quantize_matrix(rng.normal(size=(O, I)).astype(np.float32), "int4", size)
+    if M == 20:
+        leaf["columns"] = np.exp(rng.normal(size=I)).astype(np.float32)
+    plain, packed = gemm_int.PackedIntegers(**leaf), pickle.loads(pickle.dumps(PackedNibbles(**leaf)))
+    kernel, _, tasks = packed.call(*gemm.flat(x), bias, None, 0, M)
+    assert packed.group == size and kernel is not plain.call(*gemm.flat(x), bias, None, 0, M)[0]
+    y = gemm.matmul(x, packed, bias, "relu" if M == 37 else None)
+    assert (y == gemm.matmul(x, plain, bias, "relu" if M == 37 else None)).all()
+    for rows in ([0], [M - 1], list(range(1, M))):
+        assert (gemm.matmul(x[rows], packed, bias, "relu" if M == 37 else None) == y[rows]).all()
+    numba.set_num_threads(1)
+    assert (gemm.matmul(x, packed, bias, "relu" if M == 37 else None) == y).all()
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    x[3, I // 2] = np.nan
+    y[3] = np.nan if M != 37 else gemm.matmul(x, plain, bias, "relu")[3]
+    np.testing.assert_array_equal(gemm.matmul(x, packed, bias, "relu" if M == 37 else None), y)
+    found[f"{M} {I} {O} int4"] = y
+
 # what is not a number stays in its row
 for broken in (np.inf, -np.inf, np.nan):
     x = np.ones((3, 70), np.float32)
@@ -84,10 +107,10 @@ cfg = small.config(num_hidden_layers=1, max_position_embeddings=300)
 params, ids = small.params(cfg), small.ids(cfg, 2, 23)
 mask = np.ones_like(ids)
 mask[0, :7] = 0
-for dtype in ("bfloat16", "int8"):
-    tree = small.cast(params, bfloat16) if dtype == "bfloat16" else quantize.quantized(params, cfg, "int8")[0]
+for dtype in ("bfloat16", "int8", "int4"):
+    tree = small.cast(params, bfloat16) if dtype == "bfloat16" else quantize.quantized(params, cfg, dtype)[0]
     packed = ops_cpu.pack(tree)
-    assert type(packed["layers"][0]["fc1"]["weight"]) is PackedTiles is type(packed["embed_tokens"]["weight"])
+    assert type(packed["layers"][0]["fc1"]["weight"]) is (PackedNibbles if dtype == "int4" else PackedTiles) is type(packed["embed_tokens"]["weight"])
     logits = model.forward(packed, ids, cfg, attention_mask=mask, ops=ops_cpu)
     exact = model.forward(small.cast(tree, np.float32) if dtype == "bfloat16" else tree, ids, cfg, attention_mask=mask)
     assert np.abs(logits - exact)[mask == 1].max() < (2e-2 if dtype == "bfloat16" else 1e-3) * np.abs(exact).max()
@@ -107,6 +130,8 @@ for dtype in ("bfloat16", "int8"):
     assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
     found[dtype] = logits
+    if dtype == "int4":
+        continue
     # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
     wide = {"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}
     for changes in (wide, {"hidden_size": 40, "do_layer_norm_before": False, "activation_function": "gelu"}):
@@ -181,7 +206,7 @@ def test_there_is_work_for_every_thread(threads, M, monkeypatch):
     assert tasks == blocks * parts >= threads
     assert (blocks - 1) * rows < M <= blocks * rows
     assert rows % gemm_amx.GROUP == 0
-    assert rows <= packed.rows_at_once
+    assert rows <= gemm_amx.rows_at_once(768)
     if packed.writes_rounded(M):  # then a task has all of a row's strips, a block of k of the next product at a time
         _, arguments, tasks = packed.call(
             np.zeros(0, np.float32), 768, 1, np.zeros(3072, np.float32), None, gemm_amx.Rounded(M, 3072, packed.stored), M

@@ -1,0 +1,252 @@
+"""Matrix products in Intel's tiles with int4 weights, for more rows than a few: the same bits as gemm_int.py's, whose panels these are.
+
+A panel's numbers become bytes, in strips of tiles as gemm_amx.py has them, and then all rows of a block meet them. A tile is as deep as a group of k
+that has one scale; the sums of x's upper and lower bytes become one, which is scaled and added to the result in float32, group after group. That, 16
+rows by 16 columns at a time, takes as long as the tiles do, so it is done while the next group is in them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, finish, widened
+from opt_fast.gemm_amx import (
+    BYTES_OF,
+    CHUNK,
+    INDEX,
+    OF_WEIGHTS,
+    OF_X,
+    SIDE,
+    TILE_BYTES,
+    VECTOR,
+    WEIGHT_BYTES,
+    add_scaled_to,
+    configure,
+    copy,
+    release,
+    round_block,
+    rows_at_once,
+    shares,
+    tile_shapes,
+    tiles_of,
+    unit_of,
+)
+from opt_fast.gemm_int import PAIRS, RUN, PackedIntegers
+from opt_fast.kernel import (
+    ARGUMENTS,
+    BYTES,
+    DONE,
+    MEMORY,
+    TASKS,
+    THREADS,
+    Kernel,
+    at,
+    bytes_,
+    claim,
+    every,
+    floats,
+    inner,
+    int16s,
+    intrinsic,
+    lines,
+    load,
+    loop,
+    store,
+)
+from opt_fast.rowwise import FUNCTIONS
+
+DEEP = 4 * SIDE  # numbers of k in a tile's row, at most
+STRIPS = COLUMNS // SIDE  # of a panel
+SHAPES = {group: tile_shapes(SIDE, group // 4) for group in (DEEP // 2, DEEP)}
+PER = 4  # numbers in a word
+SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # what gives a sign to those that have none in a word
+
+
+class PackedNibbles(PackedIntegers):
+    """An int4 weight (O, I) whose products are in tiles where rows fill one: with fewer, unpacking takes longer than is won."""
+
+    @property
+    def tiles(self) -> int:
+        return math.ceil(self.shape[1] / DEEP)
+
+    @property
+    def abreast(self) -> int:
+        """Panels that are unpacked together."""
+        return max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
+
+    @property
+    def needed(self) -> int:
+        """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, x's block as two planes of bytes, and its scales."""
+        panels = self.abreast * COLUMNS * (SIDE + math.ceil(self.shape[1] / self.group) + self.tiles * SIDE)
+        block = rows_at_once(self.shape[1]) * (2 * self.tiles * SIDE + math.ceil(self.shape[1] / BLOCK_K))
+        return max(super().needed, lines(4 * SIDE * SIDE + BLOCK_K + panels + block))
+
+    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
+        """As PackedIntegers.call."""
+        if M < SIDE or step != 1:
+            return super().call(x, row, step, bias, function, y, M)
+        (O, I), (rows, blocks, parts) = self.shape, shares(M, self.shape[1], self.count)
+        arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, rows, blocks, parts, self.columns, self.columns.size,
+                     self.group, self.height(BLOCK_K) * COLUMNS, self.abreast, SHAPES[self.group]]  # fmt: skip
+        return MATMUL, arguments, blocks * parts
+
+
+def _matmul_nibbles(table: Any) -> None:
+    """A task is a block of rows and a part of the panels: x's rows are rounded; then panel after panel is unpacked, and meets 16 after 16 of them."""
+    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    x, row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], int16s(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
+    M, O, K, most, blocks, parts, factors, uneven, group, full = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), a[15], a[16], a[17]
+    abreast, strip, groups = a[18], (K + DEEP - 1) // DEEP * TILE_BYTES, (K + group - 1) // group
+    apart = floats(place)
+    line = at(apart, 4 * SIDE * SIDE)
+    sums = at(line, BLOCK_K)
+    scales = at(sums, abreast * COLUMNS * SIDE)
+    strips = place + 4 * (4 * SIDE * SIDE + BLOCK_K + abreast * COLUMNS * (SIDE + groups))
+    rounded_x, plane = strips + abreast * STRIPS * strip, most // SIDE * strip
+    xs, sizes = bytes_(rounded_x), floats(rounded_x + 2 * plane)
+    configure(bytes_(a[19]))
+    task = claim(table, TASKS)
+    while task < blocks * parts:
+        first, part = task % blocks * most, task // blocks
+        last, panels_to = min(first + most, M), P * (part + 1) // parts
+        for k in range(0, K, BLOCK_K):
+            for i in range(last - first):
+                round_block(at(x, (first + i) * row + k), 1, at(factors, k), uneven, line, True, xs, plane, most, K, i, k)
+        for some in range(P * part // parts, panels_to, abreast):
+            columns = min(min(some + abreast, panels_to) * COLUMNS, O) - some * COLUMNS
+            for k in range(0, K, BLOCK_K):
+                n, _ = tiles_of(K, k, PER)
+                height = (n + PER - 1) // PER + (n + group - 1) // group
+                for p in range((columns + COLUMNS - 1) // COLUMNS):
+                    words = at(panels, k // BLOCK_K * P * full + (some + p) * height * COLUMNS)
+                    for g in range(0, n, group):
+                        unpack(at(words, g // group * (group // PER + 1) * COLUMNS), (min(group, n - g) + PER - 1) // PER, group // PER,
+                               bytes_(strips + p * STRIPS * strip + (k + g) * SIDE), strip,
+                               at(scales, (p * groups + (k + g) // group) * COLUMNS))  # fmt: skip
+            for i in range(0, last - first, SIDE):
+                for k in range(0, K, BLOCK_K):
+                    n, tiles = tiles_of(K, k, PER)
+                    here = at(xs, k // DEEP * TILE_BYTES * (most // SIDE) + i // SIDE * tiles * TILE_BYTES)
+                    for c in range(0, columns, SIDE):
+                        target, start = at(sums, c * SIDE), at(bias, some * COLUMNS + c)
+                        if k == 0 and columns - c < SIDE:
+                            begin(line, 0, 1, columns - c, start)
+                            start = line
+                        by_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, here, plane,
+                                  bytes_(strips + c // SIDE * strip + k * SIDE),
+                                  at(scales, (c // COLUMNS * groups + k // group) * COLUMNS + c % COLUMNS),
+                                  at(sizes, k // BLOCK_K * most + i), (n + group - 1) // group, group)  # fmt: skip
+                for r in range(min(SIDE, last - first - i)):
+                    corner = at(y, (first + i + r) * y_row + some * COLUMNS)
+                    for c in range(0, columns, SIDE):
+                        copy(at(sums, (c + r) * SIDE), at(corner, c), min(SIDE, columns - c), 0)
+                    finish(corner, 0, 1, columns, function)
+        claim(table, DONE)
+        task = claim(table, TASKS)
+    release()
+
+
+@inner
+def unpack(words: Any, rows: int, whole: int, strips: Any, strip: int, scales: Any) -> None:
+    """A group's scales and rows of words, of a panel, as float32 and as rows of tiles; zeros in those that the group is short of."""
+    unpack_scales(words, scales)
+    for r in range(rows):
+        unpack_row(at(words, (r + 1) * COLUMNS), at(strips, r * 4 * SIDE), strip)
+    for s in range(STRIPS):
+        for b in range(rows * 4 * SIDE, whole * 4 * SIDE):
+            strips[s * strip + b] = 0
+
+
+@intrinsic
+def unpack_scales(typing_context, words, scales):
+    """A row of float16."""
+
+    def generate(context, builder, signature, arguments):
+        words, scales = arguments
+        vector = ir.VectorType(ir.FloatType(), TILE.width)
+        for c in range(0, COLUMNS, TILE.width):
+            store(builder, widened(builder, builder.gep(words, [INDEX(c)]), vector, types.int16, TILE), builder.gep(scales, [INDEX(c)]))
+        return context.get_dummy_value()
+
+    return types.void(words, scales), generate
+
+
+@intrinsic
+def unpack_row(typing_context, words, strips, strip):
+    """A row of words, of all columns: 16 columns' bytes to the same place of each strip. gemm_int.word_order says where the numbers are."""
+
+    def generate(context, builder, signature, arguments):
+        words, strips, strip = arguments
+        count, width = TILE.vectors, TILE.width
+        byte, signs = ir.VectorType(ir.IntType(8), 4 * width), every(PAIRS, SIGNS)
+        loaded = [builder.xor(load(builder, builder.gep(words, [INDEX(2 * width * i)]), PAIRS), signs) for i in range(count // 2)]
+        neighbours = ir.Constant(
+            ir.VectorType(ir.IntType(32), 4 * width), [4 * width * (b % 4 // 2) + 4 * (b // 4) + 2 * (b % 2) for b in range(4 * width)]
+        )
+        for c in range(count):
+            pairs = []
+            for vector in (c, count + c):  # of the first two of k, and of the next
+                up = 16 - 4 * (vector % PER + 1)
+                word = builder.shl(loaded[vector // PER], every(PAIRS, up)) if up else loaded[vector // PER]
+                pairs.append(builder.bitcast(builder.ashr(word, every(PAIRS, 12)), byte))
+            place = builder.add(builder.mul(strip, INDEX(c * width // SIDE)), INDEX(c * width % SIDE * 4))
+            store(builder, builder.shuffle_vector(*pairs, neighbours), builder.gep(strips, [place]))
+        return context.get_dummy_value()
+
+    return types.void(words, strips, types.int64), generate
+
+
+@intrinsic
+def by_groups(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group):
+    """16 rows of x meet a strip's tiles, some groups of a block of k: each is scaled and added to the sums, as gemm_int.micro_kernel does it.
+
+    Sums begin with what stands at `start`, from row to row start_row apart. While one group is added, the next is in the tiles.
+    """
+
+    def generate(context, builder, signature, arguments):
+        sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group = arguments
+        tiles = unit_of(builder, builder.sdiv(group, INDEX(PER)))
+
+        def both(g: Any, row: int) -> Any:
+            return builder.gep(apart, [builder.add(builder.mul(builder.and_(g, INDEX(1)), INDEX(2 * SIDE * SIDE)), INDEX(row * SIDE))])
+
+        def load_tiles(g: Any) -> None:
+            first = builder.mul(g, group)
+            inside = builder.urem(first, INDEX(DEEP))
+            here = builder.add(builder.mul(builder.sub(first, inside), INDEX(TILE_BYTES // DEEP)), inside)
+            tiles.load(OF_WEIGHTS, builder.gep(strip, [builder.mul(first, INDEX(SIDE))]))
+            for i, offset in enumerate((here, builder.add(here, plane))):
+                tiles.load(OF_X - i, builder.gep(x, [offset]))
+
+        def multiply(g: Any) -> None:
+            for i, name in enumerate(BYTES_OF):
+                tiles.zero(i)
+                tiles.multiply(name, i, OF_X - i, OF_WEIGHTS)
+            after = builder.add(g, INDEX(1))
+            load_tiles(builder.select(builder.icmp_signed("<", after, count), after, g))  # before sums are stored, for which they would wait
+            for i in range(2):
+                tiles.store(i, builder.bitcast(both(g, i * SIDE), ir.IntType(8).as_pointer()))
+
+        def step(g: Any, totals: list) -> list:
+            after = builder.add(g, INDEX(1))
+            with builder.if_then(builder.icmp_signed("<", after, count)):
+                multiply(after)
+            scales = load(builder, builder.gep(scale, [builder.mul(g, INDEX(COLUMNS))]), VECTOR)
+            return [add_scaled_to(builder, total, both(g, r), scales, builder.gep(sizes, [INDEX(r)])) for r, total in enumerate(totals)]
+
+        load_tiles(INDEX(0))
+        multiply(INDEX(0))
+        begun = [load(builder, builder.gep(start, [builder.mul(start_row, INDEX(r))]), VECTOR) for r in range(SIDE)]
+        for r, total in enumerate(loop(builder, count, 1, begun, step)):
+            store(builder, total, builder.gep(sums, [INDEX(r * SIDE)]))
+        return context.get_dummy_value()
+
+    return types.void(sums, start, types.int64, apart, x, types.int64, strip, scale, sizes, types.int64, types.int64), generate
+
+
+MATMUL = Kernel(_matmul_nibbles)
