@@ -125,7 +125,7 @@ def _matmul_nibbles(table: Any) -> None:
                 for p in range((columns + COLUMNS - 1) // COLUMNS):
                     words = at(panels, k // BLOCK_K * P * full + (some + p) * height * COLUMNS)
                     for g in range(0, n, group):
-                        unpack(at(words, g // group * (group // PER + 1) * COLUMNS), (min(group, n - g) + PER - 1) // PER, group // PER,
+                        unpack(at(words, g // group * (group // PER + 1) * COLUMNS), (min(group, n - g) + PER - 1) // PER,
                                bytes_(strips + p * STRIPS * strip + (k + g) * SIDE), strip,
                                at(scales, (p * groups + (k + g) // group) * COLUMNS))  # fmt: skip
             for i in range(0, last - first, SIDE):
@@ -152,14 +152,11 @@ def _matmul_nibbles(table: Any) -> None:
 
 
 @inner
-def unpack(words: Any, rows: int, whole: int, strips: Any, strip: int, scales: Any) -> None:
-    """A group's scales and rows of words, of a panel, as float32 and as rows of tiles; zeros in those that the group is short of."""
+def unpack(words: Any, rows: int, strips: Any, strip: int, scales: Any) -> None:
+    """A group's scales and rows of words, of a panel, as float32 and as rows of tiles. What the group is short of meets zeros of x's."""
     unpack_scales(words, scales)
     for r in range(rows):
         unpack_row(at(words, (r + 1) * COLUMNS), at(strips, r * 4 * SIDE), strip)
-    for s in range(STRIPS):
-        for b in range(rows * 4 * SIDE, whole * 4 * SIDE):
-            strips[s * strip + b] = 0
 
 
 @intrinsic
