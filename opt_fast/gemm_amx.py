@@ -67,7 +67,7 @@ CHUNK = 32  # strips, at most: their sums do, too
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
-AHEAD = 4 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
+AHEAD = 8 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INTEGERS = False  # in the kernel: it has two variants
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -79,7 +79,7 @@ assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
 def unit() -> str:
     """ "AMX" where Numba compiles for it and the system lets this process use it, which it has to be asked for; or ""."""
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-    if TILE.pairs != DPBF16 or not {"+amx-tile", "+amx-bf16", "+amx-int8"} <= features or sys.platform != "linux":
+    if TILE.pairs != DPBF16 or not {"+amx-tile", "+amx-bf16", "+amx-int8", "+avx512vnni"} <= features or sys.platform != "linux":
         return ""
     return "AMX" if ctypes.CDLL(None).syscall(*ASK_FOR_TILES) == 0 else ""
 
@@ -250,7 +250,9 @@ def _matmul(table: Any) -> None:
                     here = at(xs, k // (per * SIDE) * TILE_BYTES * (high // SIDE) + (begun + i) // SIDE * tiles * TILE_BYTES)
                     for s in range(some, until):
                         target = at(sums, (s - some) * GROUP * SIDE)
-                        if INTEGERS:
+                        if INTEGERS and M == 1:
+                            lone(target, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), at(sizes, k // BLOCK_K * high + begun + i))
+                        elif INTEGERS:
                             if M <= SIDE:
                                 bytes_of_few(apart, here, plane, at(weights, s * strip), tiles)
                             else:
@@ -370,10 +372,13 @@ def add_scaled(typing_context, y, sums, scale, size):
 
 def add_scaled_to(builder: Any, y: Any, sums: Any, scale: Any, size: Any) -> Any:
     """LLVM: y with the sums that stand there, and a tile behind them those of the lower bytes, times what they are worth; `size` is an address."""
-    upper, lower = load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS)
+    return builder.fadd(y, scaled(builder, load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS), scale, size))
+
+
+def scaled(builder: Any, upper: Any, lower: Any, scale: Any, size: Any) -> Any:
+    """LLVM: the upper and the lower bytes' sums as one, times what it is worth."""
     total = builder.sitofp(builder.add(builder.shl(upper, every(WORDS, 8)), lower), VECTOR)
-    worth = builder.fmul(scale, broadcast(builder, builder.load(size), VECTOR))
-    return builder.fadd(y, builder.fmul(total, worth))
+    return builder.fmul(total, builder.fmul(scale, broadcast(builder, builder.load(size), VECTOR)))
 
 
 @intrinsic
@@ -541,12 +546,13 @@ class EmulatedTiles(Tiles):
         self.copy(self.place(tile), place)
 
     def multiply(self, name: str, total: int, a: int, b: int) -> None:
-        meet, sums = (self.pairs, 2) if name == PAIRS else (self.quads, 1)
+        sums = 2 if name == PAIRS else 1
 
         def row(m: Any, _: list) -> list:
             def step(k: Any, carried: list) -> list:
                 word = broadcast(self.builder, self.builder.load(self.builder.bitcast(self.place(a, m, k), SINGLE.as_pointer())), WORDS)
-                return meet(word, load(self.builder, self.place(b, k), WORDS), carried, name == BYTES_OF[1])
+                line = load(self.builder, self.place(b, k), WORDS)
+                return self.pairs(word, line, carried) if sums == 2 else [quads(self.builder, word, line, carried[0], name == BYTES_OF[1])]
 
             carried = loop(self.builder, self.depth, 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
             place, add = self.place(total, m), self.builder.fadd if sums == 2 else self.builder.add
@@ -556,19 +562,11 @@ class EmulatedTiles(Tiles):
 
         loop(self.builder, INDEX(SIDE), 1, [], row)
 
-    def pairs(self, a: Any, b: Any, sums: list, _: bool) -> list:
+    def pairs(self, a: Any, b: Any, sums: list) -> list:
         """Sums of the first numbers of pairs, and of the second, each rounded once; they are added to each other, and then to what there was."""
         halves = [[self.builder.shl(x, every(WORDS, 16)), self.builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
         both = [[self.builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
         return [multiply_add(self.builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
-
-    def quads(self, a: Any, b: Any, sums: list, unsigned: bool) -> list:
-        (total,) = sums
-        for e in range(4):
-            x, w = (self.builder.shl(value, every(WORDS, 24 - 8 * e)) for value in (a, b))
-            x = (self.builder.lshr if unsigned else self.builder.ashr)(x, every(WORDS, 24))
-            total = self.builder.add(total, self.builder.mul(x, self.builder.ashr(w, every(WORDS, 24))))
-        return [total]
 
 
 def unit_of(builder: Any, depth: Any) -> Tiles:
@@ -611,6 +609,57 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
         return types.void(sums, x, types.int64, strip, types.int64), generate
 
     return kernel
+
+
+@intrinsic
+def lone(typing_context, y, x, plane, strip, n, scale, size):
+    """As bytes_of_few and add_scaled, for one row, in vectors: there is less to wait for beside memory than with tiles of a single row.
+
+    The upper bytes are met 128 larger, without a sign, and what that adds is taken off.
+    """
+
+    def generate(context, builder, signature, arguments):
+        y, x, plane, strip, n, scale, size = arguments
+
+        def tile(t: Any, sums: list) -> list:
+            offset, sums = builder.mul(t, INDEX(TILE_BYTES)), list(sums)
+            weights, upper = builder.gep(strip, [offset]), builder.gep(x, [offset])
+            lower = builder.gep(upper, [plane])
+            for r in range(SIDE):
+                line = builder.gep(weights, [INDEX(r * LINE)])
+                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]))
+                words = [builder.load(builder.bitcast(builder.gep(place, [INDEX(4 * r)]), SINGLE.as_pointer())) for place in (upper, lower)]
+                words[0] = builder.xor(words[0], SINGLE(0x80808080))
+                for i, word in enumerate((*words, SINGLE(0x80808080)), r % 2 * 3):  # two of each, that do not wait for each other
+                    sums[i] = meet(builder, broadcast(builder, word, WORDS), load(builder, line, WORDS), sums[i])
+            return sums
+
+        sums = loop(builder, n, 1, [every(WORDS, 0)] * 6, tile)
+        larger, lower, more = (builder.add(a, b) for a, b in zip(sums[:3], sums[3:], strict=True))
+        total = scaled(builder, builder.sub(larger, more), lower, load(builder, scale, VECTOR), size)
+        store(builder, builder.fadd(load(builder, y, VECTOR), total), y)
+        return context.get_dummy_value()
+
+    return types.void(y, x, types.int64, strip, types.int64, scale, size), generate
+
+
+def meet(builder: Any, x: Any, weights: Any, total: Any) -> Any:
+    """LLVM: the total and the products of four bytes of x, without a sign, and four with one."""
+    if UNIT == EMULATED:
+        return quads(builder, x, weights, total, True)
+    name = "llvm.x86.avx512.vpdpbusd.512"
+    return builder.call(
+        builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), name), [total, x, weights]
+    )
+
+
+def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
+    """LLVM: the same by other instructions; a's bytes have a sign, or none."""
+    for e in range(4):
+        x, w = (builder.shl(value, every(WORDS, 24 - 8 * e)) for value in (a, b))
+        x = (builder.lshr if unsigned else builder.ashr)(x, every(WORDS, 24))
+        total = builder.add(total, builder.mul(x, builder.ashr(w, every(WORDS, 24))))
+    return total
 
 
 one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))

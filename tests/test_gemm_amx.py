@@ -175,7 +175,7 @@ def test_products_and_attention_in_tiles(tmp_path):
             np.testing.assert_array_equal(numbers, emulated[name], err_msg=name)
 
 
-TILED = "+avx512f,+avx512bw,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8"
+TILED = "+avx512f,+avx512bw,+avx512vnni,+avx512bf16,+amx-tile,+amx-bf16,+amx-int8"
 
 
 @pytest.mark.parametrize(("features", "tile", "system", "allowed", "found"), [
