@@ -25,6 +25,8 @@ from opt_fast.gemm import EMULATED, TILE, pair_products
 from opt_fast.gemm_amx import (
     HALVES,
     INDEX,
+    OF_WEIGHTS,
+    OF_X,
     PAIRS,
     SHAPES,
     SIDE,
@@ -40,11 +42,14 @@ from opt_fast.gemm_amx import (
     release,
     round_row,
     rounded,
+    tile_shapes,
+    unit_of,
 )
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
     DONE,
+    LINE,
     MEMORY,
     TASKS,
     THREADS,
@@ -63,6 +68,7 @@ from opt_fast.kernel import (
     load,
     loop,
     multiply_add,
+    prefetch,
     rows_from,
     store,
     transposed,
@@ -93,25 +99,30 @@ def _forward(table: Any) -> None:
     k, v = as_stored(a[1]), as_stored(a[2])
     q, O, L, rows_table, tasks, n = floats(a[0]), floats(a[3]), floats(a[4]), int64s(a[5]), int64s(a[6]), a[7]
     step, apart, H, Dh, scale = a[9], a[10], a[11], a[12], float_of(a[13])
-    Br, shapes, before = a[8], bytes_(a[14]), flush()
+    Br, for_groups, for_one, shaped, before = a[8], bytes_(a[14]), bytes_(a[15]), 0, flush()
     task = claim(table, TASKS)
     while task < n * H:
         h, row, first = task % H, at(rows_table, tasks[task // H * 2] * 5), tasks[task // H * 2 + 1]
         T, S, places, mask, hides = row[1], row[2], int64s(row[3]), bytes_(row[4]), row[4]
         past, count, origin = S - T, min(Br, T - first), (row[0] + first) * H + h
         x, o, lse = at(q, origin * Dh), at(O, origin * Dh), at(L, origin)
-        if count == 1 and hides == 0 and Dh % SIDE == 0:
+        alone = count == 1 and hides == 0 and Dh % SIDE == 0
+        if shaped != 1 + alone:
+            configure(for_one if alone else for_groups)
+            shaped = 1 + alone
+        if alone:
             attend_alone(x, k, v, places, h * apart, step, past + first + 1, Dh, scale, floats(place), o, lse)
         else:
-            attend_groups(x, k, v, places, h * apart, step, mask, hides, past + first, count, H, Dh, scale, shapes, place, o, lse)
+            attend_groups(x, k, v, places, h * apart, step, mask, hides, past + first, count, H, Dh, scale, place, o, lse)
         claim(table, DONE)
         task = claim(table, TASKS)
+    release()
     restore(before)
 
 
 @inner
 def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mask: Any, hides: int, past: int, count: int, H: int, Dh: int,
-                  scale: Any, shapes: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
+                  scale: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
     """Some queries of a head, the first of which sees `past` keys besides its own."""
     deep, wide, groups = (Dh + PAIR - 1) // PAIR, (Dh + SIDE - 1) // SIDE, (count + SIDE - 1) // SIDE  # tiles along d, as pairs and as single ones
     scores, keys = floats(place), place + 4 * BC * SIDE
@@ -127,7 +138,6 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             acc[i * wide * SIDE + d] = 0
     for g in range(groups):
         pack_queries(at(q, g * SIDE * H * Dh), H * Dh, min(SIDE, count - g * SIDE), Dh, scale, bytes_(queries + g * deep * TILE_BYTES), line)
-    configure(shapes)
     for key in range(0, past + count, BC):
         tile, shown = min(BC, past + count - key), at(mask, key)
         for j in range(0, tile, PAGE):
@@ -150,7 +160,6 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                     hide(at(scores, j * SIDE), SIDE)
             soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
             weigh(sums, bytes_(values), BLOCKS * TILE_BYTES, bytes_of(scores), blocks, wide)
-    release()
     for g in range(groups):
         rows = min(SIDE, count - g * SIDE)
         for t in range(wide):
@@ -168,6 +177,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
 @inner
 def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, scores: Any, O: Any, L: Any) -> None:
     """One query: keys and values are used where they stand."""
+    in_tiles = lie_in_tiles(k) and Dh % PAIR == 0
     acc, weights = at(scores, BC), pairs_of(scores)
     m, l = at(acc, Dh), at(acc, Dh + 1)
     xs = pairs_of(at(acc, Dh + 2))
@@ -181,7 +191,13 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
         for j in range(0, tile, PAGE):
             page, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
             for c in range(0, some, SIDE):
-                dots(at(scores, j + c), xs, at(k, page + c * step), step, min(SIDE, some - c), Dh)
+                fetch(at(v, page + c * step), step, Dh)
+                if key + j + PAGE < S:
+                    fetch(at(k, places[(key + j) // PAGE + 1] + head + c * step), step, Dh)
+                if in_tiles and c + SIDE <= some:
+                    dots_in_tiles(at(scores, j + c), xs, at(k, page + c * step), step, Dh // PAIR)
+                else:
+                    dots(at(scores, j + c), xs, at(k, page + c * step), step, min(SIDE, some - c), Dh)
         for j in range(tile, columns):
             scores[j] = -np.inf
         shrink = soften_one(scores, columns, m, l)
@@ -595,6 +611,63 @@ def dots(typing_context, scores, q, keys, step, n, Dh):
     return types.void(scores, q, keys, types.int64, types.int64, types.int64), generate
 
 
+@inner
+def fetch(rows: Any, step: int, Dh: int) -> None:
+    """Asks for 16 rows before they are used: they lie in short pieces, of which the processor would know too late."""
+    for r in range(SIDE):
+        for d in range(0, Dh, PAIR):
+            ask(at(rows, r * step + d))
+
+
+@intrinsic
+def ask(typing_context, numbers):
+    """For 32 numbers."""
+
+    def generate(context, builder, signature, arguments):
+        size = 4 if signature.args[0].dtype == types.float32 else 2
+        for line in range(0, PAIR * size, LINE):
+            prefetch(builder, builder.gep(arguments[0], [INDEX(line // size)]))
+        return context.get_dummy_value()
+
+    return types.void(numbers), generate
+
+
+@intrinsic
+def lie_in_tiles(typing_context, keys):
+    """Whether 16 keys, as they lie, are a tile, which meets a tile of one column: a query."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.IntType(1)(IN_TILES and signature.args[0].dtype == types.uint16)
+
+    return types.boolean(keys), generate
+
+
+@intrinsic
+def dots_in_tiles(typing_context, scores, q, keys, step, n):
+    """As `dots`, for 16 keys of n times 32 numbers in bfloat16."""
+
+    def generate(context, builder, signature, arguments):
+        if not (IN_TILES and signature.args[2].dtype == types.uint16):
+            return context.get_dummy_value()
+        scores, q, keys, step, n = arguments
+        scores, q, keys = (builder.bitcast(place, ir.IntType(8).as_pointer()) for place in (scores, q, keys))
+        tiles = unit_of(builder, INDEX(SIDE))
+        tiles.zero(0)
+
+        def block(t: Any, _: list) -> list:
+            offset = builder.mul(t, INDEX(2 * PAIR))
+            tiles.load(OF_X, builder.gep(keys, [offset]), builder.mul(step, INDEX(2)))
+            tiles.load(OF_WEIGHTS, builder.gep(q, [offset]), INDEX(4), words=1)
+            tiles.multiply(PAIRS, 0, OF_X, OF_WEIGHTS)
+            return []
+
+        loop(builder, n, 1, [], block)
+        tiles.store(0, scores, INDEX(4), words=1)
+        return context.get_dummy_value()
+
+    return types.void(scores, q, keys, types.int64, types.int64), generate
+
+
 def weighing(vectors: int) -> Any:
     """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d] for so many vectors of d; a weight after an odd n is 0."""
 
@@ -672,7 +745,9 @@ def restore(typing_context, before):
     return types.void(types.int64), generate
 
 
-IN_BFLOAT16 = Forward(by_dtype(_forward, "_in_tiles" if IN_TILES else "_in_pairs"), SIDE, needed, [SHAPES[SIDE]], "bfloat16")
+IN_BFLOAT16 = Forward(
+    by_dtype(_forward, "_in_tiles" if IN_TILES else "_in_pairs"), SIDE, needed, [SHAPES[SIDE], tile_shapes(SIDE, columns=1)], "bfloat16"
+)
 
 
 def way_for(params: dict) -> Forward:

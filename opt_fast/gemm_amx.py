@@ -23,7 +23,7 @@ from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
 from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
-from opt_fast.gemm_int import LARGEST, TINY, largest, prefetch, whole_numbers
+from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -49,6 +49,7 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
+    prefetch,
     store,
     variant,
 )
@@ -72,6 +73,7 @@ PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper
 INTEGERS = False  # in the kernel: it has two variants
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
+WHOLE = INDEX(4 * SIDE)  # bytes, from row to row of a tile that lies by itself
 
 assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
 
@@ -195,14 +197,14 @@ def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
     return rows, blocks, 1 if blocks >= threads else min(count, math.ceil(threads * few / blocks))
 
 
-def tile_shapes(rows: int, depth: int = SIDE) -> np.ndarray:
+def tile_shapes(rows: int, depth: int = SIDE, columns: int = SIDE) -> np.ndarray:
     """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles.
 
-    All have `rows` rows but the weights' own, which has `depth`, as many as x's have words: fewer are multiplied sooner.
+    All have `rows` rows but the weights' own, which has `depth`, as many as x's have words, and like the sums `columns`: fewer are multiplied sooner.
     """
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
-    shapes[16:32].view(np.uint16)[:] = [4 * SIDE] * OF_X_LOWER + [4 * depth] * 2 + [4 * SIDE]
+    shapes[16:32].view(np.uint16)[:] = [4 * columns] * OF_X_LOWER + [4 * depth] * 2 + [4 * columns]
     shapes[48:56] = rows
     shapes[48 + OF_WEIGHTS] = depth
     return shapes
@@ -506,11 +508,12 @@ class Tiles:
     def zero(self, tile: int) -> None:
         instruction(self.builder, "tilezero", INT8(tile))
 
-    def load(self, tile: int, place: Any) -> None:
-        instruction(self.builder, "tileloadd64", INT8(tile), place, INDEX(4 * SIDE))
+    def load(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
+        """Rows of so many words, which is the tile's shape, so many bytes apart."""
+        instruction(self.builder, "tileloadd64", INT8(tile), place, step)
 
-    def store(self, tile: int, place: Any) -> None:
-        instruction(self.builder, "tilestored64", INT8(tile), place, INDEX(4 * SIDE))
+    def store(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
+        instruction(self.builder, "tilestored64", INT8(tile), place, step)
 
     def multiply(self, name: str, total: int, a: int, b: int) -> None:
         instruction(self.builder, name, INT8(total), INT8(a), INT8(b))
@@ -530,20 +533,20 @@ class EmulatedTiles(Tiles):
             offset = offset if index is None else self.builder.add(offset, self.builder.mul(index, INDEX(size)))
         return self.builder.gep(self.memory, [offset])
 
-    def copy(self, source: Any, target: Any) -> None:
+    def copy(self, words: int, source: Any, source_step: Any, target: Any, target_step: Any) -> None:
         for row in range(SIDE):
-            offset = [INDEX(row * 4 * SIDE)]
-            store(self.builder, load(self.builder, self.builder.gep(source, offset), WORDS), self.builder.gep(target, offset))
+            here, there = (self.builder.gep(a, [self.builder.mul(step, INDEX(row))]) for a, step in ((source, source_step), (target, target_step)))
+            store(self.builder, load(self.builder, here, ir.VectorType(SINGLE, words)), there)
 
     def zero(self, tile: int) -> None:
         for row in range(SIDE):
             store(self.builder, every(WORDS, 0), self.place(tile, INDEX(row)))
 
-    def load(self, tile: int, place: Any) -> None:
-        self.copy(place, self.place(tile))
+    def load(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
+        self.copy(words, place, step, self.place(tile), WHOLE)
 
-    def store(self, tile: int, place: Any) -> None:
-        self.copy(self.place(tile), place)
+    def store(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
+        self.copy(words, self.place(tile), WHOLE, place, step)
 
     def multiply(self, name: str, total: int, a: int, b: int) -> None:
         sums = 2 if name == PAIRS else 1

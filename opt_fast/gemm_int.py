@@ -47,6 +47,7 @@ from opt_fast.kernel import (
     larger,
     load,
     loop,
+    prefetch,
     store,
     uint16s,
     variant,
@@ -382,14 +383,6 @@ def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
             run = builder.shl(words, every(PAIRS, 16 - bits * end)) if end < per else words
         down = bits * (part + per - end)
         yield builder.ashr(run, every(PAIRS, down)) if down else run
-
-
-def prefetch(builder: Any, pointer: Any) -> None:
-    """Asks for the memory there: one stream of weights alone is fetched too late."""
-    byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, single, single, single])
-    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(pointer, byte), single(0), single(3), single(1)])
 
 
 def pair_instruction() -> str:
