@@ -1,8 +1,8 @@
 """Matrix products in Intel's tiles (AMX): bfloat16 and int8 weights, where the processor multiplies 16 rows by 16 columns in one instruction.
 
 A tile is 16 rows of 16 words of 32 bits; a word holds two bfloat16 or four int8 numbers, neighbours in k. A weight (O, I) is stored as strips of 16
-columns, and a strip as tiles in the order of k, so that the processor reads it from one end to the other, for one row of x as for many. One row is
-computed as 16 are, and a result depends on its own row and column alone: the same bits however many rows go in together, as in gemm.py.
+columns, and a strip as tiles in the order of k, so that the processor reads it from one end to the other, for one row of x as for many. A result
+depends on its own row and column alone: the same bits however many rows go in together, as in gemm.py.
 
 bfloat16: x is rounded to it, as HF does in that type; products of 32 neighbours are added to the float32 sum as Intel's manual says of TDPBF16PS.
 int8: x becomes whole numbers of 16 bits, as in gemm_int.py; their upper and lower bytes meet the weights one after the other (TDPBSSD, TDPBUSD), and
