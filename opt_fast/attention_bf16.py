@@ -611,27 +611,25 @@ def dots(typing_context, scores, q, keys, step, n, Dh):
     return types.void(scores, q, keys, types.int64, types.int64, types.int64), generate
 
 
-@intrinsic
-def fetch(typing_context, rows, step, Dh):
+@inner
+def fetch(rows: Any, step: int, Dh: int) -> None:
     """Asks for 16 rows before they are used: they lie in short pieces, of which the processor would know too late."""
+    for r in range(SIDE):
+        for d in range(0, Dh, PAIR):
+            ask(at(rows, r * step + d))
+
+
+@intrinsic
+def ask(typing_context, numbers):
+    """For 32 numbers."""
 
     def generate(context, builder, signature, arguments):
-        rows, step, Dh = arguments
-        line = LINE // (4 if signature.args[0].dtype == types.float32 else 2)
-
-        def row(r: Any, _: list) -> list:
-            here = builder.gep(rows, [builder.mul(r, step)])
-
-            def piece(d: Any, _: list) -> list:
-                prefetch(builder, builder.gep(here, [d]))
-                return []
-
-            return loop(builder, Dh, line, [], piece)
-
-        loop(builder, INDEX(SIDE), 1, [], row)
+        size = 4 if signature.args[0].dtype == types.float32 else 2
+        for line in range(0, PAIR * size, LINE):
+            prefetch(builder, builder.gep(arguments[0], [INDEX(line // size)]))
         return context.get_dummy_value()
 
-    return types.void(rows, types.int64, types.int64), generate
+    return types.void(numbers), generate
 
 
 @intrinsic
