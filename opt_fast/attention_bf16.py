@@ -5,9 +5,10 @@ the rows of a product: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ. So 16 queries stand s
 as they lie, and two neighbouring rows of weights make the pairs that the second product wants. Products are in the tiles of gemm_amx.py, or where
 there are none the same of 16 vectors, by gemm.py's products of pairs.
 
-A query that is alone, as in decoding, takes keys and values from where they stand, and computes the same sums in vectors. In tiles (TDPBF16PS) those
-are, of 32 neighbours, the first, third … and the second, fourth … apart, then both, then what there was. These instructions take subnormal numbers as
-0, and so do all in this kernel: the same bits whether a query comes alone or with others, and whether keys are kept in float32 or in bfloat16.
+A query that is alone, as in decoding, takes keys and values from where they stand, and computes the same sums: its scores in tiles where keys lie as
+they want them, the rest in vectors. In tiles (TDPBF16PS) those sums are, of 32 neighbours, the first, third … and the second, fourth … apart, then
+both, then what there was. These instructions take subnormal numbers as 0, and so do all in this kernel: the same bits whether a query comes alone or
+with others, and whether keys are kept in float32 or in bfloat16.
 """
 
 from __future__ import annotations
@@ -632,12 +633,17 @@ def ask(typing_context, numbers):
     return types.void(numbers), generate
 
 
+def loads_whole(keys: Any) -> bool:
+    """Whether a tile can be loaded from keys of this type."""
+    return IN_TILES and keys.dtype == types.uint16
+
+
 @intrinsic
 def lie_in_tiles(typing_context, keys):
     """Whether 16 keys, as they lie, are a tile, which meets a tile of one column: a query."""
 
     def generate(context, builder, signature, arguments):
-        return ir.IntType(1)(IN_TILES and signature.args[0].dtype == types.uint16)
+        return ir.IntType(1)(loads_whole(signature.args[0]))
 
     return types.boolean(keys), generate
 
@@ -647,7 +653,7 @@ def dots_in_tiles(typing_context, scores, q, keys, step, n):
     """As `dots`, for 16 keys of n times 32 numbers in bfloat16."""
 
     def generate(context, builder, signature, arguments):
-        if not (IN_TILES and signature.args[2].dtype == types.uint16):
+        if not loads_whole(signature.args[2]):
             return context.get_dummy_value()
         scores, q, keys, step, n = arguments
         scores, q, keys = (builder.bitcast(place, ir.IntType(8).as_pointer()) for place in (scores, q, keys))

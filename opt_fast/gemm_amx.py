@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from ml_dtypes import bfloat16
 from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
@@ -93,10 +92,14 @@ class Rounded:
     """Activations (M, K) as products in tiles take them, rounded once for all that read them: block of k after block, 16 rows after 16."""
 
     def __init__(self, M: int, K: int, stored: np.dtype) -> None:
-        planes, per = (2, 4) if stored == np.int8 else (1, 2)  # of int8's two, the lower bytes' one stands behind
         self.stored, self.rows = stored, math.ceil(M / SIDE) * SIDE
-        words = planes * self.rows * math.ceil(K / (per * SIDE)) * SIDE
-        self.memory = aligned(words + self.rows * math.ceil(K / BLOCK_K), np.float32)  # and the scales of blocks of rows
+        self.memory = aligned(rounded_size(self.rows, K, stored), np.float32)
+
+
+def rounded_size(rows: int, K: int, stored: Any) -> int:
+    """Numbers that rounded rows take: as bfloat16, or as two planes of bytes, the lower ones behind; and the scales of their blocks of k."""
+    planes, per = (2, 4) if stored == np.int8 else (1, 2)
+    return rows * (planes * math.ceil(K / (per * SIDE)) * SIDE + math.ceil(K / BLOCK_K))
 
 
 class PackedTiles(Packed):
@@ -154,9 +157,9 @@ class PackedTiles(Packed):
 
     @property
     def needed(self) -> int:
-        """Numbers of memory that a thread needs: x's block as bfloat16 or as two planes of bytes, its scales, a row, and sums."""
-        words = self.tiles * SIDE * (1 if self.stored == bfloat16 else 2)
-        return lines(rows_at_once(self.shape[1]) * (words + math.ceil(self.shape[1] / BLOCK_K)) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
+        """Numbers of memory that a thread needs: x's block, a row, and sums."""
+        I = self.shape[1]
+        return lines(rounded_size(rows_at_once(I), I, self.stored) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
 
     def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip

@@ -30,6 +30,7 @@ from opt_fast.gemm_amx import (
     copy,
     release,
     round_block,
+    rounded_size,
     rows_at_once,
     shares,
     tile_shapes,
@@ -62,8 +63,8 @@ from opt_fast.rowwise import FUNCTIONS
 
 DEEP = 4 * SIDE  # numbers of k in a tile's row, at most
 STRIPS = COLUMNS // SIDE  # of a panel
-SHAPES = {group: tile_shapes(SIDE, group // 4) for group in (DEEP // 2, DEEP)}
 PER = 4  # numbers in a word
+SHAPES = {group: tile_shapes(SIDE, group // PER) for group in (DEEP // 2, DEEP)}
 SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # what gives a sign to those that have none in a word
 
 
@@ -81,10 +82,10 @@ class PackedNibbles(PackedIntegers):
 
     @property
     def needed(self) -> int:
-        """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, x's block as two planes of bytes, and its scales."""
-        panels = self.abreast * COLUMNS * (SIDE + math.ceil(self.shape[1] / self.group) + self.tiles * SIDE)
-        block = rows_at_once(self.shape[1]) * (2 * self.tiles * SIDE + math.ceil(self.shape[1] / BLOCK_K))
-        return max(super().needed, lines(4 * SIDE * SIDE + BLOCK_K + panels + block))
+        """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, and x's block."""
+        I = self.shape[1]
+        panels = self.abreast * COLUMNS * (SIDE + math.ceil(I / self.group) + self.tiles * SIDE)
+        return max(super().needed, lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows_at_once(I), I, np.int8)))
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As PackedIntegers.call."""
