@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, types
 
-from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, micro_kernel, pack_tile, widened
+from opt_fast.gemm import ABREAST, COLUMNS, ROWS, TILE, bfloat16_bits, float32_at, micro_kernel, pack_tile, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
@@ -525,17 +525,6 @@ def _write(table: Any) -> None:
                     put(V, place + d, v[source + d])
         claim(table, DONE)
         first = claim(table, TASKS) * some
-
-
-@intrinsic
-def float32_at(typing_context, numbers, i):
-    """numbers[i] in float32, whichever float it is stored as."""
-
-    def generate(context, builder, signature, arguments):
-        lane = widened(builder, builder.gep(arguments[0], [arguments[1]]), ir.VectorType(ir.FloatType(), 1), signature.args[0].dtype, TILE)
-        return builder.extract_element(lane, ir.IntType(32)(0))
-
-    return types.float32(numbers, types.int64), generate
 
 
 @intrinsic

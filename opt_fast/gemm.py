@@ -36,6 +36,7 @@ from opt_fast.kernel import (
     inner,
     int16s,
     int32s,
+    int64s,
     intrinsic,
     load,
     loop,
@@ -132,10 +133,18 @@ class Packed:
         return weight[: self.shape[0], : self.shape[1]].astype(dtype or self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the weight in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
-        ids = self.checked_rows(ids)
-        found = np.ascontiguousarray(self.panels[ids // COLUMNS, :, ids % COLUMNS]).view(self.dtype)
-        return found[..., : self.shape[1]].astype(np.float32, copy=False)
+        """Rows of the matrix that the weight stands for, in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        ids = np.ascontiguousarray(self.checked_rows(ids), np.int64)
+        y = np.empty((*ids.shape, self.shape[1]), np.float32)
+        kernel, arguments, tasks = self.rows_call(ids, y)
+        kernel(*arguments, tasks=tasks)
+        return y
+
+    def rows_call(self, ids: np.ndarray, y: np.ndarray) -> tuple[Kernel, list, int]:
+        """The kernel that looks rows up, its arguments, and how many tasks they make.  ids: (*N);  y: (*N, I)"""
+        bits = self.panels.dtype
+        kernel, per = (LOOK_UP["<u2"], 2) if bits == PAIRS else (LOOK_UP[bits.str], 1)
+        return kernel, [ids, ids.size, self.panels, COLUMNS, self.panels.shape[1], per, y, self.shape[1], 0, 0, 0, 0], ids.size
 
     def checked_rows(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)
@@ -242,6 +251,45 @@ def _pack_pairs(table: Any) -> None:
                 high = np.int64(weight[first + step]) if c < columns and 2 * i + 1 < I else 0
                 panels[(p * words + i) * COLUMNS + c] = low | high << 16
         p = claim(table, TASKS)
+
+
+# ---- looking up --------------------------------------------------------------------------------------------------------------------------
+
+
+def _look_up(table: Any) -> None:
+    """A task is a row: its words stand a panel's width apart, each with `per` neighbours in k."""
+    a = at(table, ARGUMENTS)
+    ids, n, panels, width, words, per, y, I = int64s(a[0]), a[1], as_stored(a[2]), a[3], a[4], a[5], floats(a[6]), a[7]
+    scales, scaled, columns, uneven = floats(a[8]), a[9], floats(a[10]), a[11]
+    task = claim(table, TASKS)
+    while task < n:
+        row, found = ids[task], at(y, task * I)
+        number = at(panels, (row // width * words * width + row % width) * per)
+        for i in range(0, I, per):
+            for r in range(min(per, I - i)):
+                found[i + r] = as_float32(number, i * width + r)
+        if scaled:
+            for i in range(I):
+                found[i] *= scales[row]
+        if uneven:
+            for i in range(I):
+                found[i] *= columns[i]
+        claim(table, DONE)
+        task = claim(table, TASKS)
+
+
+@intrinsic
+def float32_at(typing_context, numbers, i):
+    """numbers[i] in float32, whichever float it is stored as."""
+
+    def generate(context, builder, signature, arguments):
+        lane = widened(builder, builder.gep(arguments[0], [arguments[1]]), ir.VectorType(ir.FloatType(), 1), signature.args[0].dtype, TILE)
+        return builder.extract_element(lane, ir.IntType(32)(0))
+
+    return types.float32(numbers, types.int64), generate
+
+
+as_float32 = float32_at  # in the kernel: one variant reads whole numbers
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
@@ -523,3 +571,8 @@ MATMUL = {
     "<u2": variant(_matmul, "bfloat16", as_stored=uint16s),
     PAIRS.str: variant(_matmul, "pairs", as_stored=int32s, PER=2),
 }  # fmt: skip
+LOOK_UP = {
+    "<f4": variant(_look_up, "float32", as_stored=floats),
+    "<i2": variant(_look_up, "float16", as_stored=int16s),
+    "<u2": variant(_look_up, "bfloat16", as_stored=uint16s),
+}

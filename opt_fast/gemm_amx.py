@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
+from opt_fast import gemm
 from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
 from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
 from opt_fast.kernel import (
@@ -42,6 +43,7 @@ from opt_fast.kernel import (
     float_of,
     floats,
     inner,
+    int8s,
     intrinsic,
     lines,
     load,
@@ -142,14 +144,11 @@ class PackedTiles(Packed):
         parts = [self.rows(np.arange(i, min(i + 1024, self.shape[0]))).astype(dtype or self.dtype) for i in range(0, self.shape[0], 1024)]
         return np.concatenate(parts) if parts else np.zeros(self.shape, dtype or self.dtype)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the matrix that the weight stands for, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
-        ids = self.checked_rows(ids)
-        words = np.ascontiguousarray(self.panels[ids // SIDE, :, :, ids % SIDE])  # (*N, tiles, 16)
-        w = words.reshape(*ids.shape, -1).view(self.stored)[..., : self.shape[1]].astype(np.float32)
-        if self.scale.size:
-            w *= self.scale[ids][..., None]
-        return w * self.columns if self.columns.size else w
+    def rows_call(self, ids: np.ndarray, y: np.ndarray) -> tuple[Kernel, list, int]:
+        """As Packed.rows_call."""
+        arguments = [ids, ids.size, self.panels, SIDE, self.tiles * SIDE, 4 // self.stored.itemsize, y, self.shape[1],
+                     self.scale, self.scale.size, self.columns, self.columns.size]  # fmt: skip
+        return LOOK_UP[self.stored.name], arguments, ids.size
 
     @property
     def tiles(self) -> int:
@@ -441,6 +440,12 @@ def split_row(typing_context, x, inverse, n, upper, lower):
     return types.void(x, types.float32, types.int64, upper, lower), generate
 
 
+@inner
+def int8_at(numbers: Any, i: int) -> Any:
+    """gemm.float32_at for whole numbers."""
+    return np.float32(numbers[i])
+
+
 # ---- LayerNorm, where products come next -------------------------------------------------------------------------------------------------
 
 
@@ -672,3 +677,4 @@ one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1,
 bytes_apart, bytes_of_few = over_tiles(*BYTES_OF, adds=False), over_tiles(*BYTES_OF, few=True, adds=False)
 NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}
+LOOK_UP = {"bfloat16": gemm.LOOK_UP["<u2"], "int8": variant(gemm._look_up, "int8", as_stored=int8s, as_float32=int8_at)}

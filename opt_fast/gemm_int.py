@@ -15,7 +15,6 @@ times as large: it is taken off at the end, exactly. The last number of a run ha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, widened
+from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, float32_at, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -43,6 +42,7 @@ from opt_fast.kernel import (
     inner,
     int16s,
     int32s,
+    int64s,
     intrinsic,
     larger,
     load,
@@ -164,30 +164,11 @@ class PackedIntegers(Packed):
         parts = [self.rows(np.arange(i, min(i + 1024, self.shape[0]))) for i in range(0, self.shape[0], 1024)]
         return np.concatenate(parts).astype(dtype or np.float32, copy=False)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the matrix that the weight stands for, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
-        ids = self.checked_rows(ids)
-        p, c = np.divmod(ids, COLUMNS)
-        places, sizes, up = self.lookup
-        words = self.panels[places[c] + (p[..., None] * sizes)[..., None, :]]  # (*N, 1 or 2, I): the numbers' words, and int4's scales
-        w = ((words[..., 0, :] ^ self.signs) << up[c]).view(np.int16) >> 16 - self.bits
-        w = w * (self.scale[ids][..., None] if self.bits == 8 else words[..., 1, :].view(np.float16))
-        return w * self.columns if self.columns.size else w
-
-    @cached_property
-    def lookup(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the first panel has the word of each column of a panel and each k, and int4's scale (COLUMNS, 1 or 2, I); how far apart panels lie
-        (I); how far the number has to go up to the word's highest bits (COLUMNS, I)."""
-        I, per, scaled = self.shape[1], 16 // self.bits, int(self.bits == 4)
-        sizes = np.array([self.height(n) * COLUMNS for _, n in k_blocks(I)])
-        block, k = np.divmod(np.arange(I), BLOCK_K)
-        group, row = k // self.group, k // per
-        place = np.argsort(ORDER[self.bits], axis=None).reshape(per, COLUMNS).T[:, k % per]  # (COLUMNS, I): part · COLUMNS + word
-        starts = (self.count * (np.cumsum(sizes) - sizes))[block]
-        words = starts + (row + scaled * (group + 1)) * COLUMNS + place % COLUMNS
-        scales = starts + group * (self.group // per + 1) * COLUMNS + np.arange(COLUMNS)[:, None]
-        up = (16 - self.bits - self.bits * (place // COLUMNS)).astype(np.uint16)
-        return np.stack([words, scales][: 1 + scaled], axis=1), sizes[block], up
+    def rows_call(self, ids: np.ndarray, y: np.ndarray) -> tuple[Kernel, list, int]:
+        """As Packed.rows_call."""
+        arguments = [ids, ids.size, self.panels, self.count, y, self.shape[1], self.bits, self.group, PLACES[self.bits], int(self.signs), self.scale,
+                     self.columns, self.columns.size]  # fmt: skip
+        return LOOK_UP, arguments, ids.size
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As Packed.call; x's rows lie whole."""
@@ -208,6 +189,44 @@ def k_blocks(I: int) -> list[tuple[int, int]]:
 
 
 as_stored = uint16s  # weights, in the kernel that reads them: it has variants
+
+
+# ---- looking up --------------------------------------------------------------------------------------------------------------------------
+
+
+PLACES = {
+    bits: np.argsort(order, axis=None) for bits, order in ORDER.items()
+}  # of a column's number in words, part · COLUMNS + word: (16 / bits, COLUMNS)
+
+
+def _look_up_integers(table: Any) -> None:
+    """A task is a row."""
+    a = at(table, ARGUMENTS)
+    ids, n, words, halves, P, y, I, bits = int64s(a[0]), a[1], uint16s(a[2]), int16s(a[2]), a[3], floats(a[4]), a[5], a[6]
+    group, places, signs, scale, columns, uneven = a[7], int64s(a[8]), a[9], floats(a[10]), floats(a[11]), a[12]
+    per, top = 16 // bits, 1 << bits - 1
+    task = claim(table, TASKS)
+    while task < n:
+        p, c, found, start = ids[task] // COLUMNS, ids[task] % COLUMNS, at(y, task * I), 0
+        for first in range(0, I, BLOCK_K):
+            numbers = min(BLOCK_K, I - first)
+            height, apart = (numbers + per - 1) // per, group // per + 1  # of the panel without its scales; of a group with them
+            if bits == 4:
+                height += (numbers + group - 1) // group
+            panel = start + p * height * COLUMNS
+            for k in range(numbers):
+                place, row = places[k % per * COLUMNS + c], k // per
+                if bits == 4:
+                    row += k // group + 1
+                number = (np.int64(words[panel + row * COLUMNS + place % COLUMNS]) ^ signs) >> bits * (place // COLUMNS) & 2 * top - 1
+                size = float32_at(halves, panel + k // group * apart * COLUMNS + c) if bits == 4 else scale[ids[task]]
+                found[first + k] = np.float32((number ^ top) - top) * size
+            start += P * height * COLUMNS
+        if uneven:
+            for i in range(I):
+                found[i] *= columns[i]
+        claim(table, DONE)
+        task = claim(table, TASKS)
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
@@ -476,3 +495,4 @@ def rounded(typing_context, x, inverse, n, xs):
 
 
 MATMUL = {"int8": variant(_matmul, "int8", as_stored=uint16s), "int4": variant(_matmul, "int4", as_stored=int16s)}
+LOOK_UP = Kernel(_look_up_integers)

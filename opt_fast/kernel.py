@@ -180,8 +180,8 @@ def _pointer_to(kind: Any) -> Any:
     return cast
 
 
-floats, int16s, uint16s, int32s, int64s, bytes_ = (
-    _pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int32, types.int64, types.uint8)
+floats, int16s, uint16s, int32s, int64s, bytes_, int8s = (
+    _pointer_to(kind) for kind in (types.float32, types.int16, types.uint16, types.int32, types.int64, types.uint8, types.int8)
 )
 
 
