@@ -60,11 +60,12 @@ class Reader:
             self.release()
             self.answered = start
         for row, text, pads in zip(self.rows, ids[:, start:], mask[:, start:].argmax(1).tolist(), strict=True):
-            row.text, row.hidden = text[pads:], [] if reading.hidden else None
+            row.likely, row.ends, row.hidden = reading.likely, reading.ends, [] if reading.hidden else None
+            row.grow(text[pads:])
 
     def answer(self) -> Said:
         """What the reading brought."""
-        (ids, _, copies, hidden), rows = self.reading, self.rows
+        (ids, _, copies, hidden, *_), rows = self.reading, self.rows
         h, logits = None, logits_of(rows)
         if hidden:  # (N, T, W), what is new at its end
             new = ids.shape[1] - self.answered
@@ -257,12 +258,16 @@ class Engine:
 
     def _round(self) -> None:
         self._admit()
-        if pieces := self._pieces():
+        if not self._answered() and (pieces := self._pieces()):  # those that were read ahead go on until all read together again
             self.machine.read(pieces)
-        for handle in [handle for handle in self.running if not any(row.left for row in handle.reader.rows)]:
+        for handle in self._answered():
             del self.running[handle]  # its next reading is the last in the queue
             self.running[handle] = None
             handle.go_on()
+
+    def _answered(self) -> list[Handle]:
+        """Those whose readings have all that they asked for."""
+        return [handle for handle in self.running if not any(row.left for row in handle.reader.rows)]
 
     def _admit(self) -> None:
         """Takes in those that wait, first come first served, while their texts fit and leave a page for each row that is running."""
@@ -283,7 +288,11 @@ class Engine:
                 if count and self._reserved(row, count, handle):
                     pieces.append((row, count))
                     singles, prompts = (singles - 1, prompts) if left == 1 else (singles, prompts - count)
-        return [(row, count) for row, count in pieces if row.pages]  # but for those that were put back
+        pieces = [(row, count) for row, count in pieces if row.pages]  # but for those that were put back
+        if self.waiting or len(pieces) < sum(len(handle.reader.rows) for handle in self.running):  # nobody runs ahead of those that wait for a turn
+            for row, _ in pieces:
+                row.likely = 0
+        return pieces
 
     def _reserved(self, row: Row, count: int, handle: Handle) -> bool:
         """Whether the row has room now. Where pages run out, the request that came last has to wait, and reads its text again later."""

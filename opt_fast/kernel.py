@@ -233,6 +233,22 @@ def call(typing_context, function, table):
 
 
 @intrinsic
+def launch(typing_context, run, enter, size, what):
+    """Calls a kernel on size[0] of Numba's threads, as on_threads does from Python; `what` is the kernel and its table."""
+
+    def generate(context, builder, signature, arguments):
+        byte, index, single = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
+        run, enter, size, what = arguments
+        kind = ir.FunctionType(ir.VoidType(), [byte] * 5 + [index, index, single])
+        sizes, threads = builder.inttoptr(size, byte), builder.trunc(builder.load(builder.inttoptr(size, index.as_pointer())), single)
+        builder.call(builder.inttoptr(run, kind.as_pointer()),
+                     [builder.inttoptr(enter, byte), sizes, sizes, sizes, builder.inttoptr(what, byte), index(0), index(0), threads])  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
 def wait(typing_context, counters, place, n):
     """Until counters[place] is n."""
 
@@ -250,19 +266,19 @@ def wait(typing_context, counters, place, n):
 
 def on_threads(function: int, table: int, threads: int) -> None:
     """Calls the kernel on so many of Numba's threads."""
-    run, enter = threads_of_numba()
+    _, run, enter = threads_of_numba()
     size, what = np.array([threads], np.int64), np.array([function, table], np.int64)
     run(enter, address(size), address(size), address(size), address(what), 0, 0, threads)
 
 
 @functools.cache
-def threads_of_numba() -> tuple[Any, int]:
-    """What Numba's parallel loops call, and _enter for it. It takes a function; arrays, of which there are none; how many times, shared among so many
-    threads; the arrays' steps; and what the function is given."""
+def threads_of_numba() -> tuple[int, Any, int]:
+    """What Numba's parallel loops call: its address, and as Python calls it; and _enter for it. It takes a function; arrays, of which there are none;
+    how many times, shared among so many threads; the arrays' steps; and what the function is given."""
     numba.get_num_threads()  # which begins the threads
-    place, count = ctypes.c_void_p, ctypes.c_size_t
-    run = ctypes.PYFUNCTYPE(None, place, place, place, place, place, count, count, ctypes.c_int)(binding.address_of_symbol("numba_parallel_for"))
-    return run, compiled(_enter, types.void(*[types.CPointer(types.int64)] * 4))
+    place, count, run = ctypes.c_void_p, ctypes.c_size_t, binding.address_of_symbol("numba_parallel_for")
+    function = ctypes.PYFUNCTYPE(None, place, place, place, place, place, count, count, ctypes.c_int)(run)
+    return run, function, compiled(_enter, types.void(*[types.CPointer(types.int64)] * 4))
 
 
 def _enter(arrays: Any, times: Any, steps: Any, what: Any) -> None:
@@ -383,20 +399,27 @@ def squares(typing_context, row, n):
     return _summing(row, n, lambda builder, sums, x: builder.fadd(sums, builder.fmul(x, x)))
 
 
-def _summing(row: Any, n: Any, add: Callable[[Any, Any, Any], Any]) -> Any:
+@intrinsic
+def largest(typing_context, row, n):
+    """The largest of some numbers; of NaN nothing is said."""
+    return _summing(row, n, larger, larger, -math.inf)
+
+
+def _summing(row: Any, n: Any, add: Callable[[Any, Any, Any], Any], combine: Any = None, start: float = 0.0) -> Any:
     """A vector of sums over whole vectors of numbers, then the rest one by one."""
+    combine = combine or (lambda builder, a, b: builder.fadd(a, b))
 
     def generate(context, builder, signature, arguments):
         row, n = arguments
         vector, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
         whole = builder.and_(n, index(-LANES))
         sums, single = builder.alloca(vector), builder.alloca(ir.FloatType())
-        builder.store(every(vector, 0.0), sums)
+        builder.store(every(vector, start), sums)
         with builder.if_then(builder.icmp_signed(">", whole, index(0))):
-            (lanes,) = loop(builder, whole, LANES, [every(vector, 0.0)],
+            (lanes,) = loop(builder, whole, LANES, [every(vector, start)],
                             lambda k, carried: [add(builder, carried[0], load(builder, builder.gep(row, [k]), vector))])  # fmt: skip
             builder.store(lanes, sums)
-        builder.store(across(builder, builder.load(sums), lambda builder, a, b: builder.fadd(a, b)), single)
+        builder.store(across(builder, builder.load(sums), combine), single)
         rest = builder.sub(n, whole)
         with builder.if_then(builder.icmp_signed(">", rest, index(0))):
             (last,) = loop(builder, rest, 1, [builder.load(single)],

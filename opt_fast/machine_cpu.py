@@ -14,8 +14,10 @@ from opt_fast.kernel import address
 from opt_fast.paged_cache import PAGE, Row
 from opt_np import model
 from opt_np.config import OPTConfig
+from opt_np.tree import flatten
 
 MANY = 128  # tokens, for which writing a program down is little beside running it
+AHEAD, AT_ONCE = 8, 1 << 30  # steps, and bytes of weights, that are read at most before Python looks: hundredths of a second
 
 
 class Pages(paged_cache.Pages):
@@ -45,24 +47,22 @@ class Machine:
 
     @functools.cached_property
     def has_programs(self) -> bool:
-        return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_end(self.params, self.cfg)
+        return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_ends(self.params, self.cfg)
 
     def read(self, pieces: list[tuple[Row, int]]) -> None:
         """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        batch = Batch(self.pool, pieces, self.way)
+        if self.has_programs and all(count == row.left == 1 for row, count in pieces):
+            return self.go_on([row for row, _ in pieces], batch)
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
-        batch = Batch(self.pool, pieces, self.way)
-        logits: Any = None
         x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
-        if len(ids) == len(rows) and self.has_programs:
-            x, logits = self.program(len(rows)).run(x, self.pool.bases, batch.slots, batch.rows)
-        elif len(ids) >= MANY and self.has_programs:
-            x, _ = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
+        if len(ids) >= MANY and self.has_programs:
+            x = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
         else:
             x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
         ends, done = [*itertools.accumulate(counts)], [i for i, row in enumerate(rows) if row.left == counts[i]]
-        if done and (logits is None or len(done) < len(rows)):
-            logits = self.logits(x[[ends[i] - 1 for i in done]])
+        logits = self.logits(x[[ends[i] - 1 for i in done]]) if done else None
         hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
         for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
             row.wrote(count)
@@ -71,12 +71,37 @@ class Machine:
         for i, place in enumerate(done):
             rows[place].logits = logits, i
 
+    def go_on(self, rows: list[Row], batch: Batch) -> None:
+        """One token of each row; and if greedy search goes on, as it did before, those that come next, up to where a row's page ends."""
+        program, ids = self.program(len(rows)), [int(row.text[-1]) for row in rows]
+        if not 0 <= min(ids) <= max(ids) < self.cfg.vocab_size:
+            raise IndexError(
+                f"tokens {min(ids)} to {max(ids)} are to be read; vocab_size={self.cfg.vocab_size} allows 0 to {self.cfg.vocab_size - 1}"
+            )
+        sure = all(row.sure and row.ends == rows[0].ends for row in rows)
+        room = [min(row.likely, len(row.pages) * PAGE - row.length - 1, self.cfg.max_position_embeddings - row.length - 1) for row in rows]
+        steps = min(self.most, 1 + min(room)) if sure else 1
+        places = ops_cpu.embed(batch.positions + np.arange(steps)[:, None] + model.POSITION_OFFSET, **self.params["embed_positions"])
+        logits, best = program.steps(ids, np.ascontiguousarray(places), self.pool.bases, batch.slots, batch.rows, rows[0].ends)
+        now, *later = logits
+        for i, row in enumerate(rows):
+            if row.hidden is not None:
+                row.hidden.append(self.final(program.x[i : i + 1]))
+            row.wrote(1)
+            row.logits, after = (now, i), [(some, i) for some in later]
+            row.ahead = [*zip(best[:, i].tolist(), [*after, None], strict=True)]
+
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x: (N, D)  ->  (N, V)"""
         return np.asarray(model.lm_logits(self.params, self.final(x)[None], ops_cpu))[0].astype(np.float32, copy=False)
 
     def final(self, x: np.ndarray) -> np.ndarray:
         return model.final(self.params, x, self.cfg, ops_cpu, model.no_tap)
+
+    @functools.cached_property
+    def most(self) -> int:
+        """Steps at once."""
+        return max(1, min(AHEAD, AT_ONCE // sum(leaf.nbytes for leaf in flatten(self.params).values())))
 
     def program(self, B: int) -> program_cpu.Program:
         if B not in self.programs:

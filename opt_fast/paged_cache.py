@@ -140,6 +140,10 @@ class Row:
         self.text = np.empty(0, np.int64)  # what is to be read, with what was
         self.hidden: list[np.ndarray] | None = None  # last hidden states of what is read, where they are wanted
         self.logits: tuple[Any, int] | None = None  # (N, V) and the row in it: what follows the text, once it was read
+        self.likely = 0  # as in opt_np.reader.Reading
+        self.ends: tuple[int, ...] = ()
+        self.ahead: list[tuple[int, tuple[Any, int] | None]] = []  # tokens that are expected, and logits where they were read
+        self.sure = False  # whether the last one came
 
     @property
     def left(self) -> int:
@@ -150,6 +154,17 @@ class Row:
         """Of the page that comes next, if the text fills it and goes on."""
         start, stop = self.length, self.length + PAGE
         return (self.name, self.text[start:stop].tobytes()) if start % PAGE == 0 and stop < len(self.text) else None
+
+    def grow(self, text: np.ndarray) -> None:
+        """Gives it its text: as it was, and more. What comes as expected may have been read already."""
+        self.text = text
+        token, logits = self.ahead.pop(0) if self.ahead else (None, None)
+        self.sure = self.left == 1 and token == text[-1]
+        if not self.sure:
+            self.ahead.clear()
+        elif logits is not None:
+            self.wrote(1)
+            self.logits = logits
 
     def adopt(self) -> None:
         """Takes the pages that are known, but never the last token's: what follows from it is wanted."""
@@ -202,6 +217,7 @@ class Row:
         """Gives all pages back, the last first, for without those before it is of no use; the text is to be read again."""
         self._drop(0)
         self.length = self.name = 0
+        self.ahead.clear()
 
     def _append(self, page: int) -> None:
         self.places[len(self.pages)] = page * self.pool.size

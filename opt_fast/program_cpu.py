@@ -6,6 +6,9 @@ until those that were taken are done, then goes on to the next. They are the sam
 A thread waits for tasks, not for threads: it does not matter how many come. The list is kept, and only what changes from token to token is written
 into it: where the rows' keys stand (attention_cpu.Rows), in a KVCache or in pages. Reading a prompt, what is spared is memory that is new at every
 kernel, and additions by one thread.
+
+Between two tokens Python takes as long as a block does, or two. Where greedy search goes on, the list is run several times before Python looks: then
+it begins with looking up the tokens and ends with picking the best ones, and what moves on from token to token moves by a fixed step.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from opt_fast import gemm_amx
 from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, rows_of, steps, write_call
 from opt_fast.gemm import Packed
 from opt_fast.gemm_amx import PackedTiles, Rounded
-from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, lines, wait
-from opt_fast.rowwise import ADD, CHUNK, norm_call
+from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, launch, lines, threads_of_numba, wait
+from opt_fast.rowwise import ADD, CHUNK, PICK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
@@ -42,7 +45,7 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
     row, step = steps(arrays[0][0])
     rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, cfg.head_dim, visible)
     bases = np.array([[address(keys), address(values)] for keys, values in arrays])
-    y, _ = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
+    y = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
     cache.advance(1)
     return y[:, None]
 
@@ -54,11 +57,11 @@ def fit(layers: Any, cfg: OPTConfig) -> bool:
     return type(layers) is list and all(fits(matrices(layer), shapes, layer_norms(layer), D) for layer in layers)
 
 
-def fits_end(params: dict, cfg: OPTConfig) -> bool:
-    """The same of what comes after the layers."""
+def fits_ends(params: dict, cfg: OPTConfig) -> bool:
+    """The same of what comes before and after the layers."""
     D, W, V = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
-    found, norms = end(params)
-    return fits(found, [(W, D), (V, W)][-len(found) :], norms, D)
+    first, (last, norms) = beginning(params), end(params)
+    return fits(first, [(V, W), (D, W)][: len(first)], [], D) and fits(last, [(W, D), (V, W)][-len(last) :], norms, D)
 
 
 def fits(found: list[dict], shapes: list[tuple[int, int]], norms: list[dict], D: int) -> bool:
@@ -87,6 +90,11 @@ def layer_norms(layer: dict) -> list[dict]:
     return [layer.get(name, {}) for name in ("self_attn_layer_norm", "final_layer_norm")]
 
 
+def beginning(params: dict) -> list[dict]:
+    """The matrices before the first layer; the tokens' is the first."""
+    return [params["embed_tokens"], *([params["project_in"]] if "project_in" in params else [])]
+
+
 def end(params: dict) -> tuple[list[dict], list[dict]]:
     """The matrices and the LayerNorm after the last layer; the head is the last matrix."""
     head = params.get("lm_head", params["embed_tokens"])
@@ -104,37 +112,43 @@ Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks
 class Program:
     """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype, attention goes this way.
 
-    With `params`, that is the whole model, the pass goes on to the logits.
+    With `params`, that is the whole model, a pass is from one token of each row to what follows it: `steps`. Else it is `run`.
     """
 
     def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, way: Forward, params: dict | None = None) -> None:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
         self.cfg, self.dtype, self.way, self.parameters, self.threads = cfg, dtype, way, leaves(layers), get_num_threads()
-        self.whole, self.written = params is not None, np.empty(0)
+        self.written, self.state = np.empty(0), np.zeros(2, np.int64)
         self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
-        products = [p["weight"].needed for found in (*map(matrices, layers), end(params)[0] if params else []) for p in found]
+        around = [*beginning(params)[1:], *end(params)[0]] if params else []
+        products = [p["weight"].needed for found in (*map(matrices, layers), around) for p in found]
         scratch = lines(max(way.needed(B, cfg.head_dim), *products))
         self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
         blocks = [self.block(layer, cfg) for layer in layers]
-        kernels = [line for block in blocks for line in block] + (self.ending(params, cfg) if params else [])
-        K = len(blocks[0]) if blocks else 1
+        begins, ends = (self.beginning(params, cfg), self.ending(params, cfg)) if params else ([], [])
+        kernels, first, K = [*begins, *(line for block in blocks for line in block), *ends], len(begins), len(blocks[0]) if blocks else 1
         self.lines = kernels  # with the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
         self.tables = np.zeros((len(kernels), WIDTH), np.int64)
-        self.blocks = self.tables[: len(layers) * K].reshape(len(layers), K, WIDTH)
+        self.blocks = self.tables[first : first + len(layers) * K].reshape(len(layers), K, WIDTH)
         place = 0
         for table, (_, arguments, _, after) in zip(self.tables, kernels, strict=True):
             filled = Kernel.table(arguments, self.memory[place], scratch)
             table[: len(filled)] = filled
             place = 0 if after else place + 1
         self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
-        self.attends = self.list[self.writing + 1 : len(layers) * K : K, 1]  # its tasks
+        self.attends = self.list[first + self.writing + 1 : first + len(layers) * K : K, 1]  # its tasks
+        self.moves = np.array(self.moving() if params else np.empty((0, 2)), np.int64)
+        run, _, enter = threads_of_numba()
+        one = np.array(Kernel.table([self.list, len(kernels), self.tables], self.memory, 0), np.int64)
+        self.kept = one, np.array([self.threads], np.int64), np.array([PROGRAM.address, address(one)], np.int64)
+        self.call = run, enter, *self.kept[1:]
 
     def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
         """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`.
@@ -170,19 +184,27 @@ class Program:
             *([] if pre else [norm(norm2, x)]),
         ]
 
+    def beginning(self, params: dict, cfg: OPTConfig) -> list[Line]:
+        """model.embeddings; the places' own vectors are known beforehand. Which tokens, and where those vectors are, is written by `steps`."""
+        (tokens, *projections), (B, D) = beginning(params), self.x.shape
+        self.tokens, self.places = np.empty(0, np.int64), np.empty(0, np.float32)
+        found = np.empty((B, cfg.word_embed_proj_dim), np.float32) if projections else self.x
+        look_up, arguments, _ = tokens["weight"].rows_call(self.tokens, found)
+        arguments[1] = B
+        adding = ADD, [self.x, self.places, B * D], math.ceil(B * D / CHUNK), True
+        return [(look_up, arguments, B, True), *(self.linear(found, p, self.x) for p in projections), adding]
+
     def ending(self, params: dict, cfg: OPTConfig) -> list[Line]:
-        """model.final and model.lm_logits. Where the logits go is written by `run`."""
+        """model.final and model.lm_logits, and which token is the best. Where logits and tokens go is written by `steps`."""
         (*projections, head), (norm,) = end(params)
-        h, self.shape = self.h if cfg.has_final_layer_norm else self.x, (len(self.x), cfg.vocab_size)
+        h, B, V = self.h if cfg.has_final_layer_norm else self.x, len(self.x), cfg.vocab_size
         lines = [self.norm(norm, h)] if cfg.has_final_layer_norm else []
         for p in projections:
-            self.projected = np.empty((len(h), p["weight"].shape[0]), np.float32)
-            lines.append(self.linear(h, p, self.projected))
-            h = self.projected
-        nowhere = np.empty((1, cfg.vocab_size), np.float32)
-        lines.append(self.linear(h, head, nowhere))
-        self.logits_at = next(i for i, argument in enumerate(lines[-1][1]) if argument is nowhere)
-        return lines
+            projected = np.empty((B, p["weight"].shape[0]), np.float32)
+            lines.append(self.linear(h, p, projected))
+            h = projected
+        self.scores, self.best, self.ends = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
+        return [*lines, self.linear(h, head, self.scores), (PICK, [self.scores, self.best, B, V, self.ends, 0, self.state], B, True)]
 
     def as_read(self, a: np.ndarray) -> Any:
         """What stands for a buffer where products read it rounded; itself, where they round it."""
@@ -202,25 +224,57 @@ class Program:
         weight, bias = p["weight"], p.get("bias", self.zeros)
         return *weight.call(x, weight.shape[1], 1, bias, function, y, len(self.x), **({"adds": True} if adds else {})), after
 
+    def moving(self) -> list[tuple[int, int]]:
+        """The numbers that move on from step to step, by their addresses, and by how much: where the tables' arrays begin, slots, and rows' keys."""
+        wanted = [id(a) for a in (self.tokens, self.places, self.scores, self.best, self.ends)]
+        arguments = [(i, j, a) for i, (_, arguments, *_) in enumerate(self.lines) for j, a in enumerate(arguments)]
+        self.written_at = [(i, ARGUMENTS + j) for i, j, a in arguments if id(a) in wanted]
+        moving = [(address(self.tables[i, j:]), 0) for i, j in self.written_at[:-1]]
+        return [*moving, *((address(self.slots[b:]), 0) for b in range(len(self.x))), *((address(self.rows[b, 2:]), 1) for b in range(len(self.x)))]
+
     def serves(self, layers: list[dict], cfg: OPTConfig, B: int, way: Forward) -> bool:
         """Whether these are still the parameters, the rows and the threads that the tables were written for."""
         found = leaves(layers)
         same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and way is self.way and len(found) == len(self.parameters)
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
-    def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
-        """x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D), (B, V)
+    def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
+        """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)
 
         Any number of rows, up to B, share the tokens.
         """
-        arguments, logits = self.blocks[:, :, ARGUMENTS:], None
+        self.prepare(bases, slots, rows)
+        self.x[:] = x
+        self.go(1)
+        return self.x.copy()
+
+    def steps(self, ids: list[int], places: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows,
+              ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """The logits that follow the ids, and those that follow the best token then, for N steps: fewer if the best token of a row is an end.
+
+        ids: (B);  places: (N, B, D), what learned positions add;  bases, slots: as for `run`  ->  (n, B, V), (n, B): the best tokens
+        """
+        N, B, _ = places.shape
+        logits, found, self.ends = np.empty((N, B, self.cfg.vocab_size), np.float32), np.empty((N + 1, B), np.int64), np.array(ends, np.int64)
+        found[0] = ids
+        self.prepare(bases, slots, rows)
+        arrays = found, places, logits, logits, found[1:], self.ends
+        for (i, j), array in zip(self.written_at, arrays, strict=True):
+            self.tables[i, j] = address(array)
+        self.tables[-1, self.written_at[-1][1] + 1] = len(ends)
+        self.moves[:5, 1] = [array.strides[0] for array in arrays[:5]]
+        self.moves[5 : 5 + B, 1] = rows.step
+        self.go(N)
+        n = self.state[1]
+        return logits[:n], found[1 : n + 1]
+
+    def prepare(self, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> None:
+        """Writes down where keys and values are."""
+        arguments = self.blocks[:, :, ARGUMENTS:]
         if self.written is not bases:  # a KVCache's are new at each step, pages stay
             self.written = bases
             arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
             arguments[:, self.writing, 5], arguments[:, self.writing + 1, 9:11] = rows.apart, (rows.step, rows.apart)
-        if self.whole:
-            logits = np.empty(self.shape, np.float32)
-            self.tables[-1, ARGUMENTS + self.logits_at] = address(logits)
         R, H = len(rows.table), self.cfg.num_attention_heads
         Br, tasks = self.way.rows, len(self.x)
         self.slots[:], self.rows[:R] = slots, rows.table
@@ -232,10 +286,29 @@ class Program:
             self.tasks[:tasks] = found
         arguments[:, self.writing + 1, 7:9] = tasks, Br
         self.attends[:] = tasks * H
-        self.tables[:, :MEMORY] = 0  # nothing is begun or done yet
-        self.x[:] = x
-        PROGRAM(self.list, len(self.list), self.tables, tasks=self.threads)
-        return self.x.copy(), logits
+
+    def go(self, steps: int) -> None:
+        self.state[:] = 0
+        STEPS(self.tables, len(self.list), self.moves, len(self.moves), steps, self.state, *self.call, tasks=1)
+
+
+def _steps(table: Any) -> None:
+    """Runs a list, moves on what moves, and runs it again, until state[0] says that it is enough; in state[1], how many times."""
+    a = at(table, ARGUMENTS)
+    tables, n, moves, changes, steps, state, run, enter = int64s(a[0]), a[1], int64s(a[2]), a[3], a[4], int64s(a[5]), a[6], a[7]
+    threads, program = a[8], a[9]  # as `launch` wants them
+    while state[1] < steps and not state[0]:
+        for i in range(n):
+            for place in range(MEMORY):  # nothing is begun or done yet
+                tables[i * WIDTH + place] = 0
+        if int64s(threads)[0] > 1:
+            launch(run, enter, threads, program)
+        else:
+            call(int64s(program)[0], int64s(int64s(program)[1]))
+        for i in range(changes):
+            number = int64s(moves[2 * i])
+            number[0] += moves[2 * i + 1]
+        state[1] += 1
 
 
 def _program(table: Any) -> None:
@@ -251,4 +324,4 @@ def _program(table: Any) -> None:
             waiting = i + 1
 
 
-PROGRAM = Kernel(_program)
+PROGRAM, STEPS = Kernel(_program), Kernel(_steps)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, inner, squares, total
+from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, inner, int64s, largest, squares, total
 from opt_np.ops import LAYER_NORM_EPS
 
 CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
@@ -75,6 +75,24 @@ def _add(table: Any) -> None:
         first = claim(table, TASKS) * CHUNK
 
 
+def _pick(table: Any) -> None:
+    """The best score's number in each row, the first of equal ones; a task is a row. Says so, in state[0], where it is an end."""
+    a = at(table, ARGUMENTS)
+    scores, best, rows, V, ends, count, state = floats(a[0]), int64s(a[1]), a[2], a[3], int64s(a[4]), a[5], int64s(a[6])
+    row = claim(table, TASKS)
+    while row < rows:
+        some, i = at(scores, row * V), 0
+        most = largest(some, V)
+        while i < V - 1 and some[i] != most:
+            i += 1
+        best[row] = i
+        for e in range(count):
+            if i == ends[e]:
+                state[0] = 1
+        claim(table, DONE)
+        row = claim(table, TASKS)
+
+
 @inner
 def activate(x: Any, function: int) -> Any:
     """relu (1), gelu (2) in its exact form x·Φ(x), or gelu_new (3), GPT-2's; NaN stays NaN."""
@@ -102,4 +120,4 @@ def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
         y[d] = y[d] * rstd * weight[d] + bias[d]
 
 
-ACTIVATION, NORM, ADD = Kernel(_activation), Kernel(_norm), Kernel(_add)
+ACTIVATION, NORM, ADD, PICK = Kernel(_activation), Kernel(_norm), Kernel(_add), Kernel(_pick)

@@ -90,13 +90,14 @@ def choose(scores: Any, draws: list[float]) -> np.ndarray:
 
 def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = None) -> Pick:
     """Greedy search, or sampling; `tap` sees the scores after each processor."""
-    n = request.settings.num_return_sequences
-    processors = request.chain(n)
+    s = request.settings
+    n, ends, processors = s.num_return_sequences, tuple(s.eos_token_id), request.chain(s.num_return_sequences)
+    greedy = not s.do_sample and all(name in ("min_length", "min_new_tokens") for name, _ in processors)
 
     def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
-        _, logits = yield Reading(ids, mask, copies=1 if step else n)
+        _, logits = yield Reading(ids, mask, copies=1 if step else n, likely=(request.new - step - 1) * greedy, ends=ends)
         scores = process(processors, logits, ids, tap)
-        if not request.settings.do_sample:
+        if not s.do_sample:
             return scores.argmax(-1), logits
         return choose(scores, [request.random_numbers(i // n, step, i % n).random() for i in range(len(ids))]), logits
 

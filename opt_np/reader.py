@@ -26,6 +26,8 @@ class Reading(NamedTuple):
     mask: np.ndarray  # (N, T)
     copies: int = 1  # rows come in runs of so many equal ones, and one of each is read
     hidden: bool = False  # whether the last hidden states are wanted, too
+    likely: int = 0  # so many tokens more will be asked for, each the best by the logits before it, unless an end comes: a reader may read on
+    ends: tuple[int, ...] = ()
 
 
 Said = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), and the logits that follow, (N, V) float32
@@ -51,7 +53,7 @@ class Reader:
         self.cache = KVCache(self.most[1])
 
     def __call__(self, reading: Reading) -> Said:
-        ids, mask, copies, _ = reading
+        ids, mask, copies, *_ = reading
         longest, start, cache = self.cfg.max_position_embeddings, self.first, self.cache
         if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
             start, cache = ids.shape[1] - longest, KVCache()
