@@ -131,7 +131,7 @@ def all_calls(model: Any, lanes: list[str]) -> tuple[dict[str, Callable[..., Sai
 
 def our_params(model: Any) -> Any:
     """HF's parameters under our names; the tensors are the same."""
-    from opt_fast.ops_cuda import Params
+    from opt_fast.engine import Params
     from opt_np.tree import unflatten
 
     flat = {name.removeprefix("model.decoder."): a for name, a in model.state_dict().items() if name != "lm_head.weight"}
@@ -140,7 +140,8 @@ def our_params(model: Any) -> Any:
 
 def in_int8(params: Any) -> Any:
     """A tree with its matrices as opt_np.quantize makes them int8, but for the position table."""
-    from opt_fast.ops_cuda import Params, pack_on
+    from opt_fast.engine import Params
+    from opt_fast.ops_cuda import pack_on
 
     return Params(pack_on(whole_numbers(params), params["embed_positions"]["weight"].device))
 

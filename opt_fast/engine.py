@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,6 +89,38 @@ class Reader:
         """Gives back all pages; what was read is to be read again."""
         for row in self.rows:
             row.release()
+
+
+class Params(dict):
+    """Parameters of a backend, and the machines that serve them and have nothing to do at present: what they have written down is used again."""
+
+    def __init__(self, tree: dict) -> None:
+        super().__init__(tree)
+        self.idle: list[Any] = []
+
+    def __reduce__(self) -> tuple:
+        return Params, (dict(self),)  # a copy makes its own machines
+
+
+def reader(params: dict, make: Callable[[int], Any], first: int, most: tuple[int, int]) -> Reader:
+    """A Reader for at most so many rows and tokens, with pages that are given back with it; a machine that has nothing to do, else a new one."""
+    count, idle = pages_for(*most), getattr(params, "idle", [])
+    try:
+        found = idle.pop()
+    except IndexError:  # not asked before: another thread may be faster
+        found = None
+    if found is None or not found.serves(params):
+        found = make(count)
+    found.pool.make_room(count)
+    made = Reader(found, first)
+
+    def give_back() -> None:
+        if found.rests():
+            idle.append(found)
+            del idle[1:]  # another thread may have given one back
+
+    weakref.finalize(made, give_back)
+    return made
 
 
 def logits_of(rows: list[Row]) -> np.ndarray:

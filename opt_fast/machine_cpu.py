@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import numpy as np
+from numba import get_num_threads
 
 from opt_fast import attention_bf16, attention_cpu, ops_cpu, paged_cache, program_cpu
 from opt_fast.gemm import BITS
@@ -17,6 +19,7 @@ from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
 MANY = 128  # tokens, for which writing a program down is little beside running it
+KEPT = 1 << 27  # bytes of pages, and of what a prompt was read with, that stay with a model between two calls of generate, at most
 AHEAD, AT_ONCE = 8, 1 << 30  # steps, and bytes of weights, that are read at most before Python looks: hundredths of a second
 
 
@@ -41,9 +44,22 @@ class Machine:
     """The model over pages: one pass reads new tokens of any rows."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
-        self.params, self.cfg, self.pool, self.way = params, cfg, pool, attention_bf16.way_for(params)
+        self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_bf16.way_for(params)
+        self.threads, self.leaves = get_num_threads(), leaves(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
         self.reading: Any = None  # a program for as many tokens of prompts as were last read at once
+
+    def serves(self, params: dict) -> bool:
+        """Whether these are still the parameters and the threads that programs were written for."""
+        found = leaves(params)
+        return get_num_threads() == self.threads and len(found) == len(self.leaves) and all(map(operator.is_, found, self.leaves))
+
+    def rests(self) -> bool:
+        """Forgets all texts. Whether it may serve again."""
+        self.pool.clear()
+        if self.reading is not None and self.reading.nbytes + self.pool.nbytes > KEPT:
+            self.reading = None
+        return self.has_programs and self.pool.nbytes <= KEPT
 
     @functools.cached_property
     def has_programs(self) -> bool:
@@ -101,7 +117,7 @@ class Machine:
     @functools.cached_property
     def most(self) -> int:
         """Steps at once."""
-        return max(1, min(AHEAD, AT_ONCE // sum(leaf.nbytes for leaf in flatten(self.params).values())))
+        return max(1, min(AHEAD, AT_ONCE // sum(leaf.nbytes for leaf in self.leaves)))
 
     def program(self, B: int) -> program_cpu.Program:
         if B not in self.programs:
@@ -112,6 +128,11 @@ class Machine:
         if self.reading is None or len(self.reading.x) != N:
             self.reading = program_cpu.Program(self.params["layers"], self.cfg, N, self.pool.dtype, self.way)
         return self.reading
+
+
+def leaves(params: dict) -> list[Any]:
+    """What programs hold on to; of layers that come and go nothing."""
+    return [*flatten(params).values()] if type(params["layers"]) is list else []
 
 
 class Batch:

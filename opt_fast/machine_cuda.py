@@ -61,10 +61,6 @@ class Pages(paged_cache.Pages):
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"{len(self.counts) + count} pages of {PAGE} tokens do not fit on the GPU; ask for fewer ({error})") from None
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.itemsize
-
 
 class Machine:
     """One pass reads new tokens of any rows."""
@@ -78,6 +74,11 @@ class Machine:
         """Whether these are still the parameters that programs were made for."""
         found = leaves(params)
         return len(found) == len(self.leaves) and all(a is b and p == q for (a, p), (b, q) in zip(found, self.leaves, strict=True))
+
+    def rests(self) -> bool:
+        """Forgets all texts. Whether it may serve again."""
+        self.pool.clear()
+        return self.whole and self.pool.nbytes <= KEPT
 
     def read(self, pieces: list[tuple[Row, int]]) -> None:
         """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""

@@ -14,7 +14,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, program_cpu, rowwise, train_cpu
+from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
@@ -55,7 +55,7 @@ def pack(params: dict, release: bool = False) -> dict:
             return kept(node)
         return pack_matrix(node) if node.ndim == 2 else kept(node, np.float32)
 
-    return packed(params, "")
+    return engine.Params(packed(params, ""))
 
 
 def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> Packed:
@@ -258,7 +258,4 @@ def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) 
 
 def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
     """As opt_np.reader.Reader, over pages."""
-    from opt_fast.engine import Reader
-    from opt_fast.paged_cache import pages_for
-
-    return Reader(machine(params, cfg, pages_for(*most)), first)
+    return engine.reader(params, lambda count: machine(params, cfg, count), first, most)

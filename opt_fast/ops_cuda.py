@@ -6,7 +6,6 @@ float64, and autograd goes through all of them. Attention is attention_cuda.py's
 
 from __future__ import annotations
 
-import weakref
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opt_fast import attention_cuda, nvrtc, train_cuda
+from opt_fast import attention_cuda, engine, nvrtc, train_cuda
 from opt_fast.attention_cuda import attention_bwd, attention_lse
 from opt_np import reader as reading
 from opt_np.config import OPTConfig
@@ -45,7 +44,7 @@ def pack(params: dict, release: bool = False) -> dict:
     where = device()
     if missing := nvrtc.missing():
         raise ValueError(f"backend 'cuda': {missing}")
-    return Params(pack_on(params, where, release))
+    return engine.Params(pack_on(params, where, release))
 
 
 def pack_on(node: Any, where: torch.device | str, release: bool = False) -> Any:
@@ -155,17 +154,6 @@ def attention_probs(q: Tensor, k: Tensor, scale: float, layout: Any = None, rows
 # ---- decoding over pages -----------------------------------------------------------------------------------------------------------------
 
 
-class Params(dict):
-    """Parameters on a GPU, and the machines that serve them and have nothing to do at present: what they have captured is used again."""
-
-    def __init__(self, tree: dict) -> None:
-        super().__init__(tree)
-        self.idle: list[Any] = []
-
-    def __reduce__(self) -> tuple:
-        return Params, (dict(self),)  # a copy makes its own machines
-
-
 def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
     """The model over so many pages, for the engine; keys and values have the parameters' dtype. Raises ValueError for another one."""
     from opt_fast.machine_cuda import Machine, Pages  # which import this module
@@ -180,30 +168,9 @@ def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) 
 
 def reader(params: dict, cfg: OPTConfig, ops: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
     """As opt_np.reader.Reader, over pages, which are given back with the reader; plainly where layers come and go."""
-    from opt_fast.engine import Reader
-    from opt_fast.machine_cuda import KEPT
-    from opt_fast.paged_cache import pages_for
-
     if type(params["layers"]) is not list:
         return PlainReader(params, cfg, ops, first, most)
-    count, idle = pages_for(*most), getattr(params, "idle", [])
-    try:
-        found = idle.pop()
-    except IndexError:  # not asked before: another thread may be faster
-        found = None
-    if found is None or not found.serves(params):
-        found = machine(params, cfg, count)
-    found.pool.make_room(count)
-    made = Reader(found, first)
-
-    def give_back() -> None:
-        found.pool.clear()
-        if found.whole and found.pool.nbytes <= KEPT:
-            idle.append(found)
-            del idle[1:]  # another thread may have given one back
-
-    weakref.finalize(made, give_back)
-    return made
+    return engine.reader(params, lambda count: machine(params, cfg, count), first, most)
 
 
 class PlainReader(reading.Reader):

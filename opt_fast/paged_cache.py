@@ -71,6 +71,10 @@ class Pages:
             known.clear()
 
     @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
     def available(self) -> int:
         return len(self.free) + len(self.idle)
 

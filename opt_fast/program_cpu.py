@@ -238,6 +238,11 @@ class Program:
         same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and way is self.way and len(found) == len(self.parameters)
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers that grow with B."""
+        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, *(r.memory for r in self.rounded.values())))
+
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
         """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)
 

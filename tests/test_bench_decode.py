@@ -9,7 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from opt_fast import bench_decode, bench_hf, ops_cuda  # noqa: E402
+from opt_fast import bench_decode, bench_hf  # noqa: E402
+from opt_fast.engine import Params  # noqa: E402
 from opt_np import OPTConfig, cli  # noqa: E402
 from opt_np.quantize import quantized  # noqa: E402
 from opt_np.tree import flatten, map_leaves  # noqa: E402
@@ -61,7 +62,7 @@ def test_only_what_is_asked_for(capsys):
 
 def test_a_lane_that_computes_something_else_is_not_timed(monkeypatch, capsys):
     right = bench_decode.our_params
-    monkeypatch.setattr(bench_decode, "our_params", lambda model: ops_cuda.Params(map_leaves(lambda a: a * 1.05, right(model))))
+    monkeypatch.setattr(bench_decode, "our_params", lambda model: Params(map_leaves(lambda a: a * 1.05, right(model))))
     assert run("--lanes", "ours", "--parts", "models") == 1
     out, err = capsys.readouterr()
     assert not out

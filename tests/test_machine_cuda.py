@@ -14,7 +14,7 @@ import small
 import torch
 
 from opt_fast import machine_cuda, nvrtc, ops_cuda
-from opt_fast.engine import Engine, Reader
+from opt_fast.engine import Engine, Params, Reader
 from opt_fast.paged_cache import PAGE
 from opt_fast.program_cuda import Program
 from opt_np import OPTForCausalLM
@@ -283,7 +283,7 @@ def test_a_model_is_copied_without_its_machines():
     ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
     assert ours.params.idle
     for params in (copy.deepcopy(ours.params), pickle.loads(pickle.dumps(ours.params))):
-        assert type(params) is ops_cuda.Params
+        assert type(params) is Params
         assert params.idle == []
         found = decoding.generate(params, prompt(5), CFG, ops=ops_cuda, max_new_tokens=4, **NO_EOS)
         np.testing.assert_array_equal(found, numpys.generate(prompt(5), max_new_tokens=4, **NO_EOS))
