@@ -31,7 +31,8 @@ def search(request: Request) -> Decoding:
     processors = request.chain(k)
     for length in range(1, request.new + 1):  # of the new tokens
         _, logits = yield Reading(ids, mask, copies=1 if length > 1 else k)
-        log_p = process(processors, log_softmax(np.asarray(logits)), ids).reshape(B, k, -1) + running[:, :, None]
+        scores, _ = process(processors, log_softmax(np.asarray(logits)), ids)
+        log_p = scores.reshape(B, k, -1) + running[:, :, None]
         picked = candidates_of(log_p.reshape(B, -1), wide, request, length - 1)  # (B, wide)
         scores = np.take_along_axis(log_p.reshape(B, -1), picked, 1)
         beams, tokens = np.divmod(picked, log_p.shape[-1])

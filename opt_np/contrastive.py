@@ -32,7 +32,7 @@ def picker(request: Request) -> Any:
         if step == 0:
             h, logits = yield Reading(ids, mask, hidden=True)
             context = directions(h)
-        P = softmax(process(processors, np.asarray(logits), ids))
+        P = softmax(process(processors, np.asarray(logits), ids)[0])
         tokens = highest(P, min(k, P.shape[1]))  # (B, K)
         K = tokens.shape[1]
         rows = np.repeat(np.arange(B), K)

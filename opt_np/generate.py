@@ -96,9 +96,9 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
 
     def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
         _, logits = yield Reading(ids, mask, copies=1 if step else n, likely=(request.new - step - 1) * greedy, ends=ends)
-        scores = process(processors, logits, ids, tap)
+        scores, best = process(processors, logits, ids, tap)
         if not s.do_sample:
-            return scores.argmax(-1), logits
+            return best, logits
         return choose(scores, [request.random_numbers(i // n, step, i % n).random() for i in range(len(ids))]), logits
 
     return pick

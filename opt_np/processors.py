@@ -49,9 +49,10 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
 
 
 def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarray,
-            tap: Callable[[str, np.ndarray], None] | None = None) -> Any:  # fmt: skip
-    """Scores after every processor; `tap` sees them after each.  scores: (B, V);  ids: (B, T)  ->  (B, V)        Raises ValueError.
+            tap: Callable[[str, np.ndarray], None] | None = None) -> tuple[Any, np.ndarray]:  # fmt: skip
+    """Scores after every processor, and the best token of each row, the first of equal ones; `tap` sees the scores after each processor.
 
+    scores: (B, V);  ids: (B, T)  ->  (B, V), (B)        Raises ValueError.
     Scores that are elsewhere may bring processors of their own, as `after`; to the others they are arrays.
     """
     for name, processor in processors:
@@ -59,11 +60,12 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
         scores = processor(np.asarray(scores), ids) if own is None else own
         if tap:
             tap(name, np.asarray(scores))
-    best = scores.max(-1)
+    tokens = scores.argmax(-1)
+    best = scores.max(-1) if hasattr(scores, "after") else scores[np.arange(len(tokens)), tokens]  # where there is NaN, it is the best
     if not np.isfinite(best).all():
         raise ValueError(f"row {int((~np.isfinite(best)).argmax())} has no token to choose: the model's scores are NaN or infinite (are its weights? "
                          f"strict=True tells), or the options remove every token")  # fmt: skip
-    return scores
+    return scores, tokens
 
 
 def removed(scores: np.ndarray, which: np.ndarray) -> np.ndarray:

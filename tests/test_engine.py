@@ -1,11 +1,16 @@
 """The engine: pages that rows share and none leaks, and requests that say to the last bit what they say alone, whatever else is going on."""
 
 import bisect
+import dataclasses
+import gc
+import pickle
 import threading
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 import small
@@ -17,13 +22,15 @@ from opt_fast import attention_cpu, engine, machine_cpu, ops_cpu
 from opt_fast.engine import Engine, Reader
 from opt_fast.machine_cpu import Machine, Pages
 from opt_fast.paged_cache import PAGE, Full, Row
-from opt_np import OPTForCausalLM
+from opt_fast.program_cpu import Program
+from opt_np import OPTForCausalLM, generate
 from opt_np.reader import Reader as PlainReader
 from opt_np.reader import Reading
 
 CFG = small.config(max_position_embeddings=5 * PAGE - 10)
 PARAMS = small.params(CFG)
 LM, NUMPY = (OPTForCausalLM(PARAMS, CFG, backend=backend) for backend in ("cpu", "numpy"))
+TALKS = small.config(max_position_embeddings=5 * PAGE - 10, tie_word_embeddings=False)  # where the head is tied, it says one token for ever
 NO_EOS = {"eos_token_id": []}
 
 
@@ -279,6 +286,169 @@ def test_layers_that_come_and_go_are_read_without_a_program():
     assert not reader.machine.has_programs
     for end in (8, 9):
         np.testing.assert_array_equal(reader(Reading(ids[:, :end], np.ones((1, end), np.int64)))[1], LM(ids[:, :end]).logits[:, -1])
+
+
+# ---- several tokens before Python looks --------------------------------------------------------------------------------------------------
+
+
+def in_kernels(monkeypatch, ahead=machine_cpu.AHEAD):
+    """How many tokens each call of a program reads, where it may read so many at once."""
+    monkeypatch.setattr(machine_cpu, "AHEAD", ahead)
+    read, before = [], Program.steps
+    monkeypatch.setattr(Program, "steps", lambda self, *arguments: note(read, before(self, *arguments)))
+    return read
+
+
+def note(read, found):
+    read.append(len(found[0]))
+    return found
+
+
+def test_greedy_search_reads_several_tokens_at_once_to_where_a_page_or_the_text_ends(monkeypatch):
+    read = in_kernels(monkeypatch)
+    OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(PAGE - 20), max_new_tokens=37, **NO_EOS)
+    assert read == [1, 8, 8, 3, 8, 8]  # the first of them is not known to be guessed
+    read.clear()
+    OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(PAGE - 20), max_new_tokens=9, do_sample=True, **NO_EOS)
+    assert read == [1] * 8
+    longest = CFG.max_position_embeddings
+    read.clear()
+    OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(longest - 4), max_new_tokens=5, **NO_EOS)
+    assert read == [1, 3]
+
+
+def test_nothing_is_read_beyond_an_end(monkeypatch):
+    ours, numpys = (OPTForCausalLM(small.params(TALKS), TALKS, backend=backend) for backend in ("cpu", "numpy"))
+    text = ours.generate(prompt(9), max_new_tokens=30, **NO_EOS)[0, 9:].tolist()
+    n = next(i for i, token in enumerate(text) if i > 2 and token not in text[:i])
+    assert n < 9  # among those that are read at once
+    read = in_kernels(monkeypatch)
+    assert ours.generate(prompt(9), max_new_tokens=30, eos_token_id=text[n])[0, 9:].tolist() == text[: n + 1]
+    assert sum(read) == n
+    read.clear()  # an end that is best, and is not allowed yet: the text goes on with another token
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "eos_token_id": text[n]}
+    np.testing.assert_array_equal(ours.generate(prompt(9), **options), numpys.generate(prompt(9), **options))
+    assert sum(read) == 29
+
+
+def test_big_models_read_fewer_tokens_at_once(monkeypatch):
+    read = in_kernels(monkeypatch)
+    for bytes_, most in ((0, 1), (3, 3), (100, 8)):
+        monkeypatch.setattr(machine_cpu, "AT_ONCE", bytes_ * sum(leaf.nbytes for leaf in machine_cpu.leaves(LM.params)))
+        read.clear()
+        OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(5), max_new_tokens=30, **NO_EOS)
+        assert max(read) == most
+
+
+@pytest.mark.parametrize("changes", [{}, {"word_embed_proj_dim": 24, "do_layer_norm_before": False}, {"tie_word_embeddings": True}], ids=str)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_steps_are_the_same_however_many_are_read_at_once(changes, data):
+    cfg = dataclasses.replace(TALKS, **changes)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    N, T, new = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 7, PAGE - 3, 2 * PAGE])), data.draw(st.integers(1, 70))
+    ids = rng.integers(4, cfg.vocab_size, (N, T))
+    mask = (np.arange(T) >= rng.integers(0, T, N)[:, None] * data.draw(st.integers(0, 1))).astype(np.int64)
+    one, many = (OPTForCausalLM(small.params(cfg), cfg, backend="cpu") for _ in range(2))
+    ends: list[int] = []
+    for _ in range(2):  # then with an end that comes
+        options = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": ends, "min_new_tokens": data.draw(st.sampled_from([None, 5]))}
+        found = []
+        for lm, ahead in ((one, 1), (many, 8)):
+            with mock.patch.object(machine_cpu, "AHEAD", ahead):
+                found.append([(step.ids.tolist(), step.finished.tolist(), step.logits) for step in lm.stream(ids, **options)])
+        for (*said, logits), (*said_, logits_) in zip(*found, strict=True):
+            assert said == said_
+            np.testing.assert_array_equal(logits, logits_)
+        ends = [data.draw(st.sampled_from([token for tokens, *_ in found[0] for token in tokens]))]
+
+
+def test_requests_that_were_read_ahead_read_together_with_one_that_comes(monkeypatch):
+    """However they were cut: what was read ahead is said first, and then all go on at once."""
+    read, e = in_kernels(monkeypatch), Engine(LM)
+    first = [e.submit(prompt(5 + i), max_new_tokens=60, **NO_EOS) for i in range(2)]
+    while len(first[0].new) < 12:
+        e.step()
+    assert max(read) == 8
+    second = e.submit(prompt(9), max_new_tokens=40, **NO_EOS)
+    before = len(read)
+    run(e)
+    assert len(read) - before < 16
+    for handle, length, new in ((first[0], 5, 60), (first[1], 6, 60), (second, 9, 40)):
+        np.testing.assert_array_equal(e.result(handle), LM.generate(prompt(length), max_new_tokens=new, **NO_EOS))
+
+
+def test_whoever_waits_for_a_turn_is_not_overtaken(monkeypatch):
+    read, e = in_kernels(monkeypatch), Engine(LM, max_batch=2)
+    handles = [e.submit(prompt(5 + i), max_new_tokens=30, **NO_EOS) for i in range(3)]
+    while not any(handle.done for handle in handles):
+        e.step()
+        counts = [len(handle.new) for handle in handles]
+        assert max(counts) - min(counts) <= 1
+    assert set(read) == {1}
+
+
+def test_a_request_that_is_cancelled_among_tokens_read_ahead_leaves_nothing(monkeypatch):
+    read, e = in_kernels(monkeypatch), Engine(LM)
+    handle, other = (e.submit(prompt(5 + i), max_new_tokens=60, **NO_EOS) for i in range(2))
+    while len(handle.new) < 5:
+        e.step()
+    assert read[-1] == 8
+    e.cancel(handle)
+    run(e)
+    np.testing.assert_array_equal(e.result(other), LM.generate(prompt(6), max_new_tokens=60, **NO_EOS))
+
+
+# ---- what stays with a model -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_serves_again_until_parameters_or_threads_are_others():
+    ours, numpys = (OPTForCausalLM(small.params(CFG), CFG, backend=backend) for backend in ("cpu", "numpy"))
+    ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
+    (machine,) = ours.params.idle
+    programs = dict(machine.programs)
+    assert programs
+    ours.generate(prompt(5), max_new_tokens=3 * PAGE, **NO_EOS)  # more pages than there were
+    assert ours.params.idle == [machine]
+    assert machine.programs == programs
+    assert machine.pool.available == len(machine.pool.counts)
+    numba.set_num_threads(1)
+    try:
+        np.testing.assert_array_equal(ours.generate(prompt(6), max_new_tokens=9, **NO_EOS), numpys.generate(prompt(6), max_new_tokens=9, **NO_EOS))
+    finally:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    weight = numpys.params["layers"][0]["fc1"]["weight"] * 2
+    numpys.params["layers"][0]["fc1"]["weight"], ours.params["layers"][0]["fc1"]["weight"] = weight, ops_cpu.pack_matrix(weight)
+    np.testing.assert_array_equal(ours.generate(prompt(6), max_new_tokens=9, **NO_EOS), numpys.generate(prompt(6), max_new_tokens=9, **NO_EOS))
+    assert ours.params.idle[0] is not machine
+
+
+def test_large_buffers_and_pages_do_not_stay(monkeypatch):
+    ours = OPTForCausalLM(small.params(CFG), CFG, backend="cpu")
+    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    assert ours.params.idle[0].reading is not None
+    monkeypatch.setattr(machine_cpu, "KEPT", ours.params.idle[0].pool.nbytes)
+    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    assert ours.params.idle[0].reading is None
+    monkeypatch.setattr(machine_cpu, "KEPT", 100)
+    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    assert ours.params.idle == []
+
+
+def test_a_model_is_copied_without_its_machines_and_gone_with_them():
+    ours = OPTForCausalLM(small.params(CFG), CFG, backend="cpu")
+    expected = ours.generate(prompt(5), max_new_tokens=4, **NO_EOS)
+    params = pickle.loads(pickle.dumps(ours.params))
+    assert params.idle == []
+    np.testing.assert_array_equal(generate.generate(params, prompt(5), CFG, ops=ops_cpu, max_new_tokens=4, **NO_EOS), expected)
+    seen = []
+    weakref.finalize(ours.params.idle[0], seen.append, 1)
+    gc.disable()
+    try:
+        del ours
+        assert seen == [1]
+    finally:
+        gc.enable()
 
 
 # ---- many requests -----------------------------------------------------------------------------------------------------------------------
