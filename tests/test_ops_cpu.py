@@ -133,6 +133,18 @@ def test_the_optimiser_takes_the_steps_of_the_plain_one(sizes, decay, dtype):
         np.testing.assert_array_equal(flatten(states[0]["v"])[name], flatten(states[1]["v"])[name])
 
 
+@pytest.mark.parametrize("V", [1, 15, 16, 17, 50, 307])
+def test_the_best_score_is_the_first_of_equal_ones_and_an_end_is_said(V):
+    rng = np.random.default_rng(V)
+    for N in (1, 5):
+        scores, best, state = rng.integers(-3, 3, (N, V)).astype(np.float32), np.empty(N, np.int64), np.zeros(2, np.int64)
+        scores[0] = -np.inf
+        for ends in ([], [V], [V, 0]):
+            rowwise.PICK(scores, best, N, V, np.array(ends, np.int64), len(ends), state, tasks=N)
+            np.testing.assert_array_equal(best, scores.argmax(-1))
+            assert state.tolist() == [0 in ends, 0]
+
+
 @given(N=shapes, function=st.sampled_from(["relu", "gelu", "gelu_new"]), size=st.sampled_from([1e-3, 1.0, 30.0]))
 def test_activation_and_mlp(N, function, size):
     x, fc1, fc2 = numbers(*N, 9) * np.float32(size), {"weight": numbers(21, 9), "bias": numbers(21)}, {"weight": numbers(9, 21), "bias": numbers(9)}
