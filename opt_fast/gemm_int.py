@@ -14,6 +14,7 @@ times as large: it is taken off at the end, exactly. The last number of a run ha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -326,6 +327,7 @@ def micro_kernel(rows: int) -> Any:
     def kernel(typing_context, y, y_row, xs, sizes, starts, panel, scale, n, group):
         eight = panel.dtype == types.uint16
         per = 2 if eight else 4  # numbers in a word
+        chains = per // 2 if rows == 1 else 1  # of sums: where two products are added one after the other, LLVM takes two instructions for the second
 
         def generate(context, builder, signature, arguments):
             y, y_row, xs, sizes, starts, panel, scale, n, group = arguments
@@ -358,12 +360,13 @@ def micro_kernel(rows: int) -> Any:
                         columns = [next(pairs) for _ in range(vectors)]
                         for r in range(rows):
                             number = builder.bitcast(broadcast(builder, builder.load(place(here, pair * ROWS + r)), INTS), PAIRS)
-                            for i, column in enumerate(columns, r * vectors):
+                            for i, column in enumerate(columns, (pair % chains * rows + r) * vectors):
                                 sums[i] = builder.add(sums[i], products(builder, number, column))
                     return sums
 
                 shifts = [broadcast(builder, builder.load(place(starts, builder.mul(g, index(ROWS)), r)), INTS) for r in range(rows)]
-                sums = loop(builder, count, 1, [every(INTS, 0)] * (rows * vectors), body)
+                chained = loop(builder, count, 1, [every(INTS, 0)] * (chains * rows * vectors), body)
+                sums = [functools.reduce(builder.add, chained[i :: rows * vectors]) for i in range(rows * vectors)]
                 totals = list(sums)
                 for i in range(rows * vectors):
                     if i % RUN[16 // per] < RUN[16 // per] - 1:
