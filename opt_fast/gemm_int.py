@@ -56,7 +56,6 @@ from opt_fast.kernel import (
 from opt_fast.rowwise import FUNCTIONS
 from opt_np import ops
 
-AHEAD = 4096  # words: so far ahead the kernels for few rows ask for weights
 ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
 LARGEST = 32767.0  # of the whole numbers that a block of x becomes
 TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
@@ -258,17 +257,29 @@ def _matmul(table: Any) -> None:
                 tile, r = top + i // ROWS * ROWS, i % ROWS
                 _round_row(at(x, (first + i) * x_row + k), at(factors, k), uneven, n, group, word, even,
                            at(xs, tile * BLOCK_K + 2 * r), at(sizes, top + i), at(starts, tile * GROUPS + r))  # fmt: skip
-            block, height = at(panels, k // BLOCK_K * P * full), (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
+            block, height = at(panels, k // BLOCK_K * P * full), words_of(n, word, group, scaled)
+            if k + BLOCK_K < K:  # then come the same columns' next numbers of k,
+                coming = at(block, P * full + panels_from * words_of(min(BLOCK_K, K - k - BLOCK_K), word, group, scaled) * COLUMNS)
+            else:  # or what this thread takes next, if all take turns
+                coming = at(panels, min(P * (part + table[THREADS]) // parts, P - 1) * words_of(min(BLOCK_K, K), word, group, scaled) * COLUMNS)
             for q in range(panels_from, panels_to):
+                panel = at(block, q * height * COLUMNS)
+                after = at(panel, height * COLUMNS) if q + 1 < panels_to else coming
                 for i in range(0, last - first, ROWS):
                     t = top + i
-                    _tile(at(xs, t * BLOCK_K), at(sizes, t), at(starts, t * GROUPS), at(block, q * height * COLUMNS), at(scale, scaled * q * COLUMNS),
+                    _tile(at(xs, t * BLOCK_K), at(sizes, t), at(starts, t * GROUPS), panel, after, at(scale, scaled * q * COLUMNS),
                           n, group, at(y, (first + i) * y_row + q * COLUMNS), y_row,
                           min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
         kept = keeps
         finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
         task = claim(table, TASKS)
+
+
+@inner
+def words_of(n: int, word: int, group: int, scaled: int) -> int:
+    """PackedIntegers.height, where a word holds so many numbers, and groups have rows of scales unless columns are scaled."""
+    return (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
 
 
 @inner
@@ -295,7 +306,7 @@ def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int,
 
 
 @inner
-def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
+def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, after: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
           scratch: Any) -> None:  # fmt: skip
     """Adds n products to rows × columns results; by way of a scratch tile unless a kernel writes just these."""
     whole = columns == COLUMNS and rows in (ROWS, FEW, 1)
@@ -305,11 +316,11 @@ def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, scale: Any, n: int, grou
             for c in range(columns):
                 scratch[r * stride + c] = y[r * y_row + c]
     if rows > FEW:
-        many(target, stride, xs, sizes, starts, panel, scale, n, group)
+        many(target, stride, xs, sizes, starts, panel, after, scale, n, group)
     elif rows > 1:
-        few(target, stride, xs, sizes, starts, panel, scale, n, group)
+        few(target, stride, xs, sizes, starts, panel, after, scale, n, group)
     else:
-        one(target, stride, xs, sizes, starts, panel, scale, n, group)
+        one(target, stride, xs, sizes, starts, panel, after, scale, n, group)
     if not whole:
         for r in range(rows):
             for c in range(columns):
@@ -317,20 +328,21 @@ def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, scale: Any, n: int, grou
 
 
 def micro_kernel(rows: int) -> Any:
-    """kernel(y, y_row, xs, sizes, starts, panel, scale, n, group): y[r, c] += size[r] · scale[c] · Σ x[r, k] · panel[k, c], over k = 0 … n - 1.
+    """kernel(y, y_row, xs, sizes, starts, panel, after, scale, n, group): y[r, c] += size[r] · scale[c] · Σ x[r, k] · panel[k, c], k = 0 … n - 1.
 
-    As gemm.micro_kernel, with sums of whole numbers in the registers, for each group of k. An int8 panel comes as uint16, an int4 one as int16.
+    As gemm.micro_kernel, with sums of whole numbers in the registers, for each group of k. An int8 panel comes as uint16, an int4 one as int16. Where
+    rows are few, and memory is what they wait for, it asks for `after`, the panel that comes next, line by line.
     """
     vectors, index = TILE.vectors, ir.IntType(64)
 
     @intrinsic
-    def kernel(typing_context, y, y_row, xs, sizes, starts, panel, scale, n, group):
+    def kernel(typing_context, y, y_row, xs, sizes, starts, panel, after, scale, n, group):
         eight = panel.dtype == types.uint16
         per = 2 if eight else 4  # numbers in a word
         chains = per // 2 if rows == 1 else 1  # of sums: where two products are added one after the other, LLVM takes two instructions for the second
 
         def generate(context, builder, signature, arguments):
-            y, y_row, xs, sizes, starts, panel, scale, n, group = arguments
+            y, y_row, xs, sizes, starts, panel, after, scale, n, group = arguments
             xs = builder.bitcast(xs, ir.IntType(32).as_pointer())
             row = builder.add(builder.sdiv(group, index(per)), index(0 if eight else 1))  # of words, in a group
 
@@ -340,20 +352,23 @@ def micro_kernel(rows: int) -> Any:
                 return pointer
 
             def one_group(g: Any, results: list) -> list:
-                words, numbers = (
-                    place(panel, builder.mul(g, builder.mul(row, index(COLUMNS)))),
-                    place(xs, builder.mul(g, builder.mul(group, index(ROWS // 2)))),
-                )
+                start = builder.mul(g, builder.mul(row, index(COLUMNS)))
+                words, coming = place(panel, start), place(after, start)
+                numbers = place(xs, builder.mul(g, builder.mul(group, index(ROWS // 2))))
                 left = builder.sub(n, builder.mul(g, group))
                 count = builder.sdiv(builder.add(builder.select(builder.icmp_signed("<", left, group), left, group), index(per - 1)), index(per))
                 scales = [load(builder, place(scale, c), VECTOR) if eight else widened(builder, place(words, c), VECTOR, types.int16, TILE)
                           for c in range(0, COLUMNS, WIDTH)]  # fmt: skip
-                words = words if eight else place(words, COLUMNS)
+                if not eight:
+                    if rows <= FEW:
+                        for line in range(0, COLUMNS, LINE // 2):
+                            prefetch(builder, place(coming, line))
+                    words, coming = place(words, COLUMNS), place(coming, COLUMNS)
 
                 def body(k: Any, sums: list) -> list:
                     if rows <= FEW:
                         for line in range(0, COLUMNS, LINE // 2):
-                            prefetch(builder, place(words, builder.mul(k, index(COLUMNS)), AHEAD + line))
+                            prefetch(builder, place(coming, builder.mul(k, index(COLUMNS)), line))
                     here, sums = place(numbers, builder.mul(k, index(per // 2 * ROWS))), list(sums)
                     pairs = word_pairs(builder, place(words, builder.mul(k, index(COLUMNS))), per)
                     for pair in range(per // 2):
@@ -386,7 +401,7 @@ def micro_kernel(rows: int) -> Any:
                 store(builder, result, target)
             return context.get_dummy_value()
 
-        return types.void(y, types.intp, xs, sizes, starts, panel, scale, types.intp, types.intp), generate
+        return types.void(y, types.intp, xs, sizes, starts, panel, after, scale, types.intp, types.intp), generate
 
     return kernel
 

@@ -391,7 +391,7 @@ def pairs(y, stride, x, panel, n):
     many(floats(y), stride, floats(x), int32s(panel), 0, n)
 
 def int8(y, stride, x, panel, n):
-    many_integers(floats(y), stride, int16s(x), floats(x), int32s(x), uint16s(panel), floats(panel), n, 384)
+    many_integers(floats(y), stride, int16s(x), floats(x), int32s(x), uint16s(panel), uint16s(panel), floats(panel), n, 384)
 
 for function in (float32, pairs, int8):
     compiled = numba.cfunc(types.void(*[types.int64] * 5))(function)  # compiled, not called
