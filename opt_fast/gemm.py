@@ -265,15 +265,13 @@ def _look_up(table: Any) -> None:
     while task < n:
         row, found = ids[task], at(y, task * I)
         number = at(panels, (row // width * words * width + row % width) * per)
-        for i in range(0, I, per):
-            for r in range(min(per, I - i)):
-                found[i + r] = as_float32(number, i * width + r)
-        if scaled:
-            for i in range(I):
-                found[i] *= scales[row]
-        if uneven:
-            for i in range(I):
-                found[i] *= columns[i]
+        for k in range(0, I, per):
+            for i in range(k, min(k + per, I)):
+                found[i] = as_float32(number, k * width + i - k)
+                if scaled:
+                    found[i] *= scales[row]
+                if uneven:
+                    found[i] *= columns[i]
         claim(table, DONE)
         task = claim(table, TASKS)
 
