@@ -19,8 +19,8 @@ from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
 MANY = 128  # tokens, for which writing a program down is little beside running it
-KEPT = 1 << 27  # bytes of pages, and of what a prompt was read with, that stay with a model between two calls of generate, at most
-AHEAD, AT_ONCE = 8, 1 << 30  # steps, and bytes of weights, that are read at most before Python looks: hundredths of a second
+KEPT = 1 << 27  # bytes of pages and of programs that stay with a model between two calls of generate, at most
+AHEAD, TOKENS, AT_ONCE = 8, 128, 1 << 30  # steps, tokens, and bytes of weights, at most, that are read before Python looks: hundredths of a second
 
 
 class Pages(paged_cache.Pages):
@@ -57,8 +57,9 @@ class Machine:
     def rests(self) -> bool:
         """Forgets all texts. Whether it may serve again."""
         self.pool.clear()
-        if self.reading is not None and self.reading.nbytes + self.pool.nbytes > KEPT:
-            self.reading = None
+        programs = [*self.programs.values(), *([self.reading] if self.reading else [])]
+        if self.pool.nbytes + sum(program.nbytes for program in programs) > KEPT:
+            self.programs, self.reading = {}, None
         return self.has_programs and self.pool.nbytes <= KEPT
 
     @functools.cached_property
@@ -96,7 +97,7 @@ class Machine:
             )
         sure = all(row.sure and row.ends == rows[0].ends for row in rows)
         room = [min(row.likely, len(row.pages) * PAGE - row.length - 1, self.cfg.max_position_embeddings - row.length - 1) for row in rows]
-        steps = min(self.most, 1 + min(room)) if sure else 1
+        steps = max(1, min(self.most, 1 + min(room), TOKENS // len(rows))) if sure else 1
         places = ops_cpu.embed(batch.positions + np.arange(steps)[:, None] + model.POSITION_OFFSET, **self.params["embed_positions"])
         logits, best = program.steps(ids, np.ascontiguousarray(places), self.pool.bases, batch.slots, batch.rows, rows[0].ends)
         now, *later = logits

@@ -240,8 +240,9 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers that grow with B."""
-        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, *(r.memory for r in self.rounded.values())))
+        """Of its buffers."""
+        rounded = [r.memory for r in self.rounded.values()]
+        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, self.memory, *rounded))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
         """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)

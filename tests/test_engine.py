@@ -312,6 +312,9 @@ def test_greedy_search_reads_several_tokens_at_once_to_where_a_page_or_the_text_
     read.clear()
     OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(PAGE - 20), max_new_tokens=9, do_sample=True, temperature=0.01, **NO_EOS)
     assert read == [1] * 8  # though all of them are guessed
+    read.clear()
+    OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(np.repeat(prompt(5), 30, 0), max_new_tokens=10, **NO_EOS)
+    assert read == [1, 4, 4]  # of many rows fewer
     longest = CFG.max_position_embeddings
     read.clear()
     OPTForCausalLM(PARAMS, CFG, backend="cpu").generate(prompt(longest - 4), max_new_tokens=5, **NO_EOS)
