@@ -60,8 +60,10 @@ def test_a_mixture_of_both_kinds_and_a_tap():
         ("no_repeat_ngram_size", partial(processors.no_repeat_ngram, size=1)),
         ("top_k", Warper(processors.top_k, k=5)),
     ]
-    found = processors.process(steps, Scores(torch.from_numpy(scores)), ids, seen.__setitem__)
-    np.testing.assert_allclose(found, processors.process(steps, scores, ids), rtol=1e-6)
+    found, best = processors.process(steps, Scores(torch.from_numpy(scores)), ids, seen.__setitem__)
+    expected, best_ = processors.process(steps, scores, ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(best, best_)
     assert [*seen] == ["temperature", "no_repeat_ngram_size", "top_k"]
     assert all(type(a) is np.ndarray for a in seen.values())
 
