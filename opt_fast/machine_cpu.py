@@ -90,11 +90,7 @@ class Machine:
 
     def go_on(self, rows: list[Row], batch: Batch) -> None:
         """One token of each row; and if greedy search goes on, as it did before, those that come next, up to where a row's page ends."""
-        program, ids = self.program(len(rows)), [int(row.text[-1]) for row in rows]
-        if not 0 <= min(ids) <= max(ids) < self.cfg.vocab_size:
-            raise IndexError(
-                f"tokens {min(ids)} to {max(ids)} are to be read; vocab_size={self.cfg.vocab_size} allows 0 to {self.cfg.vocab_size - 1}"
-            )
+        program, ids = self.program(len(rows)), self.params["embed_tokens"]["weight"].checked_rows([row.text[-1] for row in rows])
         sure = all(row.sure and row.ends == rows[0].ends for row in rows)
         room = [min(row.likely, len(row.pages) * PAGE - row.length - 1, self.cfg.max_position_embeddings - row.length - 1) for row in rows]
         steps = max(1, min(self.most, 1 + min(room), TOKENS // len(rows))) if sure else 1

@@ -187,12 +187,11 @@ class Program:
     def beginning(self, params: dict, cfg: OPTConfig) -> list[Line]:
         """model.embeddings; the places' own vectors are known beforehand. Which tokens, and where those vectors are, is written by `steps`."""
         (tokens, *projections), (B, D) = beginning(params), self.x.shape
-        self.tokens, self.places = np.empty(0, np.int64), np.empty(0, np.float32)
+        self.tokens, self.places = np.empty(B, np.int64), np.empty(0, np.float32)
         found = np.empty((B, cfg.word_embed_proj_dim), np.float32) if projections else self.x
-        look_up, arguments, _ = tokens["weight"].rows_call(self.tokens, found)
-        arguments[1] = B
+        looking_up = *tokens["weight"].rows_call(self.tokens, found), True
         adding = ADD, [self.x, self.places, B * D], math.ceil(B * D / CHUNK), True
-        return [(look_up, arguments, B, True), *(self.linear(found, p, self.x) for p in projections), adding]
+        return [looking_up, *(self.linear(found, p, self.x) for p in projections), adding]
 
     def ending(self, params: dict, cfg: OPTConfig) -> list[Line]:
         """model.final and model.lm_logits, and which token is the best. Where logits and tokens go is written by `steps`."""
@@ -254,7 +253,7 @@ class Program:
         self.go(1)
         return self.x.copy()
 
-    def steps(self, ids: list[int], places: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows,
+    def steps(self, ids: np.ndarray, places: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows,
               ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """The logits that follow the ids, and those that follow the best token then, for N steps: fewer if the best token of a row is an end.
 
