@@ -30,16 +30,12 @@ docs: .venv/test
 bench: .venv/bench
 	$(BIN)/opt-np bench cpu
 
-# One stamp per set of extras; a change of setup.cfg installs again.
-.venv/demo: setup.cfg
+# One stamp per set of extras; a change of setup.cfg installs again. Only what is imported is compiled to bytecode, when it is.
+.venv/demo .venv/test .venv/bench .venv/notebooks: .venv/%: setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opt-np needs Python 3.11 or later; name one with make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[fast]"
-	@touch $@
-
-.venv/test .venv/bench .venv/notebooks: .venv/%: .venv/demo
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable ".[$(subst demo,fast,$*)]"
 	@touch $@
 
 clean:

@@ -263,7 +263,7 @@ class Program:
         logits, found, self.ends = np.empty((N, B, self.cfg.vocab_size), np.float32), np.empty((N + 1, B), np.int64), np.array(ends, np.int64)
         found[0] = ids
         self.prepare(bases, slots, rows)
-        arrays = found, places, logits, logits, found[1:], self.ends
+        arrays: list[np.ndarray] = [found, places, logits, logits, found[1:], self.ends]
         for (i, j), array in zip(self.written_at, arrays, strict=True):
             self.tables[i, j] = address(array)
         self.tables[-1, self.written_at[-1][1] + 1] = len(ends)
