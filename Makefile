@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint bench notebooks docs clean
 
