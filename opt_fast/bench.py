@@ -242,8 +242,8 @@ def write_weights(cfg: OPTConfig, folder: Path) -> None:
 
 def convert(folder: str, those: Iterable[tuple[str, str]], threads: int) -> None:
     """The formats of their own, for the engines and dtypes that need them."""
-    for engine, make in peers.CONVERTERS.items():
-        if dtypes := sorted(dtype for name, dtype in those if name == engine):
+    for engine, (own, make) in peers.CONVERTERS.items():
+        if dtypes := sorted(dtype for name, dtype in those if name == engine and dtype in own):
             say(f"converting them for {engine}, {', '.join(dtypes)}")
             limits.alone(threads, make, folder, dtypes)
 
@@ -449,7 +449,8 @@ def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:
     else:
         lines.append("this CPU has bfloat16 products: in bfloat16 activations are rounded too, and the limit, of float32 products, can be passed")
     if any(job.stored.startswith("int") for job in jobs):
-        lines.append("int8 and int4: each engine quantises in its own way; the limit reads 1 byte or half a byte a weight, and multiplies in float32")
+        own = f"int8 and int4: each engine quantises in its own way, int4 in groups of {peers.INT4_GROUP}"
+        lines.append(f"{own}; the limit reads 1 byte or half a byte a weight, and multiplies in float32")
     for job in jobs:
         found = result["jobs"][job.key]
         lines += ["", job.title]

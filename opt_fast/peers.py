@@ -22,6 +22,7 @@ from opt_np.config import OPTConfig
 
 Jobs = dict[str, Callable[[int], Any]]
 SAMPLE = 997  # of a gradient, one number in so many is compared
+INT4_GROUP = 64  # columns that share a scale, in every engine
 UNTOLD = np.finfo(np.float32).min  # stands for a number that an engine keeps to itself; NaN would hide mistakes
 
 
@@ -158,7 +159,8 @@ def model_jobs(s: Setup, logits: Callable[[np.ndarray], Any], decode: Callable[[
 def our_model(s: Setup, backend: str) -> Jobs:
     from opt_np.classes import OPTForCausalLM
 
-    lm = OPTForCausalLM.from_pretrained(s.folder, dtype="float32" if s.quantize else s.dtype, backend=backend, quantize=s.quantize)
+    folder, dtype = (folder_of(s, "opt_fast"), "float32") if s.quantize else (s.folder, s.dtype)
+    lm = OPTForCausalLM.from_pretrained(folder, dtype=dtype, backend=backend)
 
     def alike(ids: np.ndarray, P: int) -> np.ndarray:
         cache = lm(ids[:1, :P], use_cache=True, logits_to_keep=1).past_key_values
@@ -325,6 +327,15 @@ def hf_train(s: Setup) -> Jobs:
 # ---- formats of their own ----------------------------------------------------------------------------------------------------------------
 
 
+def to_integers(folder: str, dtypes: Sequence[str]) -> None:
+    """Ours, as `opt-np quantize` writes it."""
+    from opt_np import cli
+
+    for dtype in dtypes:
+        with redirect_stdout(sys.stderr):  # it lists the error of each matrix
+            cli.quantize(folder, f"{folder}/opt_fast-{dtype}", dtype, INT4_GROUP, None)
+
+
 def to_ctranslate2(folder: str, dtypes: Sequence[str]) -> None:
     """The steps of CTranslate2's TransformersConverter, without the tokenizer that it asks for."""
     from ctranslate2.converters.transformers import OPTLoader
@@ -388,7 +399,7 @@ def compressed(model: Any, dtype: str) -> Any:
         nncf.set_log_level(logging.ERROR)
         if dtype == "int8":
             return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64)
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=INT4_GROUP)
 
 
 def traced(hf: Any) -> tuple[Any, list[str]]:
@@ -446,7 +457,11 @@ ENGINES: dict[str, dict[str, Callable[[Setup], Jobs]]] = {
     "model": {"opt_fast": opt_fast_model, "openvino": openvino_model, "hf": hf_model, "ctranslate2": ctranslate2_model, "numpy": numpy_model},
     "train": {"opt_fast": opt_fast_train, "hf": hf_train, "numpy": numpy_train},
 }
-CONVERTERS: dict[str, Callable[[str, Sequence[str]], None]] = {"openvino": to_openvino, "ctranslate2": to_ctranslate2}
+CONVERTERS: dict[str, tuple[Sequence[str], Callable[[str, Sequence[str]], None]]] = {  # for these dtypes
+    "opt_fast": (("int8", "int4"), to_integers),
+    "openvino": (("float32", "bfloat16", "int8", "int4"), to_openvino),
+    "ctranslate2": (("float32", "int8"), to_ctranslate2),
+}
 CONVERTERS_IMPORT = {"openvino": ("torch", "transformers", "nncf"), "ctranslate2": ("torch", "transformers")}
 IMPORTS = {  # what an engine has in memory before it loads a model
     "opt_fast": ("numba", "opt_np.classes", "opt_fast.ops_cpu"),

@@ -390,6 +390,14 @@ def test_weights_are_written_in_shards_of_float16_that_everyone_reads(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == TINY.cfg.num_hidden_layers + 4
 
 
+def test_int4_has_groups_of_one_size_in_every_engine(tmp_path):
+    bench.write_weights(TINY.cfg, tmp_path)
+    own, make = peers.CONVERTERS["opt_fast"]
+    make(str(tmp_path), own)
+    kinds = {dtype: checkpoint.load(tmp_path / f"opt_fast-{dtype}", dtype=None)[1].quantized for dtype in own}
+    assert kinds == {"int8": ("int8", None), "int4": ("int4", peers.INT4_GROUP)}
+
+
 def test_a_small_run_in_whole_numbers(hasty, capsys):
     """Ours against the reference; with the extra `bench`, against OpenVINO's and CTranslate2's too."""
     engines = [name for name in ("opt_fast", "openvino", "ctranslate2") if bench.installed(name)]

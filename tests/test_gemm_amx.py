@@ -151,12 +151,12 @@ np.savez(folder + "/" + (unit or "none") + ".npz", **found)
 def run(unit, folder):
     """The program above in a process of its own, with this unit; the numbers that it computed."""
     variables = f"root, folder, unit = {str(ROOT)!r}, {str(folder)!r}, {unit!r}\n"
-    emulated = EMULATED if unit == gemm.EMULATED else ""
+    emulated, environment = EMULATED if unit == gemm.EMULATED else "", {**os.environ, "PYTHONPATH": str(ROOT)}
     if emulated:
+        environment["NUMBA_CACHE_DIR"] = str(folder / "cache")
         source = (ROOT / "opt_fast" / "gemm_amx.py").read_text(encoding="utf-8")
         assert source.count("UNIT = unit()") == 1
         (folder / "gemm_amx.py").write_text(source.replace("UNIT = unit()", f"UNIT = {unit!r}"), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(folder / f"kernels of {unit}")}
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", variables + emulated + PROGRAM], capture_output=True, text=True, env=environment, check=False
     )
