@@ -102,14 +102,14 @@ class Params(dict):
         return Params, (dict(self),)  # a copy makes its own machines
 
 
-def reader(params: dict, make: Callable[[int], Any], first: int, most: tuple[int, int]) -> Reader:
+def reader(params: dict, cfg: OPTConfig, make: Callable[[int], Any], first: int, most: tuple[int, int]) -> Reader:
     """A Reader for at most so many rows and tokens, with pages that are given back with it; a machine that has nothing to do, else a new one."""
     count, idle = pages_for(*most), getattr(params, "idle", [])
     try:
         found = idle.pop()
     except IndexError:  # not asked before: another thread may be faster
         found = None
-    if found is None or not found.serves(params):
+    if found is None or not found.serves(params, cfg):
         found = make(count)
     found.pool.make_room(count)
     made = Reader(found, first)

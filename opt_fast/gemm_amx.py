@@ -462,10 +462,10 @@ def _norm(table: Any) -> None:
     x, weight, bias, xs, high, M, D, some, eps = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], a[5], a[6], a[7], float_of(a[8])
     per = 4 if INTEGERS else 2
     tiles = (D + per * SIDE - 1) // (per * SIDE)
-    for d in range(D, tiles * per * SIDE):
-        line[d] = 0
     first = claim(table, TASKS) * some
     while first < M:
+        for d in range(D, tiles * per * SIDE):
+            line[d] = 0
         for i in range(first, min(first + some, M)):
             norm_row(at(x, i * D), weight, bias, line, D, eps)
             for k in range(0, D, BLOCK_K):

@@ -51,7 +51,8 @@ class Kernel:
     """A function of the table; kernel(*arguments, tasks=…, scratch=…) runs it on as many threads as find work, each with so many float32 of memory.
 
     In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument. A kernel that may
-    be part of a program (program_cpu.py) also counts the tasks that are done: claim(table, DONE).
+    be part of a program (program_cpu.py) also counts the tasks that are done: claim(table, DONE). It writes nothing before it has a task: a thread
+    that comes too late for one may come while another has the same memory in the next kernel.
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:

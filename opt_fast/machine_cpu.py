@@ -49,10 +49,11 @@ class Machine:
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
         self.reading: Any = None  # a program for as many tokens of prompts as were last read at once
 
-    def serves(self, params: dict) -> bool:
-        """Whether these are still the parameters and the threads that programs were written for."""
+    def serves(self, params: dict, cfg: OPTConfig) -> bool:
+        """Whether these are still the parameters, the config and the threads that programs were written for."""
         found = leaves(params)
-        return get_num_threads() == self.threads and len(found) == len(self.leaves) and all(map(operator.is_, found, self.leaves))
+        same = get_num_threads() == self.threads and cfg == self.cfg and len(found) == len(self.leaves)
+        return same and all(map(operator.is_, found, self.leaves))
 
     def rests(self) -> bool:
         """Forgets all texts. Whether it may serve again."""

@@ -70,10 +70,11 @@ class Machine:
         self.leaves, self.aside, self.whole = leaves(params), Aside(), True
         self.programs: dict[tuple[int, int], Program] = {}  # by the number of rows, and of their pages
 
-    def serves(self, params: dict) -> bool:
-        """Whether these are still the parameters that programs were made for."""
+    def serves(self, params: dict, cfg: OPTConfig) -> bool:
+        """Whether these are still the parameters and the config that programs were made for."""
         found = leaves(params)
-        return len(found) == len(self.leaves) and all(a is b and p == q for (a, p), (b, q) in zip(found, self.leaves, strict=True))
+        same = cfg == self.cfg and len(found) == len(self.leaves)
+        return same and all(a is b and p == q for (a, p), (b, q) in zip(found, self.leaves, strict=True))
 
     def rests(self) -> bool:
         """Forgets all texts. Whether it may serve again."""

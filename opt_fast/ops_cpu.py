@@ -258,4 +258,4 @@ def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) 
 
 def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:
     """As opt_np.reader.Reader, over pages."""
-    return engine.reader(params, lambda count: machine(params, cfg, count), first, most)
+    return engine.reader(params, cfg, lambda count: machine(params, cfg, count), first, most)

@@ -170,7 +170,7 @@ def reader(params: dict, cfg: OPTConfig, ops: ModuleType, first: int, most: tupl
     """As opt_np.reader.Reader, over pages, which are given back with the reader; plainly where layers come and go."""
     if type(params["layers"]) is not list:
         return PlainReader(params, cfg, ops, first, most)
-    return engine.reader(params, lambda count: machine(params, cfg, count), first, most)
+    return engine.reader(params, cfg, lambda count: machine(params, cfg, count), first, most)
 
 
 class PlainReader(reading.Reader):

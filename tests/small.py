@@ -1,5 +1,6 @@
 """Tiny configs, parameters, texts and folders, made in milliseconds, for tests about files, training and the command line."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,15 @@ def cast(tree: Any, dtype: str) -> Any:
     if isinstance(tree, list):
         return [cast(value, dtype) for value in tree]
     return np.asarray(tree).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def writes_without_a_task(program: Any) -> bool:
+    """Whether a kernel of opt_fast's program writes to a thread's memory where others have taken all tasks: it may be theirs."""
+    from opt_fast.kernel import MEMORY, TASKS, address
+
+    program.memory[:] = 7
+    for (kernel, tasks, _), table in zip(program.list, program.tables.copy(), strict=True):
+        table[:MEMORY] = 0
+        table[TASKS] = tasks
+        ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(int(kernel))(address(table))
+    return bool((program.memory != 7).any())

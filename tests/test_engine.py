@@ -418,7 +418,7 @@ def test_a_request_that_is_cancelled_among_tokens_read_ahead_leaves_nothing(monk
 # ---- what stays with a model -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_serves_again_until_parameters_or_threads_are_others():
+def test_a_machine_serves_again_until_parameters_config_or_threads_are_others():
     ours, numpys = (OPTForCausalLM(small.params(TALKS), TALKS, backend=backend) for backend in ("cpu", "numpy"))
 
     def machine_of(new=9):
@@ -432,15 +432,19 @@ def test_a_machine_serves_again_until_parameters_or_threads_are_others():
     first = machine_of()
     programs = dict(first.programs)
     assert programs
+    assert not any(small.writes_without_a_task(program) for program in programs.values())
     assert machine_of(3 * PAGE) is first  # in more pages than there were
     assert first.programs == programs
     weight = numpys.params["layers"][0]["fc1"]["weight"] * 2
     numpys.params["layers"][0]["fc1"]["weight"], ours.params["layers"][0]["fc1"]["weight"] = weight, ops_cpu.pack_matrix(weight)
     second = machine_of()
     assert second is not first
+    ours.config = numpys.config = dataclasses.replace(TALKS, num_attention_heads=TALKS.num_attention_heads // 2)
+    third = machine_of()
+    assert third is not second
     numba.set_num_threads(1)
     try:
-        assert machine_of() is not second
+        assert machine_of() is not third
     finally:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 

@@ -144,6 +144,8 @@ for dtype in ("bfloat16", "int8", "int4"):
         for n, step in enumerate(steps):
             text = np.concatenate([long, *(step.ids[:, None] for step in steps[:n])], axis=1)
             assert (step.logits[0] == model.forward(packed, text, other, ops=ops_cpu)[0, -1]).all(), (dtype, changes, n)
+        (machine,) = lm.params.idle
+        assert machine.programs and not any(small.writes_without_a_task(p) for p in (*machine.programs.values(), machine.reading))
 np.savez(folder + "/" + (unit or "none") + ".npz", **found)
 """
 

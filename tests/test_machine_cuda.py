@@ -6,6 +6,7 @@ import pickle
 import threading
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,7 +195,7 @@ def test_what_was_begun_is_dropped_when_something_else_is_asked_for():
 # ---- what stays with a model -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_serves_again_until_parameters_are_replaced_or_pages_lie_elsewhere():
+def test_a_program_serves_again_until_parameters_or_config_are_others_or_pages_lie_elsewhere():
     ours, numpys = both()
     ids = prompt(5)
     ours.generate(ids, max_new_tokens=3, **NO_EOS)
@@ -209,6 +210,10 @@ def test_a_program_serves_again_until_parameters_are_replaced_or_pages_lie_elsew
     assert all(p.keys is machine.pool.keys for p in machine.programs.values() if p not in programs.values())
     ours.params["layers"][0]["fc1"]["weight"] = ours.params["layers"][0]["fc1"]["weight"] * 2
     numpys.params["layers"][0]["fc1"]["weight"] = numpys.params["layers"][0]["fc1"]["weight"] * 2
+    np.testing.assert_array_equal(ours.generate(ids, max_new_tokens=5, **NO_EOS), numpys.generate(ids, max_new_tokens=5, **NO_EOS))
+    assert machine not in ours.params.idle
+    (machine,) = ours.params.idle
+    ours.config = numpys.config = replace(ours.config, num_attention_heads=ours.config.num_attention_heads // 2)
     np.testing.assert_array_equal(ours.generate(ids, max_new_tokens=5, **NO_EOS), numpys.generate(ids, max_new_tokens=5, **NO_EOS))
     assert machine not in ours.params.idle
 
