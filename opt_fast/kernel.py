@@ -7,11 +7,14 @@ next task stands, its arguments, and arrays as addresses. Threads take tasks unt
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import math
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -116,14 +119,32 @@ def kept_compiled() -> Iterator[None]:
     """Numba keeps what it compiles in __pycache__, and looks whether the function's own file has changed, but not the files of what it calls: so the
     folder's name holds a checksum of all of them."""
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in COMPILED)
-    folder, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
-    if not os.access(folder if folder.is_dir() else folder.parent, os.W_OK):
-        folder = Path.home() / ".cache" / "opt_fast"
-    config.CACHE_DIR = str(folder / f"kernels-{zlib.crc32(sources):08x}")
+    wanted, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
+    name = f"kernels-{zlib.crc32(sources):08x}"
+    places = (folder / name for folder in (wanted, Path(os.path.expanduser("~/.cache/opt_fast"))))
+    config.CACHE_DIR = next((str(place) for place in places if can_be_written(place)), None) or for_this_process()
     try:
         yield
     finally:
         config.CACHE_DIR = before
+
+
+def can_be_written(folder: Path) -> bool:
+    """Makes the folder where it can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+@functools.cache
+def for_this_process() -> str:
+    """A folder that is gone when Python ends."""
+    print("opt_fast: compiled kernels cannot be kept for the next run; set NUMBA_CACHE_DIR to a folder that can be written", file=sys.stderr)
+    folder = tempfile.mkdtemp(prefix="opt_fast-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def address(a: np.ndarray) -> int:

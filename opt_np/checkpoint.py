@@ -423,16 +423,21 @@ def free_names(folder: Path, n: int) -> list[str]:
 
 def write_part(path: Path, part: dict[str, np.ndarray], dtype: str | None) -> None:
     """One file of safetensors. Raises CheckpointError for values that overflow dtype."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     with np.errstate(over="ignore"):
         cast = {name: np.ascontiguousarray(a, None if dtype is None else float_type(dtype)) for name, a in part.items()}
     lost = [name for name, a in part.items() if dtype is not None and not np.isfinite(cast[name]).all() and np.isfinite(a).all()]
     if lost:
         raise CheckpointError(f"{', '.join(lost[:3])}: values too large for {dtype}; save as float32")
+    write_safetensors(path, cast, {"format": "pt"})
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """safetensors' save_file; raises OSError, and not its own, where the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     try:
-        save_file(cast, path, {"format": "pt"})
+        save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
 
@@ -464,6 +469,19 @@ def write_atomically(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_numpy(path: Path, values: Any) -> None:
+    """Writes a file of NumPy's, of one array or of a dict of them, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # NumPy would put another ending to the name
+            if isinstance(values, dict):
+                np.savez(file, **values)
+            else:
+                np.save(file, values)
+
+    write_atomically(path, write)
 
 
 def write_text(path: Path, text: str) -> None:

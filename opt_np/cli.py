@@ -15,15 +15,16 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status."""
-    args = vars(build_parser().parse_args(argv))
-    command = args.pop("run")
     warnings.showwarning = lambda message, *_, **__: print(f"opt-np: warning: {message}", file=sys.stderr)
-    status = 0
     try:
-        status = command(**args) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:  # what reads our output, head for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        args = vars(build_parser().parse_args(argv))
+        status = args.pop("run")(**args) or 0
+        if sys.stdout:  # a shell can close it
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        say_no_more()
+        return 0
     except (ValueError, OSError, MemoryError) as error:  # DataError and CheckpointError are ValueErrors
         print(f"opt-np: {'not enough memory: ' if isinstance(error, MemoryError) else ''}{error}", file=sys.stderr)
         return 1
@@ -35,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("opt-np: stopped", file=sys.stderr)
         return 130
-    return status
+
+
+def say_no_more() -> None:
+    """For when what reads our output, head for one, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -190,16 +195,20 @@ def add_logits(commands: Any) -> None:
 def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     import numpy as np
 
+    from opt_np import checkpoint, explore
     from opt_np.arrays import host
 
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
+    if out:
+        explore.check_out(out)
     language_model, tokenizer = load(**how_to_load)
     ids = tokenizer.encode(given(text))
     rows = host(language_model([ids]).logits)[0]  # (T, V)
     rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # a sum of probabilities needs more bits
     if out:
-        np.save(out, rows)
+        checkpoint.write_numpy(Path(out), rows)
+        print(f"{out}: logits, {rows.shape[0]} tokens by {rows.shape[1]}")
     log_p = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
     print(f"{'token':>16}  logprob  likeliest next")
     for t, row in enumerate(log_p):
@@ -340,7 +349,10 @@ def verify(model: str | None, revision: str | None, backend: str, golden: str | 
     name = model if model is not None else find_model(None)
     for _, group in groupby(v.checks(name, revision, backend, golden), key=lambda check: check.group):
         found += (checks := list(group))
-        print("\n".join(v.table(checks, every_point)), flush=True)
+        try:
+            print("\n".join(v.table(checks, every_point)), flush=True)
+        except BrokenPipeError:  # the status still tells what failed
+            say_no_more()
     status, last_line = v.verdict(found)
     print(last_line)
     return status
@@ -425,6 +437,8 @@ def bench(what: str, **args: Any) -> None:
 
 def given(text: str) -> str:
     """A text of the command line, or standard input for "-"."""
+    if text == "-" and sys.stdin is None:
+        raise ValueError("- stands for standard input, and that is closed; give the text itself")
     return sys.stdin.read() if text == "-" else text
 
 

@@ -34,6 +34,7 @@ def add_trace(commands: Any) -> None:
 def trace(text: str, fused: bool, against: str | None, each: bool, beside: str | None, out: str | None, **how: Any) -> None:
     from opt_np import explore
     from opt_np import trace as t
+    from opt_np.checkpoint import write_numpy
 
     if sum(map(bool, (against, beside, out))) > 1:
         raise ValueError("--against, --beside and --out do different things; give one of them")
@@ -61,11 +62,7 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
         return
     print(t.table(steps))
     if out:
-        import numpy as np
-
-        values: dict[str, Any] = {step.name: step.value for step in steps}
-        with open(out, "wb") as file:  # NumPy would put another ending to the name
-            np.savez(file, **values)
+        write_numpy(Path(out), {step.name: step.value for step in steps})
         print(f"{out}: the values of {len(steps)} steps")
 
 
@@ -82,6 +79,7 @@ def record_against(what: str, ids: list[list[int]], fused: bool, exact: Any, how
         from opt_np import hub
 
         plain, _ = load(**{**how, "backend": "numpy", "dtype": "float32", "quantize": None})
+        verify.check_known_to_pytorch(how["model"], plain.config)
         source = hub.find(find_model(how["model"]), how["revision"], tokenizer=False)
         with verify.quiet(transformers):
             return t.record_torch(verify.pytorch_model(torch, transformers, source.config, plain.params), ids)
@@ -172,10 +170,9 @@ def add_embed(commands: Any) -> None:
 
 def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, skip_bos: bool, no_normalize: bool, out: str | None,
           sweep: str | None, **how_to_load: Any) -> None:  # fmt: skip
-    import numpy as np
-
     from opt_np import embeddings as e
     from opt_np import explore
+    from opt_np.checkpoint import write_numpy
     from opt_np.tasks import read_examples
 
     if sweep is not None:
@@ -191,8 +188,7 @@ def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, s
         explore.check_out(out)
     found = e.embed_texts(*load(**how_to_load), texts, -1 if layer is None else layer, pooling=pooling, normalize=not no_normalize, skip_bos=skip_bos)
     if out:
-        with open(out, "wb") as target:  # NumPy would put another ending to the name
-            np.save(target, found)
+        write_numpy(Path(out), found)
         print(f"{out}: {len(found)} vectors of {found.shape[1]} numbers")
     else:
         print("\n".join(json.dumps({"text": text, "embedding": row.tolist()}) for text, row in zip(texts, found, strict=True)))

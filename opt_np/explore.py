@@ -188,10 +188,12 @@ def base64_of(array: np.ndarray) -> str:
 
 
 def check_out(path: str | Path) -> Path:
-    """Where a file can be written. Raises ValueError for a folder, and for a folder that is not there."""
+    """Where a file can be written. Raises ValueError for a folder, for a device, and for a folder that is not there."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the file to write in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced; name one")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     return path

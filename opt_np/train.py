@@ -251,8 +251,6 @@ def kept_options(options: Options, backend: str) -> dict[str, Any]:
 
 def save(out: Path, run: Run, options: Options) -> None:
     """The state to resume from, then the checkpoint; each file is replaced whole."""
-    from safetensors.numpy import save_file
-
     params = map_leaves(host, run.params)
     state = flatten({"params": params, "m": map_leaves(host, run.optimizer["m"]), "v": map_leaves(host, run.optimizer["v"])})
     metadata = {
@@ -261,7 +259,7 @@ def save(out: Path, run: Run, options: Options) -> None:
         "options": json.dumps(kept_options(options, run.backend)),
         "checksum": str(run.task.checksum()),
     }
-    checkpoint.write_atomically(out / STATE, lambda path: save_file(state, path, metadata))
+    checkpoint.write_atomically(out / STATE, lambda path: checkpoint.write_safetensors(path, state, metadata))
     checkpoint.save(out, params, run.cfg, options.save_dtype)
 
 

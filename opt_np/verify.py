@@ -21,6 +21,7 @@ import numpy as np
 from opt_np import hub, model
 from opt_np.checkpoint import CheckpointError, few
 from opt_np.classes import OPTForCausalLM, choose_backend
+from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 from opt_np.ops import QUERY_BLOCK
 from opt_np.trace import hooks_on
@@ -100,6 +101,7 @@ def checks(name: str | Path, revision: str | None = None, backend: str = "numpy"
     if golden is not None and golden not in known:
         raise ValueError(f"nothing is published here for {golden!r}; golden is one of {', '.join(known)}")
     ours = load(name, revision, "float32", backend)
+    check_known_to_pytorch(name, ours.config)
     yield from against_pytorch(name, revision, backend, ours)
     published = golden or (str(name) if hub.is_hub_id(name) and str(name) in known else None)
     if published is None:
@@ -112,6 +114,12 @@ def checks(name: str | Path, revision: str | None = None, backend: str = "numpy"
 def load(name: str | Path, revision: str | None, dtype: str, backend: str) -> OPTForCausalLM:
     """The language model."""
     return OPTForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, backend=backend)
+
+
+def check_known_to_pytorch(name: Any, cfg: OPTConfig) -> None:
+    """Raises ValueError for weights of whole numbers."""
+    if cfg.quantized:
+        raise ValueError(f"{name} is {cfg.quantized[0]}, a format of our own that PyTorch does not know; take the checkpoint that it was made from")
 
 
 def hint(origin: Any, known: list[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from opt_np import OPTForCausalLM, OPTTokenizer, checkpoint, cli
+from opt_np import OPTForCausalLM, OPTTokenizer, checkpoint, cli, verify
 
 COMMANDS = ("generate", "logits", "info", "verify", "download", "convert", "quantize", "train", "bench", "trace", "score", "embed", "explore", "plan")
 
@@ -326,9 +326,54 @@ def test_a_negative_seed(run, model):
     assert_one_line(*run("generate", "the", "--model", model, "--max-new-tokens", 3, "--do-sample", "--seed", -1), "seed", -1)
 
 
+def test_verify_tells_what_failed_to_a_reader_that_has_seen_enough(monkeypatch):
+    failed = verify.Check(verify.LAYERS, "logits", 1.0, 0.1, verify.FAIL)
+    monkeypatch.setattr(verify, "checks", lambda *_: iter([failed]))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["verify"]) == 1
+
+
+def test_closed_streams(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["logits", "-", "--model", str(model)]) == 1
+    assert "standard input, and that is closed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == 0
+
+
+def test_what_pytorch_does_not_know_is_not_compared_with_it(run, model, tmp_path):
+    assert run("quantize", model, tmp_path / "int8", "--kind", "int8")[0] == 0
+    for words in (("verify", tmp_path / "int8"), ("trace", "the", "--model", tmp_path / "int8", "--against", "torch")):
+        assert_one_line(*run(*words), tmp_path / "int8", "is int8", "made from")
+
+
+@pytest.mark.parametrize("words", [("logits",), ("trace", "--backend", "numpy"), ("embed",)], ids=lambda words: words[0])
+def test_a_file_of_numpy_is_written_whole_or_not_at_all(words, run, model, tmp_path, monkeypatch):
+    out = tmp_path / "rows.bin"
+    command = (words[0], "the cat", "--model", model, *words[1:], "--out")
+    status, said, _ = run(*command, out)
+    assert (status, list(tmp_path.iterdir())) == (0, [out])
+    assert f"{out}: " in said
+    before = out.read_bytes()
+
+    def full(file, *_, **__):
+        file.write(b"some")
+        raise OSError("No space left on device")
+
+    for name in ("save", "savez"):
+        monkeypatch.setattr(np, name, full)
+    assert run(*command, out)[0] == 1
+    assert (out.read_bytes(), list(tmp_path.iterdir())) == (before, [out])
+    assert_one_line(*run(*command, tmp_path), tmp_path, "is a folder")
+    assert_one_line(*run(*command, os.devnull), os.devnull)
+
+
 def test_a_reader_that_has_seen_enough_is_no_mistake(model):
     import subprocess
 
-    command = f"{sys.executable} -m opt_np generate 'the cat' --model {model} --max-new-tokens 20 | head -c 3"
+    command = f"{sys.executable} -m opt_np generate 'the cat' --model {model} --backend numpy --max-new-tokens 20 | head -c 3"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "the", "")

@@ -572,3 +572,21 @@ def test_no_two_functions_within_kernels_have_one_name():
     names = [f"{f.__module__}.{f.__qualname__}" for f in found.values()]
     assert len(names) > 30
     assert len(set(names)) == len(names)
+
+
+# ---- kept kernels ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_can_be_kept_kernels_compile_all_the_same(tmp_path, monkeypatch, capsys):
+    """Neither beside the package nor at home: in a folder that is gone with the process, and it is said once."""
+    (tmp_path / "file").write_text("")
+    kernel.for_this_process.cache_clear()
+    monkeypatch.setattr(kernel.config, "CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(kernel.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    for function in (program_cpu.ADD._function, kernel._enter):
+        types_ = kernel.KERNEL if function is not kernel._enter else kernel.types.void(*[kernel.types.CPointer(kernel.types.int64)] * 4)
+        assert kernel.compiled(function, types_)
+    assert capsys.readouterr().err.count("cannot be kept") == 1
+    assert list(tmp_path.rglob("*.nbi"))
+    kernel.for_this_process.cache_clear()

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,6 +201,19 @@ def test_a_state_cut_short_is_named(text, tmp_path):
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"train_state\.safetensors cannot be read"):
         train(options(tmp_path, text, steps=2, resume=True))
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(text, tmp_path, monkeypatch):
+    train(options(tmp_path, text, steps=1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix == ".safetensors"}
+
+    def full(*_):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match=r"train_state\.safetensors.* cannot be written: No space left"):
+        train(options(tmp_path, text, steps=2, resume=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix == ".safetensors"} == before
 
 
 def test_a_run_is_not_overwritten_without_resume(text, whole):
