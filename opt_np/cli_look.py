@@ -114,6 +114,7 @@ def add_score(commands: Any) -> None:
 
 
 def score(text: str | None, file: str | None, perplexity: bool, window: int | None, stride: int | None, **options: Any) -> None:
+    from opt_np import explore
     from opt_np import perplexity as p
     from opt_np import score as s
 
@@ -125,6 +126,8 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
             raise ValueError(f"--perplexity is about a whole text, and {option} about its tokens: give one of the two")
     if options["samples"] is not None and options["with"]:
         raise ValueError("--mc-dropout and --with both tell what predictions disagree about: give one of the two")
+    if options["reliability"]:
+        explore.check_out(options["reliability"])
     content = text_of(text, file)
     language_model, tokenizer = load(**how_to_load)
     if perplexity:

@@ -497,7 +497,7 @@ def test_models_with_other_tokens_are_no_ensemble(folder, tmp_path, capsys):
     assert_one_line(*run(capsys, "score", TEXT, "--model", folder, "--with", tmp_path), "different tokens")
 
 
-def test_reliability_from_the_shell(folder, tmp_path, capsys):
+def test_reliability_from_the_shell(folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     status, out, _ = run(capsys, "score", TEXT, "--model", folder, "--reliability", tmp_path / "plot.png")
     found = s.score(OPTForCausalLM.from_pretrained(folder), [OPTTokenizer.from_pretrained(folder).encode(TEXT)]).calibration()
@@ -505,6 +505,9 @@ def test_reliability_from_the_shell(folder, tmp_path, capsys):
     assert out.splitlines()[-1] == f"calibration   ECE {found.ece:.4f}, MCE {found.mce:.4f}"
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert_one_line(*run(capsys, "score", TEXT, "--model", folder, "--reliability", tmp_path / "plot.song"), "song")
+    monkeypatch.setattr(s, "report", lambda *_, **__: pytest.fail("scored before it was known where the plot goes"))
+    assert_one_line(*run(capsys, "score", TEXT, "--model", folder, "--reliability", tmp_path / "no" / "plot.png"), "no folder")
+    assert_one_line(*run(capsys, "score", TEXT, "--model", folder, "--reliability", tmp_path), "is a folder")
 
 
 @pytest.mark.parametrize(
