@@ -208,7 +208,6 @@ def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
     rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # a sum of probabilities needs more bits
     if out:
         checkpoint.write_numpy(Path(out), rows)
-        print(f"{out}: logits, {rows.shape[0]} tokens by {rows.shape[1]}")
     log_p = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
     print(f"{'token':>16}  logprob  likeliest next")
     for t, row in enumerate(log_p):
