@@ -181,7 +181,7 @@ class _Announcer(event.Listener):
     def on_start(self, event: Any) -> None:
         if not _Announcer.said:
             _Announcer.said = True
-            print("opt_fast: compiling kernels for this processor; it takes some seconds, the first time only", file=sys.stderr)
+            print("opt_fast: compiling kernels for this processor; it takes some seconds, once for each kind of weights", file=sys.stderr)
 
     def on_end(self, event: Any) -> None: ...
 

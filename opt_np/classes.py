@@ -260,6 +260,8 @@ def choose_backend(backend: str, dtype: str = "float32") -> str:
     try:
         load_ops("cpu")
     except ValueError:
+        if dtype not in BACKENDS["numpy"]:
+            raise
         return "numpy"
     return "cpu"
 
@@ -270,4 +272,6 @@ def load_ops(backend: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:  # Numba raises the latter where it can keep nothing
-        raise ValueError(f"backend {backend!r} needs {name}, which does not import here ({error}); backend='numpy' always works") from None
+        extra = "cuda" if backend == "cuda" else "fast"
+        hint = f": pip install 'opt-np[{extra}]' brings what it needs" if isinstance(error, ImportError) else ""
+        raise ValueError(f"backend {backend!r} needs {name}, which does not import here ({error}){hint}; backend='numpy' always works") from None

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from opt_np import __version__
+
 HOW_TO_LOAD = ("model", "revision", "strict", "backend", "dtype", "quantize", "stream_layers")  # options of commands that compute
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     from opt_np import cli_look  # which imports this module
 
     parser = Parser(prog="opt-np", description="OPT in NumPy: generate text, look inside, train.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="run", required=True, metavar="COMMAND")
     add_generate(commands)
     add_logits(commands)
@@ -382,7 +385,7 @@ def add_train(commands: Any) -> None:
         ("warmup_steps", "steps of rising learning rate"), ("weight_decay", "of matrices"),
         ("max_grad_norm", "gradients are clipped to this norm, 0 for no clipping"),
         ("dropout", "after attention and after fc2"), ("save_every", "steps between checkpoints"),
-        ("eval_every", "steps between evaluations, 0 for none"),
+        ("eval_every", "steps between evaluations, 0 for one at the end"),
         ("save_dtype", "float32 or float16, of the checkpoint"),
     ):  # fmt: skip
         add_option(run, d, name, help)

@@ -229,7 +229,7 @@ def add_plan(commands: Any) -> None:
     sizes = ", ".join(f"opt-{size}" for size in SIZES)
     p.add_argument("--model", required=True, help=f"one of {sizes}; or a folder or hub id, of which config.json is read")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once")
-    p.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of each prompt")
+    p.add_argument("--prompt", type=int, default=None, metavar="N", help="tokens of each prompt; without it 512, or what the context holds")
     p.add_argument("--gen", type=int, default=128, metavar="N", help="new tokens of each row")
     kinds = ("float64", "float32", "float16", "bfloat16", "int8", "int4")
     p.add_argument("--dtype", default="float32", choices=kinds, help="of the weights in memory")
@@ -245,12 +245,13 @@ def add_plan(commands: Any) -> None:
     p.add_argument("--tflops", type=float, metavar="X", help="10^12 FLOP/s of products; without it, measured here in float32")
 
 
-def plan(model: str, batch: int, prompt: int, gen: int, dtype: str, backend: str, device: str | None, memory: float | None,
+def plan(model: str, batch: int, prompt: int | None, gen: int, dtype: str, backend: str, device: str | None, memory: float | None,
          bandwidth: float | None, tflops: float | None) -> None:  # fmt: skip
     from opt_np import plan as p
     from opt_np.classes import BACKENDS, choose_backend
 
     cfg = config_of(model)
+    prompt = max(1, min(512, cfg.max_position_embeddings + 1 - gen)) if prompt is None else prompt
     p.checked(cfg, batch, prompt, gen)
     for option, value in (("--memory", memory), ("--bandwidth", bandwidth), ("--tflops", tflops)):
         if value is not None and not 0 < value < float("inf"):

@@ -7,6 +7,7 @@ The options are in settings.py, what changes the scores in processors.py, beam s
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -247,6 +248,8 @@ def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, s: Setti
             + (f"ask for at most {fits}, or " if fits > 0 else "")
             + ('keep the end of the prompt: overflow="truncate_left" or "slide"' if s.overflow == "error" else 'overflow="slide"')
         )
+    if new < (least := s.min_new_tokens if s.min_new_tokens is not None else s.min_length - T):
+        warnings.warn(f"at least {least} new tokens are asked for, and at most {new}: there will be {new}", stacklevel=4)
     return new
 
 

@@ -145,6 +145,9 @@ def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, c
     idle = {name: need for name, need in settings.without_effect().items() if name in given}
     if idle:
         warnings.warn("; ".join(f"{name}: of effect only with {need}" for name, need in idle.items()), stacklevel=5)
+    outside = [i for i in settings.eos_token_id if i >= cfg.vocab_size] if "eos_token_id" in given else []
+    if outside:
+        warnings.warn(f"eos_token_id={outside} is outside the vocabulary of {cfg.vocab_size} ids, and ends nothing", stacklevel=5)
     if "max_length" in given and settings.max_new_tokens is not None:
         both = f"max_length={settings.max_length} and max_new_tokens={settings.max_new_tokens} are both set"
         warnings.warn(f"{both}; max_new_tokens wins", stacklevel=5)

@@ -35,7 +35,6 @@ MAY_CHANGE = {
     "resume",
     "text",
     "data",
-    "model",
     "steps",
     "save_every",
     "save_dtype",
@@ -46,6 +45,7 @@ MAY_CHANGE = {
 
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
+SHAPE = "vocab_size", "hidden_size", "num_layers", "num_heads"
 CHOICES = {"backend": ("auto", "numpy", "cpu", "cuda"), "task": ("lm", *TASKS), "schedule": SCHEDULES, "save_dtype": ("float32", "float16")}
 
 
@@ -95,9 +95,17 @@ class Options:
             raise ValueError("--text and --data are two sources; give one")
         if self.text and self.task != "lm":
             raise ValueError(f"--task {self.task} learns from --data, not from --text")
-        needed = "eval_text" if self.task == "lm" else "eval_data"
-        if self.eval_every and not getattr(self, needed):
-            raise ValueError(f"--eval-every {self.eval_every} needs {flag(needed)}, something to evaluate on")
+        if self.eval_every and not self.evaluated:
+            raise ValueError(f"--eval-every {self.eval_every} needs {flag(self.eval_source)}, something to evaluate on")
+
+    @property
+    def eval_source(self) -> str:
+        """The option that names what is evaluated on."""
+        return "eval_text" if self.task == "lm" else "eval_data"
+
+    @property
+    def evaluated(self) -> bool:
+        return bool(getattr(self, self.eval_source))
 
 
 def flag(name: str) -> str:
@@ -147,7 +155,7 @@ def train(options: Options) -> dict[str, Any]:
         for step in range(first, options.steps):
             line = train_step(run, options, step)
             done = step + 1 == options.steps or interrupt.asked
-            if options.eval_every and (step + 1 == options.steps or (step + 1) % options.eval_every == 0):
+            if options.evaluated and (step + 1 == options.steps or (options.eval_every and (step + 1) % options.eval_every == 0)):
                 line |= run.task.evaluate(run.params, run.cfg, run.ops)
             log.write(line)
             if done or (step + 1) % options.save_every == 0:
@@ -187,6 +195,9 @@ def add_(total: dict, grads: dict) -> dict:
 def new_run(out: Path, options: Options) -> Run:
     """From nothing, or from the checkpoint --model; the task's head is created here, and only here."""
     if options.model:
+        idle = [flag(name) for name in SHAPE if getattr(options, name) != getattr(Options, name)]
+        if idle:
+            warnings.warn(f"{', '.join(idle)}: of effect only without --model; {options.model} has its own", stacklevel=3)
         params, cfg = checkpoint.load(options.model)
         tokenizer = OPTTokenizer.from_pretrained(options.model)
     else:
@@ -275,7 +286,10 @@ def resumed_run(out: Path, options: Options) -> Run:
     cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
     then = {"backend": "numpy"} | json.loads(metadata["options"])
     backend = then["backend"] if options.backend == "auto" else options.backend
-    changed = [f"{flag(name)} {then[name]}" for name, value in kept_options(options, backend).items() if then.get(name, value) != value]
+    now = kept_options(options, backend)
+    if not options.model:
+        now.pop("model")  # it was read when the run began, and need not be there any more
+    changed = [f"{flag(name)} {then[name]}" for name, value in now.items() if then.get(name, value) != value]
     if changed:
         raise ValueError(f"{out} was trained with {', '.join(changed)}; resume it with the same options")
     task = make_task(options, tokenizer, cfg)

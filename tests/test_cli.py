@@ -70,7 +70,7 @@ def test_generate_from_the_shell(model):
 def test_the_first_run_on_the_cpu_backend_says_what_it_waits_for(model, tmp_path):
     words, environment = ("generate", "the cat", "--model", model, "--max-new-tokens", "8"), {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     cold, warm = (program(*words, "--backend", "cpu", env=environment) for _ in range(2))
-    assert cold[2] == "opt_fast: compiling kernels for this processor; it takes some seconds, the first time only\n"
+    assert cold[2] == "opt_fast: compiling kernels for this processor; it takes some seconds, once for each kind of weights\n"
     assert warm == (0, cold[1], "")
     assert cold[1] == program(*words, "--backend", "numpy")[1]
 

@@ -356,7 +356,12 @@ def test_steps_are_the_same_however_many_are_read_at_once(changes, data):
     one, many = (OPTForCausalLM(small.params(cfg), cfg, backend="cpu") for _ in range(2))
     ends: list[int] = []
     for _ in range(2):  # then with an end that comes
-        options = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": ends, "min_new_tokens": data.draw(st.sampled_from([None, 5]))}
+        options = {
+            "attention_mask": mask,
+            "max_new_tokens": new,
+            "eos_token_id": ends,
+            "min_new_tokens": data.draw(st.sampled_from([None, min(5, new)])),
+        }
         found = []
         for lm, ahead in ((one, 1), (many, 8)):
             with mock.patch.object(machine_cpu, "AHEAD", ahead):

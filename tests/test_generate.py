@@ -561,6 +561,13 @@ def test_settings_that_do_nothing_are_said():
         ours.generate([[5]], temperature=0.5, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("least", [{"min_new_tokens": 3}, {"min_length": 4}])
+def test_more_tokens_at_least_than_at_most_is_said(least):
+    _, ours = language_model()
+    with pytest.warns(UserWarning, match="at least 3 new tokens are asked for, and at most 2: there will be 2"):
+        assert ours.generate([[5]], max_new_tokens=2, **least).shape == (1, 3)
+
+
 def test_the_last_token_may_stand_at_the_limit():
     _, ours = language_model()
     ids = np.random.default_rng(0).integers(4, 99, (1, 40))

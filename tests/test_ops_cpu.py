@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -16,7 +17,7 @@ from reference import PADDINGS, VARIANTS, batch, build, worst
 
 from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, ops_cpu, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import Packed
-from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, flash, grad, model, ops, optim
+from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, classes, flash, grad, model, ops, optim
 from opt_np.kv_cache import KVCache
 from opt_np.quantize import quantized
 from opt_np.train import Options, train
@@ -373,6 +374,13 @@ def test_a_model_is_saved_and_read_by_either_backend(tmp_path):
         np.testing.assert_array_equal(array, flatten(params)[name])
     assert lm.num_parameters() == sum(a.size for a in flatten(params).values())
     np.testing.assert_array_equal(OPTForCausalLM.from_pretrained(tmp_path, backend="auto")(ids).logits, lm(ids).logits)
+
+
+def test_without_numba_auto_is_numpy_unless_the_weights_are_to_have_16_bits(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opt_fast.ops_cpu", None)  # an import of it fails
+    assert classes.choose_backend("auto") == "numpy"
+    with pytest.raises(ValueError, match=r"backend 'cpu' needs opt_fast\.ops_cpu.* pip install 'opt-np\[fast\]' brings what it needs"):
+        classes.choose_backend("auto", "bfloat16")
 
 
 def test_released_arrays_are_let_go_of():

@@ -122,6 +122,12 @@ def test_mistakes_are_told_in_a_line(capsys, words, said, monkeypatch, tmp_path)
     assert err.count("\n") == 1
 
 
+def test_a_prompt_that_nobody_named_fits_the_context(capsys):
+    status, out, _ = run(capsys, "--model", str(cli.SHIPPED), *STATED)
+    assert status == 0
+    assert "(385 + 128) tokens" in out  # of 512 positions; the last token needs none
+
+
 def test_what_can_be_generated_can_be_planned(capsys):
     assert run(capsys, "--model", "125m", "--prompt", "2000", "--gen", "49", *STATED)[0] == 0
 

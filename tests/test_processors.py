@@ -209,6 +209,7 @@ def test_a_key_that_is_not_built_is_named_once_with_the_others():
         ({"length_penalty": 2.0, "early_stopping": True}, "length_penalty: of effect only with num_beams above 1; early_stopping"),
         ({"penalty_alpha": 0.6, "do_sample": True}, "penalty_alpha"),
         ({"max_new_tokens": 3, "max_length": 9}, "max_new_tokens wins"),
+        ({"eos_token_id": [2, CFG.vocab_size]}, rf"eos_token_id=\[{CFG.vocab_size}\] is outside the vocabulary of {CFG.vocab_size} ids"),
     ],
 )
 def test_settings_that_do_nothing_are_said(options, message):

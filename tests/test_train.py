@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from opt_np import CheckpointError, OPTForQuestionAnswering, OPTForSequenceClassification, checkpoint
 from opt_np import train as train_module
 from opt_np.tasks import DataError, LanguageModelling, QuestionAnswering, bits_per_byte, indices, read_examples, read_texts, span_f1
-from opt_np.train import STATE, Options, train
+from opt_np.train import SHAPE, STATE, Options, train
 from opt_np.tree import flatten
 
 TINY = {"vocab_size": 300, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "context": 16, "batch_size": 2, "accumulate": 2, "steps": 40,
@@ -43,7 +43,8 @@ def whole(text, tmp_path_factory):
 
 def options(out, text=None, **changes):
     from_text = text and "data" not in changes and changes.get("task", "lm") == "lm"
-    return Options(**{**TINY, "out": str(out), "text": (text,) if from_text else (), **changes})
+    tiny = {name: value for name, value in TINY.items() if "model" not in changes or name not in SHAPE}
+    return Options(**{**tiny, "out": str(out), "text": (text,) if from_text else (), **changes})
 
 
 def command(out, text, *more):
@@ -168,6 +169,20 @@ def test_resuming_a_finished_run_changes_nothing(text, whole):
     assert ((whole / "log.jsonl").read_bytes(), (whole / "model.safetensors").read_bytes()) == before
 
 
+def test_a_run_from_a_model_goes_on_without_it_but_not_from_another(text, tmp_path):
+    model, out = str(small.folder(tmp_path / "model")), tmp_path / "run"
+    train(options(out, text, model=model, steps=1))
+    with pytest.raises(ValueError, match=f"was trained with --model {model}; resume it with the same"):
+        train(options(out, text, model="another", steps=2, resume=True))
+    assert train(options(out, text, model=model, steps=2, resume=True))["step"] == 2
+    assert train(options(out, text, model=None, steps=3, resume=True))["step"] == 3
+
+
+def test_a_shape_for_a_model_that_has_one_is_said_to_do_nothing(text, tmp_path):
+    with pytest.warns(UserWarning, match="--hidden-size, --num-heads: of effect only without --model"):
+        train(options(tmp_path / "run", text, model=str(small.folder(tmp_path / "model")), steps=1, hidden_size=64, num_heads=8))
+
+
 def test_resume_without_a_run_starts_one_and_says_so(text, tmp_path):
     with pytest.warns(UserWarning, match="holds no training run yet"):
         train(options(tmp_path, text, steps=2, resume=True))
@@ -270,6 +285,8 @@ def test_accumulated_batches_are_one_large_batch(text, tmp_path):
 def test_evaluation_is_logged_at_its_steps_and_at_the_end(text, tmp_path):
     train(options(tmp_path, text, steps=7, eval_every=3, eval_text=(text,)))
     assert [line["step"] for line in log(tmp_path) if "eval_loss" in line] == [3, 6, 7]
+    train(options(tmp_path / "once", text, steps=2, eval_text=(text,)))
+    assert [line["step"] for line in log(tmp_path / "once") if "eval_loss" in line] == [2]
     last = log(tmp_path)[-1]
     params, cfg = checkpoint.load(tmp_path)
     nats, tokens, size = bits_per_byte(params, cfg, small.OPTTokenizer.from_pretrained(tmp_path), small.TEXT, 16)
