@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,6 +44,7 @@ intrinsic: Any = numba_intrinsic
 config: Any = numba_config
 _local, _lock = threading.local(), threading.Lock()
 _libraries: list = []  # in which the machine code is
+_elsewhere: dict[Callable, subprocess.Popen] = {}  # what another process compiles
 COMPILED = (
     "kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "gemm_amx_int4.py", "rowwise.py", "attention_cpu.py", "attention_bf16.py", "train_cpu.py",
     "program_cpu.py", "paged_cache.py",
@@ -69,6 +71,18 @@ class Kernel:
     def alone(self) -> Any:
         return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
+    def ahead(self, name: str) -> None:
+        """Where it was never compiled, has another process do so while this one compiles others. name: what opt_fast has it as, as rowwise.ADD."""
+        if "address" in self.__dict__ or self._function in _elsewhere or numba.get_num_threads() == 1 or not runs_python():
+            return
+        with _lock, kept_compiled():
+            found = kept(self._function, KERNEL)
+            if found is None:
+                _elsewhere[self._function] = in_another_process(name)
+            else:
+                _libraries.append(found[0])
+                self.address = found[1]
+
     def __call__(self, *arguments: Any, tasks: int, scratch: int = 0) -> None:
         threads, scratch = min(numba.get_num_threads(), tasks), lines(scratch)
         table = np.array(self.table(arguments, workspace(threads * scratch), scratch), np.int64)
@@ -93,11 +107,31 @@ def compiled(function: Any, types_: Signature) -> int:
     """The address of a function that Numba has compiled, now or once, and that stays."""
     with _lock, kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
         found = kept(function, types_)
+        if found is None and function in _elsewhere:
+            _elsewhere.pop(function).wait()
+            found = kept(function, types_)
         if found is None:
             made: Any = numba.cfunc(types_, cache=True)(function)
             found = made._library, made.address
         _libraries.append(found[0])
         return found[1]
+
+
+def in_another_process(name: str) -> subprocess.Popen:
+    """Compiles a kernel of opt_fast where this process will find it. Should that fail, this one compiles it itself."""
+    announce()
+    code = f"import sys; sys.path[:] = {sys.path!r}; from opt_fast import {name.split('.')[0]}; {name}.address"
+    environment = os.environ | {"NUMBA_CACHE_DIR": os.path.dirname(config.CACHE_DIR)}
+    silent: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, **silent)
+    atexit.register(process.wait)
+    atexit.register(process.kill)  # which comes first, and does nothing to one that has ended
+    return process
+
+
+def runs_python() -> bool:
+    """Whether sys.executable is Python, and not a program that holds it."""
+    return not getattr(sys, "frozen", False) and os.path.basename(sys.executable or "").startswith("python")
 
 
 def kept(function: Any, types_: Signature) -> tuple[Any, int] | None:
@@ -120,9 +154,9 @@ def kept_compiled() -> Iterator[None]:
     folder's name holds a checksum of all of them."""
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in COMPILED)
     wanted, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
-    name = f"kernels-{zlib.crc32(sources):08x}"
-    places = (folder / name for folder in (wanted, Path(os.path.expanduser("~/.cache/opt_fast"))))
-    config.CACHE_DIR = next((str(place) for place in places if can_be_written(place)), None) or for_this_process()
+    name, places = f"kernels-{zlib.crc32(sources):08x}", (wanted, Path(os.path.expanduser("~/.cache/opt_fast")))
+    place = next((place for place in places if can_be_written(place / name)), None) or for_this_process()
+    config.CACHE_DIR = str(place / name)
     try:
         yield
     finally:
@@ -139,12 +173,12 @@ def can_be_written(folder: Path) -> bool:
 
 
 @functools.cache
-def for_this_process() -> str:
+def for_this_process() -> Path:
     """A folder that is gone when Python ends."""
     print("opt_fast: compiled kernels cannot be kept for the next run; set NUMBA_CACHE_DIR to a folder that can be written", file=sys.stderr)
     folder = tempfile.mkdtemp(prefix="opt_fast-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return Path(folder)
 
 
 def address(a: np.ndarray) -> int:
@@ -173,15 +207,15 @@ def workspace(size: int) -> np.ndarray:
     return _local.memory
 
 
-class _Announcer(event.Listener):
+@functools.cache
+def announce() -> None:
     """Says, once, why the first call takes seconds."""
+    print("opt_fast: compiling kernels for this processor; it takes some seconds, once for each kind of weights", file=sys.stderr)
 
-    said = False
 
+class _Announcer(event.Listener):
     def on_start(self, event: Any) -> None:
-        if not _Announcer.said:
-            _Announcer.said = True
-            print("opt_fast: compiling kernels for this processor; it takes some seconds, once for each kind of weights", file=sys.stderr)
+        announce()
 
     def on_end(self, event: Any) -> None: ...
 

@@ -40,6 +40,8 @@ def pack(params: dict, release: bool = False) -> dict:
     memory: it may be that of a file.
     """
     kept = np.array if release else np.asarray
+    if "embed_tokens" in params:  # a whole model
+        attention_bf16.ahead(params)
 
     def packed(node: Any, path: str) -> Any:
         if isinstance(node, dict) and "scale" in node:

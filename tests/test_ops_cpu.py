@@ -17,6 +17,7 @@ from reference import PADDINGS, VARIANTS, batch, build, worst
 
 from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, ops_cpu, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import Packed
+from opt_fast.kernel import Kernel
 from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, classes, flash, grad, model, ops, optim
 from opt_np.kv_cache import KVCache
 from opt_np.quantize import quantized
@@ -583,6 +584,76 @@ def test_no_two_functions_within_kernels_have_one_name():
 
 
 # ---- kept kernels ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sent_ahead(tmp_path, monkeypatch):
+    """What was compiled here, and a kernel that was never compiled, told to be compiled elsewhere."""
+    monkeypatch.setattr(kernel.config, "CACHE_DIR", str(tmp_path))
+    here, cfunc = [], kernel.numba.cfunc
+    monkeypatch.setattr(kernel.numba, "cfunc", lambda *types_, **options: lambda f: here.append(f.__name__) or cfunc(*types_, **options)(f))
+
+    def send(name="rowwise.ADD"):
+        add = Kernel(rowwise.ADD._function)
+        add.ahead(name)
+        return add, kernel._elsewhere.get(add._function)
+
+    yield here, send
+    kernel._elsewhere.pop(rowwise.ADD._function, None)
+
+
+def test_a_kernel_is_compiled_by_another_process(sent_ahead):
+    here, send = sent_ahead
+    add, process = send()
+    assert process is not None
+    assert send()[1] is process
+    x, y = np.ones(5, np.float32), np.arange(5, dtype=np.float32)
+    add(x, y, 5, tasks=1)
+    np.testing.assert_array_equal(x, [1, 2, 3, 4, 5])
+    assert (process.returncode, here) == (0, [])
+    warm, process = send()  # kept now: no other process is needed
+    assert process is None
+    assert warm.address
+    assert here == []
+
+
+def test_where_the_other_process_fails_this_one_compiles(sent_ahead):
+    here, send = sent_ahead
+    add, process = send("rowwise.NO_SUCH_KERNEL")
+    assert add.address
+    assert process.returncode == 1
+    assert here == ["_add"]
+
+
+@pytest.mark.parametrize("alone", ["one thread", "no Python", "a frozen program"])
+def test_no_other_process_is_begun_where_it_would_not_help_or_is_none(sent_ahead, monkeypatch, alone):
+    _, send = sent_ahead
+    if alone == "one thread":
+        monkeypatch.setattr(kernel.numba, "get_num_threads", lambda: 1)
+    elif alone == "no Python":
+        monkeypatch.setattr(kernel.sys, "executable", "/usr/bin/embeds-python")
+    else:
+        monkeypatch.setattr(kernel.sys, "frozen", True, raising=False)
+    monkeypatch.setattr(kernel, "in_another_process", None)
+    assert send()[1] is None
+
+
+def test_attention_is_what_the_other_process_compiles(monkeypatch):
+    """By a name that finds the very kernel that generation runs."""
+    for dtype, quantize in (("float32", None), ("float16", None), ("bfloat16", None), ("float32", "int8"), ("float32", "int4")):
+        cfg = small.config()
+        params = small.cast(small.params(cfg), dtype)
+        params = quantized(params, cfg, quantize)[0] if quantize else params
+        asked = []
+        monkeypatch.setattr(Kernel, "ahead", lambda self, name, asked=asked: asked.append((self, name)))
+        lm = OPTForCausalLM(params, cfg, backend="cpu")
+        ((wanted, name),) = asked
+        assert eval(name, {"attention_bf16": attention_bf16}) is wanted
+        ran = []
+        monkeypatch.setattr(Kernel, "__call__", lambda self, *_, ran=ran, call=Kernel.__call__, **__: ran.append(self) or call(self, *_, **__))
+        lm.generate([[5, 6, 7]], max_new_tokens=1)
+        assert wanted in ran
+        monkeypatch.undo()
 
 
 def test_where_nothing_can_be_kept_kernels_compile_all_the_same(tmp_path, monkeypatch, capsys):
