@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +41,8 @@ def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ra
         return O.zero_(), L.fill_(-math.inf).swapaxes(1, 2)
     if O.numel():
         q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
-        run(kernel, q, f"{kernel.name}.cu", kernel.name, kernel.grid(B, T, H), kernel.arguments(q, k, v, O, L, scale, ranges), **kernel.macros)
+        with gpu_of(q):
+            run(kernel, q, f"{kernel.name}.cu", kernel.name, kernel.grid(B, T, H), kernel.arguments(q, k, v, O, L, scale, ranges), **kernel.macros)
     return O, L.swapaxes(1, 2)
 
 
@@ -92,7 +95,8 @@ def sm90_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, 
     if q.numel() and k.numel():
         dO, q, k, v, L = aligned(dO), aligned(q), aligned(k), aligned(v), L.swapaxes(1, 2).contiguous()
         sums = torch.zeros((B, H, *kernel.tiles(T)), dtype=torch.float32, device=q.device)
-        of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, sums, dq, dk, dv, scale, ranges)
+        with gpu_of(q):
+            of_keys, of_queries = kernel.arguments(dO, q, k, v, L, D, sums, dq, dk, dv, scale, ranges)
         run(kernel, q, "flash_bwd_sm90.cu", "flash_bwd_sm90", (-(-S // kernel.Bc), H, B), of_keys)
         run(Round(), q, "flash_bwd_sm90.cu", "flash_bwd_sm90_queries", (sums.shape[2], H, B), of_queries)
     return dq, dk, dv
@@ -125,9 +129,19 @@ def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: 
     """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
     from opt_fast import nvrtc
 
-    with torch.cuda.device(q.device):
+    with gpu_of(q):
         found = nvrtc.kernel(q.get_device(), file, name, kernel.shared, DH=q.shape[-1], BF16=int(q.dtype == torch.bfloat16), **macros)
         nvrtc.launch(found, q.get_device(), torch.cuda.current_stream().cuda_stream, grid, kernel.threads, kernel.shared, *arguments)
+
+
+@contextmanager
+def gpu_of(q: Tensor) -> Iterator[None]:
+    """The tensor's GPU is the current one, and its context this thread's: tensor maps are made in it, too."""
+    from opt_fast import nvrtc
+
+    with torch.cuda.device(q.device):
+        nvrtc.bind(q.get_device())
+        yield
 
 
 class Mma:
