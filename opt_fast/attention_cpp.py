@@ -58,8 +58,8 @@ def rowsum(dO: Tensor, O: Tensor) -> Tensor:
 
 
 def gradients(q: Tensor, k: Tensor, ranges: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dq, (B, T, H, Dh), dk and dv, (B, S, H, Dh); zeros where kernels leave alone what lies outside the ranges."""
-    make = torch.empty if ranges is None else torch.zeros
+    """Room for dq, (B, T, H, Dh), dk and dv, (B, S, H, Dh); zeros where kernels leave alone what lies outside the ranges, and where none runs."""
+    make = torch.empty if ranges is None and q.numel() and k.numel() else torch.zeros
     dq, dk, dv = (make(a.shape, dtype=q.dtype, device=q.device) for a in (q, k, k))
     return dq, dk, dv
 

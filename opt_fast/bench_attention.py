@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from opt_fast.bench import check_plot, machine, middle, say, spread
+from opt_np.checkpoint import write_text
 from opt_np.config import OPTConfig
 
 GRIDS = ("flash", "opt")
@@ -167,6 +168,7 @@ def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None
         say(f"timing {case.title}")
         seconds = measure(case, {name: chosen[name] for name in found["errors"]}, found["left_out"], clock, rounds, seed)
         result["cases"].append(summary(case, seconds, chosen, limits["matmul"][case.dtype]) | found)
+        keep(result, json_file)
     result["state_after"] = nvidia_smi(clock)
     tell(table(result), result, json_file)
     if plot:
@@ -202,9 +204,14 @@ def check_files(plot: str | None, json_file: str | None) -> None:
 def tell(lines: list[str], result: dict[str, Any], json_file: str | None) -> None:
     """For people, then the line of JSON, also into a file where one is asked for."""
     print("\n".join(lines))
-    print(line := json.dumps(result), flush=True)
+    print(json.dumps(result), flush=True)
+    keep(result, json_file)
+
+
+def keep(result: dict[str, Any], json_file: str | None) -> None:
+    """What there is so far, for a run that is stopped."""
     if json_file:
-        Path(json_file).write_text(line + "\n", encoding="utf-8")
+        write_text(Path(json_file), json.dumps(result) + "\n")
 
 
 def need_device(device: str) -> None:

@@ -8,7 +8,7 @@ read bandwidth that this is, beside HF's own model on the same weights: eager, s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from opt_fast import bench_attention, bench_hf
 from opt_fast.bench import middle, say, spread
-from opt_fast.bench_attention import Clock, check_files, check_least, default_words, described, free_cached, measure_limits, nvidia_smi, tell
+from opt_fast.bench_attention import Clock, check_files, check_least, default_words, described, free_cached, keep, measure_limits, nvidia_smi, tell
 from opt_np.config import OPTConfig
 
 PARTS = ("models", "attention")
@@ -72,11 +72,14 @@ def run(what: str, device: str, parts: Iterable[str] | None = None, lanes: Itera
     result |= {"limits": limits, "checks": {}, "models": [], "attention": []}
     if "models" in (parts or PARTS):
         for size in options["sizes"]:
-            result["models"] += measure_model(size, device, [lane for lane in LANES if lane in (lanes or LANES)], limits["bandwidth"], rounds, seed,
-                                              result["checks"], options)  # fmt: skip
+            for row in measure_model(size, device, [lane for lane in LANES if lane in (lanes or LANES)], limits["bandwidth"], rounds, seed,
+                                     result["checks"], options):  # fmt: skip
+                result["models"].append(row)
+                keep(result, json_file)
     if "attention" in (parts or PARTS):
         for shape in KEYS[device]:
             result["attention"].append(measure_attention(shape, clock, limits["bandwidth"], rounds, seed))
+            keep(result, json_file)
     tell(table(result), result, json_file)
 
 
@@ -96,14 +99,14 @@ def check_options(options: dict[str, Any], json_file: str | None) -> None:
 Said = tuple[list[float], np.ndarray, np.ndarray]  # when each token was there, the tokens (B, new), their logits (B, new, V) if they are wanted
 
 
-def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, rounds: int, seed: int, checks: dict, options: dict) -> list[dict]:
+def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, rounds: int, seed: int, checks: dict,
+                  options: dict) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for each batch and context."""
     say(f"making opt-{size}'s shape with random weights")
     model = bench_hf.build(size, device, seed)
     calls, nbytes = all_calls(model, lanes)
     left_out: dict[str, str] = {}
     checks[size] = check(size, model, calls, left_out, device, seed)
-    found = []
     for B in options["batches"]:
         for T in options["contexts"]:
             say(f"timing opt-{size}, batch {B}, after {T} tokens")
@@ -115,10 +118,9 @@ def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, ro
                 ratio = {"ours": middle([b / a for a, b in zip(taken["ours"], seconds, strict=True)])} if "ours" in taken and lane != "ours" else {}
                 share = 100 * (nbytes[lane] + cache) / (float(np.median(seconds)) * bandwidth)
                 told[lane] = {"seconds": seconds, "median": float(np.median(seconds)), "percent_of_bandwidth": share, **ratio}
-            found.append({"model": size, "batch": B, "context": T, "left_out": left_out | failed, "lanes": told})
+            yield {"model": size, "batch": B, "context": T, "left_out": left_out | failed, "lanes": told}
     del model, calls
     free_cached(device)
-    return found
 
 
 def all_calls(model: Any, lanes: list[str]) -> tuple[dict[str, Callable[..., Said]], dict[str, float]]:

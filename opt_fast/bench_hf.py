@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from opt_fast.bench import say
-from opt_fast.bench_attention import check_files, check_least, default_words, free_cached, tell, wait, with_gpu
+from opt_fast.bench_attention import check_files, check_least, default_words, free_cached, keep, tell, wait, with_gpu
 from opt_np.config import OPTConfig
 
 TABLES = ("training", "inference", "diagrams")
@@ -86,7 +86,9 @@ def run(what: str, device: str, tables: Iterable[str] | None = None, seed: int |
             for name, reason in left_out.items():
                 say(f"{name} is left out of {table}: {reason}")
             result["checks"].setdefault(table, {})[size] = errors
-            result["tables"][table] += rows(table, size, model, left_out, device, seed, **options)
+            for row in rows(table, size, model, left_out, device, seed, **options):
+                result["tables"][table].append(row)
+                keep(result, json_file)
         del model
         free_cached(device)
     tell(markdown(result), result, json_file)
@@ -195,9 +197,9 @@ def forward(model: Any, ids: Any) -> None:
 
 
 def rows(table: str, size: str, model: Any, left_out: dict[str, str], device: str, seed: int, batches: Any, lengths: Any,
-         steps: int) -> list[dict[str, Any]]:  # fmt: skip
+         steps: int) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A table's, one for each batch and length."""
-    found, told = [], set()
+    told = set()
     for B in batches if table != "diagrams" else [max(batches)]:
         for T in lengths:
             new = NEW_TOKENS[device] if table == "inference" else 0
@@ -213,8 +215,7 @@ def rows(table: str, size: str, model: Any, left_out: dict[str, str], device: st
                 if name not in left_out and (reason := cell.get("failed", "OOM")) != "OOM" and (name, reason) not in told:
                     say(f"{name} is left out: {reason}")
                     told.add((name, reason))
-            found.append({"model": size, "batch": B, "length": T} | summary(cells, new or 1))
-    return found
+            yield {"model": size, "batch": B, "length": T} | summary(cells, new or 1)
 
 
 # ---- checking ----------------------------------------------------------------------------------------------------------------------------

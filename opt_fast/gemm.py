@@ -13,6 +13,7 @@ the first in the lower half. All else stays: the micro-kernel's k counts pairs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from numba.core.registry import cpu_target
 from opt_fast.kernel import (
     ARGUMENTS,
     DONE,
+    LINE,
     TASKS,
     Kernel,
     aligned,
@@ -42,6 +44,7 @@ from opt_fast.kernel import (
     loop,
     memory,
     multiply_add,
+    prefetch,
     rows_from,
     store,
     transposed,
@@ -194,15 +197,18 @@ def cut(panels: int, M: int) -> tuple[int, int, int]:
     """Rows of a block, how many blocks, and parts of the panels for each: blocks times parts are the tasks.
 
     Threads share the rows, so that each is packed once, or where one block holds them all the columns, so that each thread reads its own panels;
-    ABREAST panels stay together, for a row that meets fewer at a time is slow.
+    ABREAST panels stay together, for a row that meets fewer at a time is slow. Blocks are all alike, a little smaller than they
+    could be where each thread then has as many of them; where they would have to be much smaller, all threads share each.
     """
     threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
-    even = [
-        rows for rows in range(most, most * 7 // 8, -BLOCK_UNIT) if most < M and math.ceil(M / rows) % threads == 0
-    ]  # as much work for each thread
-    most = even[0] if even else most
     blocks = math.ceil(M / most)
-    return most, blocks, min(math.ceil(panels / ABREAST), threads * PARTS if blocks == 1 else 1 if even else threads)
+    if blocks == 1:
+        return most, 1, min(math.ceil(panels / ABREAST), threads * PARTS)
+    shared = math.ceil(blocks / threads) * threads  # so many would be as much work for each thread
+    each, alike = (math.ceil(M / count / ROWS) * ROWS for count in (shared, blocks))
+    if each > most * 7 // 8 and math.ceil(M / each) % threads == 0:
+        return each, math.ceil(M / each), 1
+    return alike, math.ceil(M / alike), min(math.ceil(panels / ABREAST), threads)
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -307,14 +313,12 @@ def _matmul(table: Any) -> None:
     while task < blocks * parts:
         first, part, groups = task % blocks * most, task // blocks, (P + ABREAST - 1) // ABREAST
         last, panels_from, panels_to = min(first + most, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
-        scratch, column = at(xs, BLOCK_ROWS * BLOCK_K), panels_from * COLUMNS
-        columns = min(panels_to * COLUMNS, O) - column
-        begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))
+        scratch = at(xs, BLOCK_ROWS * BLOCK_K)
         whole = first + (last - first) // ROWS * ROWS
         abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
-        for k in range(0, K, BLOCK_K):
+        for k in range(0, max(K, 1), BLOCK_K):
             numbers = min(BLOCK_K, K - k)
-            n, block = (numbers + PER - 1) // PER, at(panels, k // PER * COLUMNS)
+            n, block, ends = (numbers + PER - 1) // PER, at(panels, k // PER * COLUMNS), function if k + BLOCK_K >= K else 0
             for i in range(first, last, ROWS):
                 if PER == 2:
                     _round_rows(at(x, i * row + k * step), row, step, min(ROWS, last - i), numbers, at(xs, (i - first) * n))
@@ -325,12 +329,12 @@ def _matmul(table: Any) -> None:
                 for q in range(p, p + some):
                     for i in range(first, whole, ROWS):
                         _tile(at(xs, (i - first) * n), at(block, q * height * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
-                              min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+                              min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch, at(bias, q * COLUMNS), k == 0, ends)  # fmt: skip
                 wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
                 for q in range(p, p + some if whole < last else p, wide):
                     _tile(at(xs, (whole - first) * n), at(block, q * height * COLUMNS), (wide > 1) * height * COLUMNS, n,
-                          at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
-        finish(at(y, first * y_row + column), y_row, last - first, columns, function)
+                          at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch,
+                          at(bias, q * COLUMNS), k == 0, ends)  # fmt: skip
         claim(table, DONE)
         task = claim(table, TASKS)
 
@@ -407,15 +411,23 @@ def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None
 
 
 @inner
-def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any) -> None:
-    """Adds n products to rows × columns results; by way of a scratch tile unless it is a whole one."""
+def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any, bias: Any, begins: bool,
+          function: int) -> None:  # fmt: skip
+    """Adds n products to rows × columns results, which the first begin from the bias, and whose last the function follows, while they are at hand.
+
+    By way of a scratch tile unless it is a whole one.
+    """
+    if begins:
+        begin(y, y_row, rows, columns, bias)
     whole = rows == ROWS and columns == COLUMNS
     target, stride = (y, y_row) if whole else (scratch, ABREAST * COLUMNS)
     if not whole:
         for r in range(rows):
             for c in range(columns):
                 scratch[r * stride + c] = y[r * y_row + c]
-    if rows > FEW:
+    if n == 0:  # a weight without columns
+        pass
+    elif rows > FEW:
         many(target, stride, x, panel, 0, n)
     elif rows > 1:
         few(target, stride, x, panel, gap, n)
@@ -425,14 +437,17 @@ def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, c
         for r in range(rows):
             for c in range(columns):
                 y[r * y_row + c] = scratch[r * stride + c]
+    finish(y, y_row, rows, columns, function)
 
 
-def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE, vectors: int | None = None, adds: bool = True) -> Any:
+def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE, vectors: int | None = None, adds: bool = True,
+                 asks: bool = False) -> Any:  # fmt: skip
     """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
 
     y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
     for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
-    Of a panel alone, the first `vectors` can be all that is computed; adds=False writes the sums over what y had.
+    Of a panel alone, the first `vectors` can be all that is computed; adds=False writes the sums over what y had; asks=True is for a y that lies far
+    away, whose numbers come while the sums are made.
     """
     vectors = vectors or abreast * tile.vectors
     index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
@@ -455,6 +470,9 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
                     return [pair_products(builder, a, b, c, tile) for (a, b), c in zip(both, sums, strict=True)]
                 return [multiply_add(builder, a, b, c, tile.fused) for (a, b), c in zip(both, sums, strict=True)]
 
+            if asks:
+                for r, v in itertools.product(range(rows), range(0, vectors, max(1, LINE // 4 // tile.width))):
+                    prefetch(builder, builder.gep(y, [builder.add(builder.mul(y_row, index(r)), index(v * tile.width))]))
             sums = loop(builder, n, 1, [every(vector, 0.0)] * (rows * vectors), body)
             for i, total in enumerate(sums):
                 place = builder.gep(y, [builder.add(builder.mul(y_row, index(i // vectors)), index(i % vectors * tile.width))])
@@ -466,7 +484,7 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
     return kernel
 
 
-many, few, one = micro_kernel(ROWS, 1, 1, ROWS), micro_kernel(FEW, 2, 1, ROWS), micro_kernel(1, ABREAST, 0, ROWS)
+many, few, one = micro_kernel(ROWS, 1, 1, ROWS, asks=True), micro_kernel(FEW, 2, 1, ROWS), micro_kernel(1, ABREAST, 0, ROWS)
 
 
 def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) -> Any:

@@ -248,11 +248,8 @@ def _matmul(table: Any) -> None:
     while task < blocks * parts:
         first, part = task % blocks * most, task // blocks
         last, panels_from, panels_to = min(first + most, M), P * part // parts, P * (part + 1) // parts
-        column = panels_from * COLUMNS
-        columns = min(panels_to * COLUMNS, O) - column
-        begin(at(y, first * y_row + column), y_row, last - first, columns, at(bias, column))
-        for k in range(0, K, BLOCK_K):
-            n, top = min(BLOCK_K, K - k), k // BLOCK_K * tall if keeps else 0
+        for k in range(0, max(K, 1), BLOCK_K):
+            n, top, ends = min(BLOCK_K, K - k), k // BLOCK_K * tall if keeps else 0, function if k + BLOCK_K >= K else 0
             for i in range(0 if kept else last - first):
                 tile, r = top + i // ROWS * ROWS, i % ROWS
                 _round_row(at(x, (first + i) * x_row + k), at(factors, k), uneven, n, group, word, even,
@@ -269,9 +266,8 @@ def _matmul(table: Any) -> None:
                     t = top + i
                     _tile(at(xs, t * BLOCK_K), at(sizes, t), at(starts, t * GROUPS), panel, after, at(scale, scaled * q * COLUMNS),
                           n, group, at(y, (first + i) * y_row + q * COLUMNS), y_row,
-                          min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch)  # fmt: skip
+                          min(ROWS, last - first - i), min(COLUMNS, O - q * COLUMNS), scratch, at(bias, q * COLUMNS), k == 0, ends)  # fmt: skip
         kept = keeps
-        finish(at(y, first * y_row + column), y_row, last - first, columns, function)
         claim(table, DONE)
         task = claim(table, TASKS)
 
@@ -307,8 +303,10 @@ def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int,
 
 @inner
 def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, after: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
-          scratch: Any) -> None:  # fmt: skip
-    """Adds n products to rows × columns results; by way of a scratch tile unless a kernel writes just these."""
+          scratch: Any, bias: Any, begins: bool, function: int) -> None:  # fmt: skip
+    """As gemm._tile; by way of a scratch tile unless a kernel writes just these results."""
+    if begins:
+        begin(y, y_row, rows, columns, bias)
     whole = columns == COLUMNS and rows in (ROWS, FEW, 1)
     target, stride = (y, y_row) if whole else (scratch, COLUMNS)
     if not whole:
@@ -325,6 +323,7 @@ def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, after: Any, scale: Any, 
         for r in range(rows):
             for c in range(columns):
                 y[r * y_row + c] = scratch[r * stride + c]
+    finish(y, y_row, rows, columns, function)
 
 
 def micro_kernel(rows: int) -> Any:

@@ -125,6 +125,7 @@ class Machine:
         B, pages = room_for(len(rows)), min(power_of_two(max(len(row.pages) for row in rows)), self.pool.most)
         if any(program.keys is not self.pool.keys for program in self.programs.values()):  # the pool has grown, and lies elsewhere
             self.programs.clear()
+            self.aside.renew()
         if (B, pages) not in self.programs:
             self.programs[B, pages] = Program(self.params, self.cfg, self.pool, B, pages, self.aside)
         return self.programs[B, pages]

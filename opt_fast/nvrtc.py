@@ -121,10 +121,12 @@ def core() -> Any:
 
 
 def missing() -> str:
-    """What is not installed that compiling needs, in words; nothing where all is there."""
+    """What is not installed that compiling needs, or is too old, in words; nothing where all is there."""
     for module in ("cuda.core", "cuda.bindings.nvrtc", "numba.cuda"):
         try:
             importlib.import_module(module)
         except ImportError as error:
             return f"{module} does not import ({error}); pip install 'opt-np[kernels]' brings it"
+    if core().__version__.startswith("0."):
+        return f"cuda.core is {core().__version__}, and 1.0 or later is needed; pip install 'opt-np[kernels]' brings it"
     return ""

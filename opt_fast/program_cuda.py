@@ -148,6 +148,11 @@ class Aside:
             self.made = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         return self.made
 
+    def renew(self) -> None:
+        """Other memory, once all graphs are gone: torch need not have what none of them uses any more."""
+        if self.made is not None:
+            self.made = self.made[0], torch.cuda.graph_pool_handle()
+
 
 @dataclass
 class Next:

@@ -554,6 +554,21 @@ def rungs(gpu, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "amax", lambda x: gpu.work("read", 1e-3))
 
 
+def test_a_run_that_is_stopped_keeps_what_it_has(rungs, monkeypatch, tmp_path):
+    words, file = ("--lengths", "8", "16", "--head-dims", "8", "--grid", "flash", "--rounds", "2", "--dtypes", "float16"), tmp_path / "found.json"
+    measure, calls = bench.measure, []
+
+    def stopped(*given):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return measure(*given)
+
+    monkeypatch.setattr(bench, "measure", stopped)
+    assert cli.main(["bench", "attention", *words, "--json", str(file)]) == 130
+    assert [case["S"] for case in json.loads(file.read_text())["cases"]] == [8]
+
+
 def test_a_whole_run(rungs, capsys, tmp_path):
     """On the made-up GPU, with torch's kernels for the CPU: two of four backends are there."""
     words = ("--lengths", "8", "16", "--head-dims", "8", "--grid", "flash", "--rounds", "2", "--seed", "7", "--json", str(tmp_path / "found.json"))

@@ -194,7 +194,7 @@ def test_inference_adds_so_many_tokens_through_the_cache(model, monkeypatch):
 def test_a_prompt_without_room_for_new_tokens_is_left_out(model, monkeypatch, capsys):
     monkeypatch.setitem(bench_hf.NEW_TOKENS, "cpu", 2040)
     monkeypatch.setattr(bench_hf, "measure", lambda calls, *_: {name: {"failed": "OOM"} for name in calls})
-    found = bench_hf.rows("inference", "350m", model, {}, "cpu", 1, [1], [8, 9], 1)
+    found = [*bench_hf.rows("inference", "350m", model, {}, "cpu", 1, [1], [8, 9], 1)]
     assert [row["length"] for row in found] == [8]
     assert "prompts of 9 are left out: 2040 tokens more, and OPT has 2048 positions" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import math
 import threading
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -472,6 +473,17 @@ def test_a_rung_says_why_it_refuses():
 def test_the_gpu_computes_attention(T, S, Dh, dtype):
     q, k, v = (a.cuda() for a in inputs(2, T, S, 3, Dh, dtype))
     assert within_the_rule(attention_cuda.attention_lse(q, k, v, Dh**-0.5), q, k, v, Dh**-0.5)
+
+
+@pytest.mark.parametrize("backward", [mma_bwd, sm90_bwd])
+@pytest.mark.parametrize(("T", "S"), [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys_have_gradients_of_zero(backward, T, S):
+    q, k, v = inputs(2, T, S, 3, 64, torch.float16)
+    with mock.patch.object(torch, "empty", lambda shape, **kind: torch.full(shape, math.nan, **kind)):
+        found = backward(q, q, k, v, q, torch.empty((2, T, 3), dtype=torch.float32), 0.125)
+    for gradient, a in zip(found, (q, k, v), strict=True):
+        assert gradient.shape == a.shape
+        assert not gradient.any()
 
 
 @pytest.mark.gpu

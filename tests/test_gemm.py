@@ -1,6 +1,7 @@
 """Packed matrix products: right for every shape and every processor's tile, and the same bits however the work is cut."""
 
 import copy
+import math
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import ml_dtypes
 import numba
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import batch, build, worst
 
@@ -124,6 +126,28 @@ def test_shapes_that_do_not_fit(x, bias):
 
 def test_no_rows():
     assert matmul(np.ones((0, 5), np.float32), pack(np.ones((6, 5), np.float32))).shape == (0, 6)
+    bias = np.array([-1, 2], np.float32)
+    np.testing.assert_array_equal(matmul(np.ones((3, 0), np.float32), pack(np.ones((2, 0), np.float32)), bias, "relu"), [[0, 2]] * 3)
+
+
+@settings(max_examples=200)
+@given(M=st.integers(1, 12 * gemm.BLOCK_ROWS), threads=st.integers(1, 8), panels=st.integers(1, 100))
+@example(M=gemm.BLOCK_ROWS + 12, threads=2, panels=48)  # of two blocks, one was of 12 rows, and a thread's whole work
+@example(M=1024, threads=2, panels=48)
+def test_no_thread_waits_long_for_another(M, threads, panels):
+    """Threads take task after task, and find about as much work: if there is more than one block, and panels that can be shared out."""
+    with mock.patch.object(gemm, "get_num_threads", return_value=threads):
+        most, blocks, parts = gemm.cut(panels, M)
+    assert most % gemm.ROWS == 0
+    assert most * (blocks - 1) < M <= most * blocks
+    groups = math.ceil(panels / gemm.ABREAST)
+    assert 1 <= parts <= groups
+    busy = [0.0] * threads
+    for task in range(blocks * parts):
+        rows, part = min(most, M - task % blocks * most), task // blocks
+        busy[busy.index(min(busy))] += rows * (groups * (part + 1) // parts - groups * part // parts)
+    if blocks > 1 and groups % threads == 0:
+        assert max(busy) <= (1 + gemm.ROWS * blocks / M) * M * groups / threads
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])

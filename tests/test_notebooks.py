@@ -6,12 +6,12 @@ import re
 import sys
 from pathlib import Path
 
-import jupytext
 import numpy as np
 import pytest
 
 from opt_np import ops
 
+jupytext = pytest.importorskip("jupytext")
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 sys.path.insert(0, str(FOLDER))
 

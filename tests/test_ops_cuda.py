@@ -235,6 +235,13 @@ def test_what_is_missing_is_told_before_anything_is_packed(device, monkeypatch):
         OPTForCausalLM(small.params(small.config()), small.config(), backend="cuda")
 
 
+def test_a_cuda_core_that_is_too_old_is_told(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__="0.7.0"))
+    nvrtc.core.cache_clear()
+    assert nvrtc.missing() == "cuda.core is 0.7.0, and 1.0 or later is needed; pip install 'opt-np[kernels]' brings it"
+    nvrtc.core.cache_clear()
+
+
 # ---- whole models ------------------------------------------------------------------------------------------------------------------------
 
 
