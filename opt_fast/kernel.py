@@ -19,7 +19,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType
@@ -78,7 +78,8 @@ class Kernel:
         with _lock, kept_compiled():
             found = kept(self._function, KERNEL)
             if found is None:
-                _elsewhere[self._function] = in_another_process(name)
+                with suppress(OSError):  # where no process can be begun
+                    _elsewhere[self._function] = in_another_process(name)
             else:
                 _libraries.append(found[0])
                 self.address = found[1]

@@ -625,6 +625,15 @@ def test_where_the_other_process_fails_this_one_compiles(sent_ahead):
     assert here == ["_add"]
 
 
+def test_where_no_process_can_be_begun_this_one_compiles(sent_ahead, monkeypatch):
+    here, send = sent_ahead
+    monkeypatch.setattr(kernel.sys, "executable", "/nowhere/python3")
+    add, process = send()
+    assert process is None
+    assert add.address
+    assert here == ["_add"]
+
+
 @pytest.mark.parametrize("alone", ["one thread", "no Python", "a frozen program"])
 def test_no_other_process_is_begun_where_it_would_not_help_or_is_none(sent_ahead, monkeypatch, alone):
     _, send = sent_ahead
