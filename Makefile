@@ -13,8 +13,8 @@ demo: .venv/demo
 	$(BIN)/opt-np generate "It was a dark and stormy night, and" --do-sample --temperature 0.8 --top-p 0.95 --seed 1 --max-new-tokens 120
 
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
-	PYTHONPATH=tests $(BIN)/python -m pytest -n auto --maxprocesses 8 -p emulated_gpu -m "gpu and not large"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	PYTHONPATH=tests $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -p emulated_gpu -m "gpu and not large"
 
 lint: .venv/test
 	$(BIN)/ruff check .
