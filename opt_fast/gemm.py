@@ -197,8 +197,8 @@ def cut(panels: int, M: int) -> tuple[int, int, int]:
     """Rows of a block, how many blocks, and parts of the panels for each: blocks times parts are the tasks.
 
     Threads share the rows, so that each is packed once, or where one block holds them all the columns, so that each thread reads its own panels;
-    ABREAST panels stay together, for a row that meets fewer at a time is slow. Blocks are all alike, a little smaller than they
-    could be where each thread then has as many of them; where they would have to be much smaller, all threads share each.
+    ABREAST panels stay together, for a row that meets fewer at a time is slow. Blocks are all alike, a little smaller than they could be where each
+    thread then has as many of them; where they would have to be much smaller, all threads share each.
     """
     threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
     blocks = math.ceil(M / most)
