@@ -23,7 +23,7 @@ from numba.core.registry import cpu_target
 
 from opt_fast import gemm
 from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
-from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
+from opt_fast.gemm_int import AHEAD, LARGEST, TINY, largest, whole_numbers
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -69,7 +69,6 @@ CHUNK = 32  # strips, at most: their sums do, too
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
-AHEAD = 8 * TILE_BYTES  # so far ahead weights are asked for, where there are few rows
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INTEGERS = False  # in the kernel: it has two variants
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -170,6 +169,7 @@ class PackedTiles(Packed):
         given, rounds = ((a.memory, a.rows) if isinstance(a, Rounded) else (0, 0) for a in (x, y))
         parts = 1 if rounds[1] else parts
         chunk = BLOCK_K // SIDE if rounds[1] else max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
+        chunk = 1 if M <= SIDE else chunk  # few rows wait for memory: it is read from one end to the other
         x, y = 0 if given[1] else x, 0 if rounds[1] else y
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
                      self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)], *given, *rounds, int(adds)]  # fmt: skip
@@ -605,7 +605,7 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
                 offset = builder.mul(k, INDEX(TILE_BYTES))
                 weights = builder.gep(strip, [offset])
                 for line in range(0, TILE_BYTES if few else 0, LINE):
-                    prefetch(builder, builder.gep(weights, [INDEX(AHEAD + line)]))
+                    prefetch(builder, builder.gep(weights, [INDEX(AHEAD + line)]), level=2)
                 tiles.load(OF_WEIGHTS, weights)
                 for i in range(count):
                     tiles.load(OF_X, builder.gep(x, [builder.add(offset, builder.mul(gap, INDEX(i)))]))
@@ -638,7 +638,7 @@ def lone(typing_context, y, x, plane, strip, n, scale, size):
             lower = builder.gep(upper, [plane])
             for r in range(SIDE):
                 line = builder.gep(weights, [INDEX(r * LINE)])
-                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]))
+                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]), level=2)
                 words = [builder.load(builder.bitcast(builder.gep(place, [INDEX(4 * r)]), SINGLE.as_pointer())) for place in (upper, lower)]
                 words[0] = builder.xor(words[0], SINGLE(0x80808080))
                 for i, word in enumerate((*words, SINGLE(0x80808080)), r % 2 * 3):  # two of each, that do not wait for each other

@@ -59,6 +59,7 @@ from opt_np import ops
 ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
 LARGEST = 32767.0  # of the whole numbers that a block of x becomes
 TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
+AHEAD = 4096  # bytes: so far ahead of their use weights are asked for, into the second-level cache, where rows are few
 GROUPS = BLOCK_K // 32  # of a block, at most
 WIDTH = TILE.width
 VECTOR, INTS, PAIRS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH), ir.VectorType(ir.IntType(16), 2 * WIDTH)
@@ -330,7 +331,7 @@ def micro_kernel(rows: int) -> Any:
     """kernel(y, y_row, xs, sizes, starts, panel, after, scale, n, group): y[r, c] += size[r] · scale[c] · Σ x[r, k] · panel[k, c], k = 0 … n - 1.
 
     As gemm.micro_kernel, with sums of whole numbers in the registers, for each group of k. An int8 panel comes as uint16, an int4 one as int16. Where
-    rows are few, and memory is what they wait for, it asks for `after`, the panel that comes next, line by line.
+    rows are few, and memory is what they wait for, it asks for what lies AHEAD, at the panel's end for the beginning of `after`, which comes next.
     """
     vectors, index = TILE.vectors, ir.IntType(64)
 
@@ -344,15 +345,26 @@ def micro_kernel(rows: int) -> Any:
             y, y_row, xs, sizes, starts, panel, after, scale, n, group = arguments
             xs = builder.bitcast(xs, ir.IntType(32).as_pointer())
             row = builder.add(builder.sdiv(group, index(per)), index(0 if eight else 1))  # of words, in a group
+            groups = builder.sdiv(builder.add(n, builder.sub(group, index(1))), group)
+            height = builder.sdiv(builder.add(n, index(per - 1)), index(per))
+            whole = builder.mul(height if eight else builder.add(height, groups), index(COLUMNS))
+            beyond = builder.gep(after, [builder.neg(whole)])  # where the next panel would have to begin for an offset to go on in it
 
             def place(pointer: Any, *offsets: Any) -> Any:
                 for offset in offsets:
                     pointer = builder.gep(pointer, [index(offset) if isinstance(offset, int) else offset])
                 return pointer
 
+            def ask(offset: Any) -> None:
+                """For the words that are used so much later than those at this offset."""
+                offset = builder.add(offset, index(AHEAD // 2))
+                inside = builder.icmp_signed("<", offset, whole)
+                for line in range(0, COLUMNS, LINE // 2):
+                    prefetch(builder, place(builder.select(inside, panel, beyond), offset, line), level=2)
+
             def one_group(g: Any, results: list) -> list:
                 start = builder.mul(g, builder.mul(row, index(COLUMNS)))
-                words, coming = place(panel, start), place(after, start)
+                words = place(panel, start)
                 numbers = place(xs, builder.mul(g, builder.mul(group, index(ROWS // 2))))
                 left = builder.sub(n, builder.mul(g, group))
                 count = builder.sdiv(builder.add(builder.select(builder.icmp_signed("<", left, group), left, group), index(per - 1)), index(per))
@@ -360,14 +372,12 @@ def micro_kernel(rows: int) -> Any:
                           for c in range(0, COLUMNS, WIDTH)]  # fmt: skip
                 if not eight:
                     if rows <= FEW:
-                        for line in range(0, COLUMNS, LINE // 2):
-                            prefetch(builder, place(coming, line))
-                    words, coming = place(words, COLUMNS), place(coming, COLUMNS)
+                        ask(start)
+                    words = place(words, COLUMNS)
 
                 def body(k: Any, sums: list) -> list:
                     if rows <= FEW:
-                        for line in range(0, COLUMNS, LINE // 2):
-                            prefetch(builder, place(coming, builder.mul(k, index(COLUMNS)), line))
+                        ask(builder.add(start if eight else builder.add(start, index(COLUMNS)), builder.mul(k, index(COLUMNS))))
                     here, sums = place(numbers, builder.mul(k, index(per // 2 * ROWS))), list(sums)
                     pairs = word_pairs(builder, place(words, builder.mul(k, index(COLUMNS))), per)
                     for pair in range(per // 2):
@@ -394,7 +404,6 @@ def micro_kernel(rows: int) -> Any:
                 ]
 
             targets = [place(y, builder.mul(y_row, index(i // vectors)), i % vectors * WIDTH) for i in range(rows * vectors)]
-            groups = builder.sdiv(builder.add(n, builder.sub(group, index(1))), group)
             results = loop(builder, groups, 1, [load(builder, target, VECTOR) for target in targets], one_group)
             for target, result in zip(targets, results, strict=True):
                 store(builder, result, target)

@@ -365,12 +365,12 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
-def prefetch(builder: Any, pointer: Any) -> None:
-    """LLVM: asks for the memory there, where the processor by itself would do so too late."""
+def prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
+    """LLVM: asks for the memory there, where the processor by itself would do so too late: to this level of the cache."""
     byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, single, single, single])
     function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(pointer, byte), single(0), single(3), single(1)])
+    builder.call(function, [builder.bitcast(pointer, byte), single(0), single(4 - level), single(1)])
 
 
 def every(vector: Any, value: float) -> Any:
