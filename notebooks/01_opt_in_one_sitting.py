@@ -43,8 +43,8 @@ assert ids[0, 0] == tok.bos_token_id == 2
 show(model.embeddings)
 
 # %%
-where = model.layout(cfg, ids)
-x = model.embeddings(params, ids, where, ops, model.no_tap)  # (B, T, D)
+layout = model.make_layout(cfg, ids)
+x = model.embeddings(params, ids, layout, ops, model.no_tap)  # (B, T, D)
 E, places = params["embed_tokens"]["weight"], params["embed_positions"]["weight"]
 by_hand = E[ids[0]] + places[2 : 2 + ids.shape[1]]  # place 0 reads row 2
 print("the stream:", x.shape)
@@ -140,7 +140,7 @@ h1 = ops.layer_norm(x1, **block["final_layer_norm"])  # a block's second LayerNo
 inner = ops.activation(ops.linear(h1, **block["fc1"]), cfg.activation_function)
 x2 = x1 + ops.linear(inner, **block["fc2"])
 print(f"{(inner == 0).mean():.0%} of the {inner.shape[-1]} inner numbers are zero")
-expected = model.decoder_layer(x, block, cfg, where, ops, None, 0, model.no_tap)
+expected = model.decoder_layer(x, block, cfg, layout, ops, None, 0, model.no_tap)
 assert np.allclose(x2, expected, atol=1e-5)
 
 # %% [markdown]
@@ -168,7 +168,7 @@ show(model.decoder, model.final, model.lm_logits)
 
 # %%
 for p in params["layers"]:
-    x = model.decoder_layer(x, p, cfg, where, ops, None, 0, model.no_tap)
+    x = model.decoder_layer(x, p, cfg, layout, ops, None, 0, model.no_tap)
 x = ops.layer_norm(x, **params["final_layer_norm"])
 logits = x @ params["embed_tokens"]["weight"].T  # (B, T, V)
 assert np.allclose(logits, model.forward(params, ids, cfg), atol=1e-3)

@@ -192,16 +192,16 @@ assert np.linalg.norm(positions[:2], axis=1).max() < np.linalg.norm(positions[2:
 assert np.mean(cosine[:16]) > 0.15 > 0 > np.mean(cosine[240:272])  # near places are alike
 
 # %% [markdown]
-# `layout` is where the model decides what stands where. Without padding, positions count up from 0, or from the number of tokens in the cache.
+# `make_layout` is where the model decides what stands where. Without padding, positions count up from 0, or from the number of tokens in the cache.
 
 # %%
-show(model.layout)
+show(model.make_layout)
 
 # %%
-where = model.layout(cfg, np.array([ids]))
-x = model.embeddings(lm.params, np.array([ids]), where, ops, model.no_tap)  # (1, T, D)
+layout = model.make_layout(cfg, np.array([ids]))
+x = model.embeddings(lm.params, np.array([ids]), layout, ops, model.no_tap)  # (1, T, D)
 E = lm.params["embed_tokens"]["weight"]
-assert np.array_equal(where.positions, [np.arange(len(ids))])
+assert np.array_equal(layout.positions, [np.arange(len(ids))])
 assert np.array_equal(x[0], E[ids] + positions[2 : 2 + len(ids)])
 forgotten = E[ids] + positions[: len(ids)]  # without the offset: plausible numbers, wrong model
 assert np.abs(forgotten - x[0]).max() > 0.01
@@ -221,12 +221,12 @@ assert np.abs(forgotten - x[0]).max() > 0.01
 texts = ["The old man", "In the morning she went down to the sea"]
 for side in ("left", "right"):
     batch = tok(texts, padding=True, padding_side=side)
-    where = model.layout(cfg, batch["input_ids"], batch["attention_mask"])
-    print(f"{side}: ids {batch['input_ids'][0]}, positions {where.positions[0]}")
-    x = model.embeddings(lm.params, batch["input_ids"], where, ops, model.no_tap)
+    layout = model.make_layout(cfg, batch["input_ids"], batch["attention_mask"])
+    print(f"{side}: ids {batch['input_ids'][0]}, positions {layout.positions[0]}")
+    x = model.embeddings(lm.params, batch["input_ids"], layout, ops, model.no_tap)
     pads = batch["attention_mask"] == 0
     assert np.allclose(x[pads], E[1] + positions[1])  # pads read row 1
-    assert (where.positions[pads] == -1).all()
+    assert (layout.positions[pads] == -1).all()
 
 # %% [markdown]
 # The test of a batch: every row says what it says alone. In a batch the same sums are done in another order, so equality is up to rounding, which is
@@ -252,7 +252,7 @@ print("both rows, padded on either side, equal the rows alone")
 # %%
 def positions_of(mask):
     """mask: (B, T)  ->  (B, T)"""
-    return model.layout(cfg, np.zeros_like(mask), mask).positions
+    return model.make_layout(cfg, np.zeros_like(mask), mask).positions
 
 
 def my_positions(mask):

@@ -343,10 +343,10 @@ text_h = hidden(row)[0]  # (T, D): the greedy text above, which turns in circles
 P = ops.softmax(exact(row).logits[0, -1])
 tokens = np.argsort(-P)[:k]
 candidates = hidden(np.concatenate([np.repeat(row, k, 0), tokens[:, None]], 1))[:, -1]  # (k, D)
-likeness = (candidates @ text_h.T).max(-1)
-score = (1 - alpha) * P[tokens] - alpha * likeness
+similarity = (candidates @ text_h.T).max(-1)
+score = (1 - alpha) * P[tokens] - alpha * similarity
 for i, token in enumerate(tokens):
-    parts = f"P {P[token]:.3f}  likeness {likeness[i]:.3f}  score {score[i]:+.3f}"
+    parts = f"P {P[token]:.3f}  similarity {similarity[i]:.3f}  score {score[i]:+.3f}"
     print(f"{tok.decode([token])!r:<8} {parts}")
 found = exact.generate(row, max_new_tokens=1, penalty_alpha=alpha, top_k=k)
 assert found[0, -1] == tokens[score.argmax()]

@@ -188,8 +188,8 @@ show(ops.attention_bwd)
 # %%
 Dh = D // H
 q, k, v, dO = rng.normal(size=(4, B, T, H, Dh))
-where = model.layout(OPTConfig(), np.zeros((B, T), int))
-found = grad.attention_bwd(dO, grad.attention_fwd(q, k, v, Dh**-0.5, where, 0, None)[1])
+layout = model.make_layout(OPTConfig(), np.zeros((B, T), int))
+found = grad.attention_bwd(dO, grad.attention_fwd(q, k, v, Dh**-0.5, layout, 0, None)[1])
 
 
 def in_torch(torch, q, k, v):
@@ -259,10 +259,10 @@ block, x, dy = params["layers"][0], rng.normal(size=(B, T, D)), rng.normal(size=
 
 
 def forward():
-    return (dy * model.decoder_layer(x, block, cfg, where, ops, None, 0, model.no_tap)).sum()
+    return (dy * model.decoder_layer(x, block, cfg, layout, ops, None, 0, model.no_tap)).sum()
 
 
-dx, dp = grad.decoder_layer_bwd(dy, grad.decoder_layer_fwd(x, block, cfg, where)[1])
+dx, dp = grad.decoder_layer_bwd(dy, grad.decoder_layer_fwd(x, block, cfg, layout)[1])
 moved = {name: differences(forward, weight) for name, weight in flatten(block).items()}
 assert flatten(dp).keys() == moved.keys() and len(moved) == 16
 assert close(dx, differences(forward, x), digits=7)

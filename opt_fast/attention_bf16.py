@@ -223,12 +223,12 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
 
 
 def by_vectors(adds: bool) -> Any:
-    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, x, gap, strip, n)."""
+    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, start, start_row, x, gap, strip, n)."""
 
     @intrinsic
-    def kernel(typing_context, sums, x, gap, strip, n):
+    def kernel(typing_context, sums, start, start_row, x, gap, strip, n):
         def generate(context, builder, signature, arguments):
-            sums, x, _, strip, n = arguments
+            sums, start, start_row, x, _, strip, n = arguments
             places = [builder.gep(sums, [INDEX(r * SIDE)]) for r in range(SIDE)]
 
             def tile(t: Any, totals: list) -> list:
@@ -243,12 +243,13 @@ def by_vectors(adds: bool) -> Any:
 
                 return loop(builder, INDEX(SIDE), 1, totals, word)
 
-            before = [load(builder, place, VECTOR) if adds else every(VECTOR, 0.0) for place in places]
+            begins = [builder.gep(start, [builder.mul(start_row, INDEX(r))]) for r in range(SIDE)]
+            before = [load(builder, place, VECTOR) if adds else every(VECTOR, 0.0) for place in begins]
             for place, total in zip(places, loop(builder, n, 1, before, tile), strict=True):
                 store(builder, total, place)
             return context.get_dummy_value()
 
-        return types.void(sums, x, types.int64, strip, types.int64), generate
+        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64), generate
 
     return kernel
 
@@ -267,13 +268,13 @@ def over_all(name: str, adds: bool) -> Any:
         while i < count:
             target, here, left = at(sums, i * SIDE * SIDE), at(x, i * gap), count - i
             if IN_TILES and (left == 3 or left > 4):
-                three(target, here, gap, strip, n)
+                three(target, target, SIDE, here, gap, strip, n)
                 i += 3
             elif IN_TILES and left > 1:
-                two(target, here, gap, strip, n)
+                two(target, target, SIDE, here, gap, strip, n)
                 i += 2
             else:
-                one(target, here, gap, strip, n)
+                one(target, target, SIDE, here, gap, strip, n)
                 i += 1
 
     kernel.__name__ = kernel.__qualname__ = name

@@ -25,7 +25,7 @@ from opt_fast.paged_cache import PAGE, Key, Row, pages_for
 from opt_np import generate, model
 from opt_np.config import OPTConfig
 from opt_np.generate import Request, Step
-from opt_np.reader import Reading, Said
+from opt_np.reader import Answer, Reading
 
 UNREAD = 16  # steps that a request keeps with all their logits until someone takes them
 
@@ -38,7 +38,7 @@ class Reader:
         self.rows: list[Row] = []
         self.answered = first  # so many columns of the ids
 
-    def __call__(self, reading: Reading) -> Said:
+    def __call__(self, reading: Reading) -> Answer:
         self.ask(reading)
         while any(row.left for row in self.rows):
             coming: set[Key] = set()
@@ -55,7 +55,7 @@ class Reader:
         ids, mask = np.asarray(reading.ids, np.int64)[:: reading.copies], reading.mask[:: reading.copies]
         start = max(self.first, ids.shape[1] - cfg.max_position_embeddings)
         if not self.rows:
-            model.layout(cfg, ids[:, start:], mask[:, start:])  # checks
+            model.make_layout(cfg, ids[:, start:], mask[:, start:])  # checks
             self.rows = [Row(self.machine.pool) for _ in ids]
         if start > self.first:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
             self.release()
@@ -64,7 +64,7 @@ class Reader:
             row.likely, row.ends, row.hidden = reading.likely, reading.ends, [] if reading.hidden else None
             row.grow(text[pads:])
 
-    def answer(self) -> Said:
+    def answer(self) -> Answer:
         """What the reading brought."""
         (ids, _, copies, hidden, *_), rows = self.reading, self.rows
         h, logits = None, logits_of(rows)

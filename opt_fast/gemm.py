@@ -29,12 +29,12 @@ from opt_fast.kernel import (
     LINE,
     TASKS,
     Kernel,
-    aligned,
     at,
     broadcast,
     claim,
     every,
     floats,
+    for_weights,
     inner,
     int16s,
     int32s,
@@ -89,6 +89,7 @@ BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the second-level cache (
 BLOCK_ROWS, BLOCK_UNIT = (48 if TILE.width == 16 else 12) * ROWS, 2 * ROWS
 FEW = ROWS // 2  # rows that take two panels at a time,
 ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
+AHEAD = 4096  # bytes: so far ahead of their use weights are asked for, into the second-level cache, where rows are few
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
 as_stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
 PARTS = 3  # tasks for each thread, where there is one block of rows
@@ -173,7 +174,7 @@ def pack(weight: np.ndarray) -> Packed:
     weight = weight if weight.dtype in (np.float16, bfloat16) else np.asarray(weight, np.float32)
     (O, I), (numbers, row, step) = weight.shape, flat(weight)
     pairs = weight.dtype == bfloat16 and TILE.pairs
-    panels = aligned((math.ceil(O / COLUMNS), math.ceil(I / 2) if pairs else I, COLUMNS), PAIRS if pairs else numbers.dtype)
+    panels = for_weights((math.ceil(O / COLUMNS), math.ceil(I / 2) if pairs else I, COLUMNS), PAIRS if pairs else numbers.dtype)
     if panels.size:
         kernel = PACK_PAIRS if pairs else PACK32 if numbers.itemsize == 4 else PACK16
         kernel(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
@@ -441,13 +442,13 @@ def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, c
 
 
 def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = TILE, vectors: int | None = None, adds: bool = True,
-                 asks: bool = False) -> Any:  # fmt: skip
+                 asks: bool = False, ahead: int = 0) -> Any:  # fmt: skip
     """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
 
     y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
     for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
     Of a panel alone, the first `vectors` can be all that is computed; adds=False writes the sums over what y had; asks=True is for a y that lies far
-    away, whose numbers come while the sums are made.
+    away, whose numbers come while the sums are made. Weights of 16 bits are asked for so many bytes `ahead`.
     """
     vectors = vectors or abreast * tile.vectors
     index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
@@ -457,12 +458,16 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
         def generate(context, builder, signature, arguments):
             y, y_row, x, panel, panel_gap, n = arguments
             gaps = [builder.add(builder.mul(panel_gap, index(v // tile.vectors)), index(v % tile.vectors * tile.width)) for v in range(vectors)]
+            step = range(0, 2 * tile.vectors * tile.width if ahead and signature.args[3].dtype in (types.int16, types.uint16) else 0, LINE)
+            asked = [builder.add(builder.mul(panel_gap, index(p)), index((ahead + line) // 2)) for p in range(abreast) for line in step]
 
             def body(k: Any, sums: list) -> list:
                 here, weights = (
                     builder.gep(x, [builder.mul(k, index(x_step))]),
                     builder.gep(panel, [builder.mul(k, index(tile.vectors * tile.width))]),
                 )
+                for place in asked:
+                    prefetch(builder, builder.gep(weights, [place]), level=2)
                 columns = [widened(builder, builder.gep(weights, [gap]), vector, signature.args[3].dtype, tile) for gap in gaps]
                 numbers = [broadcast(builder, builder.load(builder.gep(here, [index(r * x_row)])), vector) for r in range(rows)]
                 both = [(number, column) for number in numbers for column in columns]
@@ -484,7 +489,7 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
     return kernel
 
 
-many, few, one = micro_kernel(ROWS, 1, 1, ROWS, asks=True), micro_kernel(FEW, 2, 1, ROWS), micro_kernel(1, ABREAST, 0, ROWS)
+many, few, one = micro_kernel(ROWS, 1, 1, ROWS, asks=True), micro_kernel(FEW, 2, 1, ROWS), micro_kernel(1, ABREAST, 0, ROWS, ahead=AHEAD)
 
 
 def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from numba import get_num_threads, types
 from numba.core.registry import cpu_target
 
 from opt_fast import gemm
-from opt_fast.gemm import BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
-from opt_fast.gemm_int import AHEAD, LARGEST, TINY, largest, whole_numbers
+from opt_fast.gemm import AHEAD, BLOCK_K, DPBF16, EMULATED, TILE, Packed, begin, bfloat16_bits, finish, widened
+from opt_fast.gemm_int import LARGEST, TINY, largest, whole_numbers
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -42,6 +43,7 @@ from opt_fast.kernel import (
     float_bits,
     float_of,
     floats,
+    for_weights,
     inner,
     int8s,
     intrinsic,
@@ -60,8 +62,8 @@ from opt_np.ops import LAYER_NORM_EPS
 
 SIDE = 16  # rows of a tile, and words of a row
 TILE_BYTES = SIDE * SIDE * 4
-ABREAST = 3  # tiles of rows that meet a strip together. Two by two would need fewer loads, but eight tiles at once; and where another thread shares
-# the processor's core, tiles that are loaded wait for a register: five live ones are twice as fast there as eight, and as fast where none does
+ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows of x leaves half of the first-level cache to what passes through. Two
+# by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
 X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
@@ -71,6 +73,7 @@ ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PE
 OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
 PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
 INTEGERS = False  # in the kernel: it has two variants
+RELU = FUNCTIONS["relu"]
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
 WHOLE = INDEX(4 * SIDE)  # bytes, from row to row of a tile that lies by itself
@@ -114,7 +117,7 @@ class PackedTiles(Packed):
             self.scale[:O] = scale
         self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
         tiles = math.ceil(I / (per * SIDE))
-        self.panels = aligned((self.count, tiles, SIDE, SIDE), np.int32)
+        self.panels = for_weights((self.count, tiles, SIDE, SIDE), np.int32)
         for s in range(0, self.count, 16):  # some strips at a time: what is made besides them is small
             rows = weight[s * SIDE : (s + 16) * SIDE]
             whole = np.zeros((min(16, self.count - s) * SIDE, tiles * SIDE * per), weight.dtype)
@@ -246,37 +249,36 @@ def _matmul(table: Any) -> None:
             until = min(some + chunk, strips_to)
             for i in range(0, last - first, SIDE if INTEGERS else GROUP):
                 rows = min(SIDE if INTEGERS else GROUP, last - first - i)
-                for s in range(some, until):
+                for s in range(some, some if K else until):  # a weight without columns
                     begin(at(sums, (s - some) * GROUP * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
                 for k in range(0, K, BLOCK_K):
                     _, tiles = tiles_of(K, k, per)
                     weights = at(panels, k // (per * SIDE) * TILE_BYTES)
                     here = at(xs, k // (per * SIDE) * TILE_BYTES * (high // SIDE) + (begun + i) // SIDE * tiles * TILE_BYTES)
                     for s in range(some, until):
-                        target = at(sums, (s - some) * GROUP * SIDE)
+                        target, start = at(sums, (s - some) * GROUP * SIDE), at(bias, s * SIDE)
+                        if k:
+                            start = target
+                        elif O - s * SIDE < SIDE:
+                            begin(line, 0, 1, O - s * SIDE, start)
+                            start = line
+                        start_row, size = SIDE if k else 0, at(sizes, k // BLOCK_K * high + begun + i)
                         if INTEGERS and M == 1:
-                            lone(target, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), at(sizes, k // BLOCK_K * high + begun + i))
+                            lone(target, start, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), size)
                         elif INTEGERS:
                             if M <= SIDE:
-                                bytes_of_few(apart, here, plane, at(weights, s * strip), tiles)
+                                bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles)
                             else:
-                                bytes_apart(apart, here, plane, at(weights, s * strip), tiles)
-                            for r in range(rows):
-                                add_scaled(
-                                    at(target, r * SIDE), at(apart, r * SIDE), at(scale, s * SIDE), at(sizes, k // BLOCK_K * high + begun + i + r)
-                                )
-                        elif rows > 2 * SIDE:
-                            three(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                                bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles)
+                            add_scaled(target, start, start_row, apart, at(scale, s * SIDE), size, rows)
                         elif rows > SIDE:
-                            two(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                            two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                         else:
-                            one(target, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                            one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                 corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
                 for r in range(rows):
                     here_y = line if rounds else at(corner, r * y_row)
-                    for c in range(0, columns, SIDE):
-                        copy(at(sums, c * GROUP + r * SIDE), at(here_y, c), min(SIDE, columns - c), adds)
-                    finish(here_y, 0, 1, columns, function)
+                    write_row(at(sums, r * SIDE), GROUP * SIDE, here_y, columns, adds, function)
                     if rounds:
                         for c in range(columns, BLOCK_K):
                             line[c] = 0
@@ -333,45 +335,69 @@ def floats_of(typing_context, bytes_):
 
 
 @inner
-def copy(row: Any, y: Any, columns: int, adds: int) -> None:
-    if columns < SIDE:
-        for c in range(columns):
-            y[c] = y[c] + row[c] if adds else row[c]
+def write_row(sums: Any, apart: int, y: Any, columns: int, adds: int, function: int) -> None:
+    """A row of strips' sums, which lie `apart`, to their place side by side, or added to what is there; then relu or gelu, which see them at once."""
+    whole = columns // SIDE
+    relu = function == RELU and not adds
+    if whole == 0:
+        pass
     elif adds:
-        add_vector(row, y)
+        added(sums, apart, y, whole)
+    elif relu:
+        above_zero(sums, apart, y, whole)
     else:
-        copy_vector(row, y)
+        copied(sums, apart, y, whole)
+    for c in range(whole * SIDE, columns):
+        number = sums[whole * apart + c - whole * SIDE]
+        y[c] = y[c] + number if adds else number
+    left = whole * SIDE if relu else 0
+    finish(at(y, left), 0, 1, columns - left, function)
 
 
-def vector(adds: bool) -> Any:
-    """kernel(row, y): 16 numbers to y, or added to what it has."""
+def vectors(what: Callable[[Any, Any, Any], Any]) -> Any:
+    """kernel(sums, apart, y, n): n vectors of 16, at least one, that lie `apart`, to y side by side, as what(builder, numbers, place) makes them."""
 
     @intrinsic
-    def kernel(typing_context, row, y):
+    def kernel(typing_context, sums, apart, y, n):
         def generate(context, builder, signature, arguments):
-            row, y = arguments
-            numbers = load(builder, row, VECTOR)
-            store(builder, builder.fadd(load(builder, y, VECTOR), numbers) if adds else numbers, y)
+            sums, apart, y, n = arguments
+
+            def body(s: Any, carried: list) -> list:
+                place = builder.gep(y, [builder.mul(s, INDEX(SIDE))])
+                store(builder, what(builder, load(builder, builder.gep(sums, [builder.mul(s, apart)]), VECTOR), place), place)
+                return []
+
+            loop(builder, n, 1, [], body)
             return context.get_dummy_value()
 
-        return types.void(row, y), generate
+        return types.void(sums, types.int64, y, types.int64), generate
 
     return kernel
 
 
-copy_vector, add_vector = vector(adds=False), vector(adds=True)
+copied = vectors(lambda builder, numbers, place: numbers)
+added = vectors(lambda builder, numbers, place: builder.fadd(load(builder, place, VECTOR), numbers))
+above_zero = vectors(lambda builder, numbers, place: builder.select(builder.fcmp_ordered("<", numbers, every(VECTOR, 0)), every(VECTOR, 0), numbers))
 
 
 @intrinsic
-def add_scaled(typing_context, y, sums, scale, size):
-    """A row of 16: the lower bytes' sums stand a tile behind the upper ones'."""
+def add_scaled(typing_context, y, start, start_row, sums, scale, sizes, rows):
+    """Rows of 16: what stands at `start`, from row to row start_row apart, and the sums; the lower bytes' stand a tile behind the upper ones'."""
 
     def generate(context, builder, signature, arguments):
-        y, sums, scale, size = arguments
-        store(builder, add_scaled_to(builder, load(builder, y, VECTOR), sums, load(builder, scale, VECTOR), size), y)
+        y, start, start_row, sums, scale, sizes, rows = arguments
+        scale = load(builder, scale, VECTOR)
+
+        def body(r: Any, carried: list) -> list:
+            before = load(builder, builder.gep(start, [builder.mul(r, start_row)]), VECTOR)
+            here, size = builder.gep(sums, [builder.mul(r, INDEX(SIDE))]), builder.gep(sizes, [r])
+            store(builder, add_scaled_to(builder, before, here, scale, size), builder.gep(y, [builder.mul(r, INDEX(SIDE))]))
+            return []
+
+        loop(builder, rows, 1, [], body)
         return context.get_dummy_value()
 
-    return types.void(y, sums, scale, size), generate
+    return types.void(y, start, types.int64, sums, scale, sizes, types.int64), generate
 
 
 def add_scaled_to(builder: Any, y: Any, sums: Any, scale: Any, size: Any) -> Any:
@@ -586,20 +612,21 @@ def unit_of(builder: Any, depth: Any) -> Tiles:
 
 
 def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
-    """kernel(sums, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some that lie `gap` bytes apart.
+    """kernel(sums, start, start_row, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some, `gap` bytes apart.
 
-    Sums are added to what is there, or begin at 0. With `few` rows, weights are asked for ahead of their use.
+    Sums begin with what stands at `start`, from row to row start_row apart, or at 0. With `few` rows, weights are asked for ahead of their use.
     """
     count = len(products)
 
     @intrinsic
-    def kernel(typing_context, sums, x, gap, strip, n):
+    def kernel(typing_context, sums, start, start_row, x, gap, strip, n):
         def generate(context, builder, signature, arguments):
-            sums, x, gap, strip, n = arguments
+            sums, start, start_row, x, gap, strip, n = arguments
             tiles = unit_of(builder, INDEX(SIDE))
             places = [builder.bitcast(builder.gep(sums, [INDEX(i * SIDE * SIDE)]), INT8.as_pointer()) for i in range(count)]
-            for i, place in enumerate(places):
-                tiles.load(i, place) if adds else tiles.zero(i)
+            for i in range(count):
+                begins = builder.gep(start, [builder.mul(start_row, INDEX(i * SIDE))])
+                tiles.load(i, builder.bitcast(begins, INT8.as_pointer()), builder.mul(start_row, INDEX(4))) if adds else tiles.zero(i)
 
             def step(k: Any, carried: list) -> list:
                 offset = builder.mul(k, INDEX(TILE_BYTES))
@@ -617,20 +644,20 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
                 tiles.store(i, place)
             return context.get_dummy_value()
 
-        return types.void(sums, x, types.int64, strip, types.int64), generate
+        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64), generate
 
     return kernel
 
 
 @intrinsic
-def lone(typing_context, y, x, plane, strip, n, scale, size):
+def lone(typing_context, y, start, x, plane, strip, n, scale, size):
     """As bytes_of_few and add_scaled, for one row, in vectors: there is less to wait for beside memory than with tiles of a single row.
 
     The upper bytes are met 128 larger, without a sign, and what that adds is taken off.
     """
 
     def generate(context, builder, signature, arguments):
-        y, x, plane, strip, n, scale, size = arguments
+        y, start, x, plane, strip, n, scale, size = arguments
 
         def tile(t: Any, sums: list) -> list:
             offset, sums = builder.mul(t, INDEX(TILE_BYTES)), list(sums)
@@ -648,10 +675,10 @@ def lone(typing_context, y, x, plane, strip, n, scale, size):
         sums = loop(builder, n, 1, [every(WORDS, 0)] * 6, tile)
         larger, lower, more = (builder.add(a, b) for a, b in zip(sums[:3], sums[3:], strict=True))
         total = scaled(builder, builder.sub(larger, more), lower, load(builder, scale, VECTOR), size)
-        store(builder, builder.fadd(load(builder, y, VECTOR), total), y)
+        store(builder, builder.fadd(load(builder, start, VECTOR), total), y)
         return context.get_dummy_value()
 
-    return types.void(y, x, types.int64, strip, types.int64, scale, size), generate
+    return types.void(y, start, x, types.int64, strip, types.int64, scale, size), generate
 
 
 def meet(builder: Any, x: Any, weights: Any, total: Any) -> Any:
@@ -673,7 +700,7 @@ def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
     return total
 
 
-one, two, three = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2, 3))
+one, two = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2))
 bytes_apart, bytes_of_few = over_tiles(*BYTES_OF, adds=False), over_tiles(*BYTES_OF, few=True, adds=False)
 NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}

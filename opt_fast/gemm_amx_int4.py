@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, finish, widened
+from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, widened
 from opt_fast.gemm_amx import (
     BYTES_OF,
     CHUNK,
@@ -27,7 +27,6 @@ from opt_fast.gemm_amx import (
     WEIGHT_BYTES,
     add_scaled_to,
     configure,
-    copy,
     release,
     round_block,
     rounded_size,
@@ -36,6 +35,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     tiles_of,
     unit_of,
+    write_row,
 )
 from opt_fast.gemm_int import PAIRS, RUN, PackedIntegers
 from opt_fast.kernel import (
@@ -143,10 +143,7 @@ def _matmul_nibbles(table: Any) -> None:
                                   at(scales, (c // COLUMNS * groups + k // group) * COLUMNS + c % COLUMNS),
                                   at(sizes, k // BLOCK_K * most + i), (n + group - 1) // group, group)  # fmt: skip
                 for r in range(min(SIDE, last - first - i)):
-                    corner = at(y, (first + i + r) * y_row + some * COLUMNS)
-                    for c in range(0, columns, SIDE):
-                        copy(at(sums, (c + r) * SIDE), at(corner, c), min(SIDE, columns - c), 0)
-                    finish(corner, 0, 1, columns, function)
+                    write_row(at(sums, r * SIDE), SIDE * SIDE, at(y, (first + i + r) * y_row + some * COLUMNS), columns, 0, function)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()

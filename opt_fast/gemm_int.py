@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 
-from opt_fast.gemm import BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, float32_at, widened
+from opt_fast.gemm import AHEAD, BLOCK_K, BLOCK_ROWS, BLOCK_UNIT, COLUMNS, NEEDED, TILE, Packed, begin, cut, finish, float32_at, widened
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -34,12 +34,12 @@ from opt_fast.kernel import (
     THREADS,
     Kernel,
     across,
-    aligned,
     at,
     broadcast,
     claim,
     every,
     floats,
+    for_weights,
     inner,
     int16s,
     int32s,
@@ -59,7 +59,6 @@ from opt_np import ops
 ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
 LARGEST = 32767.0  # of the whole numbers that a block of x becomes
 TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
-AHEAD = 4096  # bytes: so far ahead of their use weights are asked for, into the second-level cache, where rows are few
 GROUPS = BLOCK_K // 32  # of a block, at most
 WIDTH = TILE.width
 VECTOR, INTS, PAIRS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH), ir.VectorType(ir.IntType(16), 2 * WIDTH)
@@ -100,7 +99,7 @@ class PackedIntegers(Packed):
         self.scale = np.zeros(self.count * COLUMNS if self.bits == 8 else 0, np.float32)  # int4's are in the panels
         if self.bits == 8:
             self.scale[:O] = scale
-        self.panels = aligned(sum(self.height(n) for _, n in k_blocks(I)) * self.count * COLUMNS, np.uint16)
+        self.panels = for_weights(sum(self.height(n) for _, n in k_blocks(I)) * self.count * COLUMNS, np.uint16)
         for (first, n), block in zip(k_blocks(I), self.blocks(), strict=True):
             self.fill(
                 block, weight[:, first * self.bits // 8 : (first + n) * self.bits // 8], scale[:, first // self.group :] if self.bits == 4 else None

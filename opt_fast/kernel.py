@@ -38,6 +38,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
 LINE = 64  # bytes of the cache that are read together
+PIECE = 1 << 26  # bytes of memory that many weights share
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
 KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
@@ -194,11 +195,35 @@ def lines(size: int) -> int:
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """np.empty that begins at a whole LINE: a vector as long as a line of the cache that does not would be read from two."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else shape * dtype.itemsize
-    bytes_ = np.empty(size + LINE, np.uint8)
-    start = -address(bytes_) % LINE
-    return bytes_[start : start + size].view(dtype).reshape(shape)
+    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
+    return begun_at_a_line(np.empty(size + LINE, np.uint8), size)[0].view(dtype).reshape(shape)
+
+
+def begun_at_a_line(memory: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many bytes of the memory, and what is left behind them."""
+    start = -address(memory) % LINE
+    return memory[start : start + size], memory[start + size :]
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Inside, weights share pieces of memory so large that the system gives them large pages, which are looked up less often."""
+    _local.piece = np.empty(0, np.uint8)
+    try:
+        yield
+    finally:
+        del _local.piece
+
+
+def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """As `aligned`."""
+    if not hasattr(_local, "piece"):
+        return aligned(shape, dtype)
+    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
+    if _local.piece.size < size + LINE:
+        _local.piece = np.empty(max(PIECE, size + LINE), np.uint8)
+    found, _local.piece = begun_at_a_line(_local.piece, size)
+    return found.view(dtype).reshape(shape)
 
 
 def workspace(size: int) -> np.ndarray:

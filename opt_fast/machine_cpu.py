@@ -100,7 +100,7 @@ class Machine:
         now, *later = logits
         for i, row in enumerate(rows):
             if row.hidden is not None:
-                row.hidden.append(self.final(program.x[i : i + 1]))
+                row.hidden.append(self.final(program.x[i : i + 1].copy()))  # `final` may give back what it is given
             row.wrote(1)
             row.logits, after = (now, i), [(some, i) for some in later]
             row.ahead = [*zip(best[:, i].tolist(), [*after, None], strict=True)]

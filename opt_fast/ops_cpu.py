@@ -14,7 +14,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, program_cpu, rowwise, train_cpu
+from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, kernel, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
@@ -57,7 +57,8 @@ def pack(params: dict, release: bool = False) -> dict:
             return kept(node)
         return pack_matrix(node) if node.ndim == 2 else kept(node, np.float32)
 
-    return engine.Params(packed(params, ""))
+    with kernel.side_by_side():
+        return engine.Params(packed(params, ""))
 
 
 def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> Packed:

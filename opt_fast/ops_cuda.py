@@ -177,5 +177,5 @@ class PlainReader(reading.Reader):
     """As opt_np.reader.Reader, without a thought of gradients."""
 
     @torch.no_grad()
-    def __call__(self, asked: reading.Reading) -> reading.Said:
+    def __call__(self, asked: reading.Reading) -> reading.Answer:
         return super().__call__(asked)

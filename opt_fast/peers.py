@@ -167,8 +167,10 @@ def our_model(s: Setup, backend: str) -> Jobs:
         cache.reorder(np.zeros(len(ids), np.int64))
         return centred(lm(ids[:, P:], past_key_values=cache, logits_to_keep=1).logits)
 
-    return model_jobs(s, lambda ids: centred(lm(ids, logits_to_keep=1).logits),
-                      lambda ids: lm.generate(ids, max_new_tokens=s.shape.decode, eos_token_id=-1)[:, 1:], alike)  # fmt: skip
+    def logits(ids: np.ndarray) -> np.ndarray:
+        return centred(next(lm.stream(ids, max_new_tokens=1, eos_token_id=-1)).logits)
+
+    return model_jobs(s, logits, lambda ids: lm.generate(ids, max_new_tokens=s.shape.decode, eos_token_id=-1)[:, 1:], alike)
 
 
 def opt_fast_model(s: Setup) -> Jobs:

@@ -123,7 +123,7 @@ class Program:
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
-        self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size), np.float32)
+        self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
         products = [p["weight"].needed for found in (*map(matrices, layers), around) for p in found]
         scratch = lines(max(way.needed(B, cfg.head_dim), *products))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,56 +15,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "OPTConfig", "OPTForCausalLM", "OPTForQuestionAnswering", "OPTForSequenceClassification", "OPTModel", "OPTTokenizer"]
 
-_SUBMODULES = (
-    "beam",
-    "checkpoint",
-    "classes",
-    "cli",
-    "config",
-    "contrastive",
-    "costs",
-    "embeddings",
-    "explain",
-    "explore",
-    "flash",
-    "generate",
-    "gpt2",
-    "grad",
-    "hub",
-    "init",
-    "kv_cache",
-    "layers_on_disk",
-    "lens",
-    "model",
-    "ops",
-    "optim",
-    "perplexity",
-    "pickle_bin",
-    "plan",
-    "processors",
-    "reader",
-    "score",
-    "settings",
-    "stopping",
-    "taps",
-    "tasks",
-    "tf_flax",
-    "tokenizer",
-    "trace",
-    "train",
-    "tree",
-    "verify",
-)
 _MODULES = {"OPTConfig": "config", "OPTTokenizer": "tokenizer", "CheckpointError": "checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
+    if name in __all__:
+        return getattr(importlib.import_module(f"opt_np.{_MODULES.get(name, 'classes')}"), name)
+    try:
         return importlib.import_module(f"opt_np.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module 'opt_np' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"opt_np.{_MODULES.get(name, 'classes')}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != f"opt_np.{name}":  # the module is here, and something that it needs is not
+            raise
+        raise AttributeError(f"module 'opt_np' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})

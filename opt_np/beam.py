@@ -31,7 +31,7 @@ def search(request: Request) -> Decoding:
     processors = request.chain(k)
     for length in range(1, request.new + 1):  # of the new tokens
         _, logits = yield Reading(ids, mask, copies=1 if length > 1 else k)
-        scores, _ = process(processors, log_softmax(np.asarray(logits)), ids)
+        scores, _ = process(processors, log_softmax(np.asarray(logits)), ids, beams=k)
         log_p = scores.reshape(B, k, -1) + running[:, :, None]
         picked = candidates_of(log_p.reshape(B, -1), wide, request, length - 1)  # (B, wide)
         scores = np.take_along_axis(log_p.reshape(B, -1), picked, 1)
@@ -39,12 +39,12 @@ def search(request: Request) -> Decoding:
         candidates = np.concatenate([ids[first_beam + beams], tokens[..., None]], axis=2)  # (B, wide, T + length)
         ended = request.ended(candidates.reshape(B * wide, -1)).reshape(B, wide) | (length == request.new)
 
-        still = scores + ended * WORST
-        on = highest(still, k)  # (B, k): what goes on
-        running = np.take_along_axis(still, on, 1)
-        ids = np.take_along_axis(candidates, on[..., None], 1).reshape(B * k, -1)
+        running_scores = scores + ended * WORST
+        next_beams = highest(running_scores, k)  # (B, k): what goes on
+        running = np.take_along_axis(running_scores, next_beams, 1)
+        ids = np.take_along_axis(candidates, next_beams[..., None], 1).reshape(B * k, -1)
         mask = np.concatenate([mask, np.ones((B * k, 1), mask.dtype)], axis=1)
-        request.reader.reorder((first_beam + np.take_along_axis(beams, on, 1)).ravel())
+        request.reader.reorder((first_beam + np.take_along_axis(beams, next_beams, 1)).ravel())
 
         best.add(candidates[..., T:], scores, ended, length)
         if best.complete(running, length) or ended.all():
@@ -72,29 +72,29 @@ class Finished:
         self.ids = np.empty((B, k, 0), int)  # grows with the longest
         self.lengths = np.zeros((B, k), int)
         self.scores = np.full((B, k), WORST)
-        self.real = np.zeros((B, k), bool)
-        self.open = np.ones((B, 1), bool)  # once closed, a prompt stays closed
+        self.is_finished = np.zeros((B, k), bool)
+        self.improvable = np.ones((B, 1), bool)  # a prompt whose beams cannot be bettered stays so
 
     def add(self, candidates: np.ndarray, scores: np.ndarray, ended: np.ndarray, length: int) -> None:
         """Takes in the candidates that ended; only the first k of them may.  candidates: (B, wide, L);  scores: (B, wide);  ended: (B, wide)"""
         k = self.scores.shape[1]
         allowed = ended & (np.arange(scores.shape[1]) < k)
-        full = self.real.all(1, keepdims=True) & (self.s.early_stopping is True)
-        scores = scores / length**self.length_penalty + full * WORST + ~self.open * WORST + ~allowed * WORST
+        full = self.is_finished.all(1, keepdims=True) & (self.s.early_stopping is True)
+        scores = scores / length**self.length_penalty + full * WORST + ~self.improvable * WORST + ~allowed * WORST
         kept = np.pad(self.ids, ((0, 0), (0, 0), (0, length - self.ids.shape[2])), constant_values=self.pad)
         merged = np.concatenate([self.scores, scores], 1)
         order = highest(merged, k)
         self.scores = np.take_along_axis(merged, order, 1)
         self.ids = np.take_along_axis(np.concatenate([kept, candidates], 1), order[..., None], 1)
         self.lengths = np.take_along_axis(np.concatenate([self.lengths, np.full(allowed.shape, length)], 1), order, 1)
-        self.real = np.take_along_axis(np.concatenate([self.real, allowed], 1), order, 1)
+        self.is_finished = np.take_along_axis(np.concatenate([self.is_finished, allowed], 1), order, 1)
 
     def complete(self, running: np.ndarray, length: int) -> bool:
         """Whether no prompt can be bettered, by HF's estimate; with early_stopping=True also when all have k finished.  running: (B, k)"""
-        hoped = self.new if self.s.early_stopping == "never" and self.length_penalty > 0 else length
-        worst = np.where(self.real, self.scores.min(1, keepdims=True), WORST)
-        self.open = self.open & (running[:, :1] / hoped**self.length_penalty > worst).any(1, keepdims=True)
-        return not self.open.any() or bool(self.real.all() and self.s.early_stopping is True)
+        longest = self.new if self.s.early_stopping == "never" and self.length_penalty > 0 else length
+        worst = np.where(self.is_finished, self.scores.min(1, keepdims=True), WORST)
+        self.improvable = self.improvable & (running[:, :1] / longest**self.length_penalty > worst).any(1, keepdims=True)
+        return not self.improvable.any() or bool(self.is_finished.all() and self.s.early_stopping is True)
 
     def returned(self) -> np.ndarray:
         """->  (B·n, new)"""

@@ -361,6 +361,10 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
     folder, flat = Path(folder), flatten(params)
     if packed := [name for name, a in flat.items() if getattr(a, "kind", None)]:
         raise CheckpointError(f"{folder}: {packed[0]} is packed as {flat[packed[0]].kind}, and cannot be saved; opt-np quantize writes such a folder")
+    if dtype and (whole := [name for name, a in flat.items() if a.dtype.kind in "iu"]):
+        raise CheckpointError(
+            f"{folder}: {whole[0]} is {flat[whole[0]].dtype}, of a quantised model, which is saved as it is: leave out dtype={dtype}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     named = {name if name.split(".")[0] in ALL_HEADS else f"model.decoder.{name}": a for name, a in flat.items()}
     parts = divided(named, dtype, max_shard_bytes)

@@ -82,6 +82,8 @@ class OPTPreTrained:
         missing = cls.missing_head(params, config)
         if missing and not new_head:
             raise CheckpointError(f"{folder} has no {missing}.weight, which {cls.__name__} needs; new_head=True makes a fresh one, to be trained")
+        if new_head and not cls.head:
+            raise ValueError(f"{cls.__name__} has no head to make; new_head=True is for the classes that have one")
         if new_head and not missing:
             raise ValueError(f"{folder} has a head already, that of {cls.__name__}; new_head=True is for a checkpoint without one")
         if missing:

@@ -1,4 +1,4 @@
-"""The command line, opt-np: a user's mistake is one line on stderr and a status of 1, never a traceback."""
+"""The command line, opt-np: a user's mistake is one line on stderr and a status of 1, or 2 for options that do not exist, never a traceback."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m; without it, the one beside the source"
     )
-    parser.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    parser.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
-    parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu", "cuda"), help="what computes")
+    parser.add_argument("--backend", default="auto", choices=("auto", "numpy", "cpu", "cuda"), help="auto: cpu where Numba is installed, else numpy")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "float16", "bfloat16"), help="of the weights in memory")
-    parser.add_argument("--quantize", default=None, choices=("int8", "int4"), help="keep matrices as whole numbers, made while loading")
+    parser.add_argument("--quantize", default=None, choices=("int8", "int4"), help="quantize the matrices while loading")
 
 
 def add_stream_layers(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +122,10 @@ def add_generate(commands: Any) -> None:
 
 
 def id_list(word: str) -> list[int]:
-    return [int(i) for i in word.split(",")]
+    try:
+        return [int(i) for i in word.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not ids separated by commas, such as 31,7") from None
 
 
 # None has a default here: what is not given is the model's own (generation_config.json), else what the help says in brackets.
@@ -133,8 +136,12 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
         ("min_new_tokens", int, "tokens to add at least"),
         ("min_length", int, "tokens in all, at least"),
         ("eos_token_id", {"type": int, "nargs": "+", "metavar": "ID"}, "ids that end the text; -1 for none (the model's)"),
-        ("stop_strings", {"nargs": "+", "metavar": "TEXT"}, "words that end the text; after the prompt, as all lists"),
-        ("overflow", {"choices": ("error", "truncate_left", "slide")}, "past the context: refuse, forget the start at once, or as it goes (error)"),
+        ("stop_strings", {"nargs": "+", "metavar": "TEXT"}, "stop at any of these texts (put options that take lists after the prompt)"),
+        (
+            "overflow",
+            {"choices": ("error", "truncate_left", "slide")},
+            "text longer than the context: refuse it, drop the prompt's first tokens once, or keep a sliding window (error)",
+        ),
     ),
     "what may be said": (
         ("repetition_penalty", float, "above 1 makes tokens already seen less likely (1)"),
@@ -277,7 +284,7 @@ def add_convert(commands: Any) -> None:
     p.add_argument("model", help="a folder or a hub id")
     p.add_argument("out", metavar="OUT", help="a new or empty folder")
     p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="of the weights; without it, as they are stored")
-    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     p.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
 
 
@@ -298,7 +305,7 @@ def add_quantize(commands: Any) -> None:
     p.add_argument("out", metavar="OUT", help="a new or empty folder")
     p.add_argument("--kind", default="int8", choices=("int8", "int4"), help="int8: a scale for each row; int4: for each group of a row")
     p.add_argument("--group-size", type=int, default=32, choices=(32, 64), help="columns that share a scale, of int4")
-    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
 
 
 def quantize(model: str, out: str, kind: str, group_size: int, revision: str | None) -> None:
@@ -336,7 +343,7 @@ def written(out: str) -> str:
 def add_verify(commands: Any) -> None:
     p = add_command(commands, "verify", verify, "Prove that this port computes the model: layer by layer against PyTorch, then by published numbers.")
     p.add_argument("model", nargs="?", default=None, metavar="MODEL", help="a folder or a hub id (default: the model that comes with the source)")
-    p.add_argument("--revision", default=None, help="of a hub id: a branch, a tag, a commit or refs/pr/N")
+    p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     p.add_argument("--backend", default="numpy", choices=("auto", "numpy", "cpu", "cuda"), help="what is tested; NumPy in float64, others in float32")
     p.add_argument("--golden", default=None, metavar="ID", help="the published model of which MODEL is an unchanged copy: facebook/opt-125m")
     p.add_argument("--every-point", action="store_true", help="show the points of every layer, not of the first and the first that fails only")
@@ -367,40 +374,42 @@ def add_train(commands: Any) -> None:
     d = Options(out="")
     source = p.add_argument_group("what to learn from")
     source.add_argument("--task", default=d.task, choices=CHOICES["task"], help="language model, text classification, question answering")
-    source.add_argument("--text", nargs="+", default=(), metavar="FILE", help="plain text files, or folders of .txt (lm)")
+    source.add_argument("--text", nargs="+", default=None, metavar="FILE", help="plain text files, or folders of .txt (lm)")
     source.add_argument("--data", metavar="FILE", help="JSON lines: text | text, label | question, context, answer, answer_start")
-    source.add_argument("--eval-text", nargs="+", default=(), metavar="FILE", help="text to evaluate on (lm)")
+    source.add_argument("--eval-text", nargs="+", default=None, metavar="FILE", help="text to evaluate on (lm)")
     source.add_argument("--eval-data", metavar="FILE", help="JSON lines to evaluate on")
-    source.add_argument("--model", metavar="DIR", help="start from this checkpoint and its tokenizer, instead of from nothing")
+    source.add_argument("--model", metavar="MODEL", help="start from this checkpoint, a folder or a hub id, and its tokenizer")
     shape = p.add_argument_group("a model from nothing")
     for name, help in (("vocab_size", "ids of the tokenizer to learn"), ("hidden_size", "width D"), ("num_layers", "blocks"), ("num_heads", "heads")):
         add_option(shape, d, name, help)
     run = p.add_argument_group("the run")
     run.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint, log.jsonl and the state to resume from go")
     run.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    run.add_argument("--backend", default=d.backend, choices=CHOICES["backend"], help="what computes: auto is cpu where Numba imports")
+    run.add_argument("--backend", default=d.backend, choices=CHOICES["backend"], help="compute backend; auto: cpu where Numba is installed")
     for name, help in (
         ("context", "tokens per window"), ("batch_size", "windows or examples per batch"), ("accumulate", "batches per step"), ("steps", "updates"),
-        ("seed", "of parameters, order and dropout"), ("learning_rate", "its peak"), ("schedule", "linear, cosine or constant after the warm-up"),
+        ("seed", "of parameters, order and dropout"), ("learning_rate", "its peak"), ("schedule", "after the warm-up"),
         ("warmup_steps", "steps of rising learning rate"), ("weight_decay", "of matrices"),
         ("max_grad_norm", "gradients are clipped to this norm, 0 for no clipping"),
         ("dropout", "after attention and after fc2"), ("save_every", "steps between checkpoints"),
         ("eval_every", "steps between evaluations, 0 for one at the end"),
-        ("save_dtype", "float32 or float16, of the checkpoint"),
+        ("save_dtype", "number format of the checkpoint"),
     ):  # fmt: skip
         add_option(run, d, name, help)
 
 
 def add_option(group: Any, defaults: Any, name: str, help: str) -> None:
+    from opt_np.train import CHOICES
+
     default = getattr(defaults, name)
-    group.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=help)
+    group.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, choices=CHOICES.get(name), help=help)
 
 
 def train(**args: Any) -> None:
     from opt_np.train import Options
     from opt_np.train import train as run
 
-    args["text"], args["eval_text"] = tuple(args["text"]), tuple(args["eval_text"])
+    args["text"], args["eval_text"] = tuple(args["text"] or ()), tuple(args["eval_text"] or ())
     options = Options(**args)
     last = run(options)
     if last["step"] < options.steps:
@@ -438,10 +447,10 @@ def bench(what: str, **args: Any) -> None:
 
 
 def given(text: str) -> str:
-    """A text of the command line, or standard input for "-"."""
+    """A text of the command line, or standard input for "-", less the line break that ends it."""
     if text == "-" and sys.stdin is None:
         raise ValueError("- stands for standard input, and that is closed; give the text itself")
-    return sys.stdin.read() if text == "-" else text
+    return sys.stdin.read().removesuffix("\n") if text == "-" else text
 
 
 def find_model(model: str | None) -> str | Path:

@@ -26,7 +26,7 @@ def add_trace(commands: Any) -> None:
     add_stream_layers(p)
     p.add_argument("--fused", action="store_true", help="the steps as the backend runs them, attention and mlp each in one")
     p.add_argument("--against", choices=AGAINST, help="compare with the same model on another backend, in another dtype, quantised, or in PyTorch")
-    p.add_argument("--each", action="store_true", help="with --against: every block reads what it should, so that each shows what it adds itself")
+    p.add_argument("--each", action="store_true", help="with --against: give each block the reference's input, to see what error it adds")
     p.add_argument("--beside", metavar="MODEL", help="show the steps of another model beside these, of a GPT-2 or an OPT")
     p.add_argument("--out", metavar="FILE.npz", help="also save every step's values, by name, as a NumPy file")
 
@@ -110,7 +110,7 @@ def add_score(commands: Any) -> None:
     p.add_argument("--perplexity", action="store_true", help="instead of tokens, the text's perplexity by each convention that people publish")
     p.add_argument("--reliability", default=None, metavar="FILE.png", help="also tell how far confidence is from how often it is right, and plot it")
     p.add_argument("--mc-dropout", dest="samples", type=int, default=None, metavar="N", help="also tell what N passes with dropout disagree about")
-    p.add_argument("--with", nargs="+", default=None, metavar="MODEL", help="after the text: also tell what they and the first disagree about")
+    p.add_argument("--with", nargs="+", default=None, metavar="MODEL", help="more models, after the text: report how much all disagree")
 
 
 def score(text: str | None, file: str | None, perplexity: bool, window: int | None, stride: int | None, **options: Any) -> None:
@@ -225,7 +225,7 @@ def add_plan(commands: Any) -> None:
     from opt_np.config import SIZES
     from opt_np.plan import DEVICES
 
-    p = add_command(commands, "plan", plan, "Tell before anything is loaded whether a generation fits into memory, and how long it takes at least.")
+    p = add_command(commands, "plan", plan, "Estimate the memory and the least time of a generation, without loading the model.")
     sizes = ", ".join(f"opt-{size}" for size in SIZES)
     p.add_argument("--model", required=True, help=f"one of {sizes}; or a folder or hub id, of which config.json is read")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once")
@@ -254,8 +254,8 @@ def plan(model: str, batch: int, prompt: int | None, gen: int, dtype: str, backe
     prompt = max(1, min(512, cfg.max_position_embeddings + 1 - gen)) if prompt is None else prompt
     p.checked(cfg, batch, prompt, gen)
     for option, value in (("--memory", memory), ("--bandwidth", bandwidth), ("--tflops", tflops)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{option} is {value:g}; it must be above 0")
+        if value is not None and not 0 < value <= 1e12:
+            raise ValueError(f"{option} is {value:g}; it must be above 0, and at most 1e12")
     kind, dtype = cfg.quantized[0] if cfg.quantized else dtype if dtype.startswith("int") else None, "float32" if dtype.startswith("int") else dtype
     room, speed, *peaks = p.DEVICES.get(device or "", (p.available(), None, None, None))
     flops = peaks[dtype not in ("float16", "bfloat16")]  # whole numbers are computed with in float32

@@ -10,7 +10,7 @@ import numpy as np
 from opt_np.arrays import host
 from opt_np.ops import softmax
 from opt_np.processors import highest, process
-from opt_np.reader import Reading, Said
+from opt_np.reader import Answer, Reading
 
 if TYPE_CHECKING:
     from opt_np.generate import Request
@@ -24,14 +24,14 @@ def picker(request: Request) -> Any:
     """
     B, k, alpha = len(request.ids), request.settings.top_k, request.settings.penalty_alpha
     processors, reader = request.chain(), request.reader
-    context: Any = None  # (B, S, W): the directions of what was read
+    context: Any = None  # (B, S, W): unit vectors of what was read
     logits: Any = None  # (B, V): of what comes next
 
-    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
+    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Answer, tuple[np.ndarray, np.ndarray]]:
         nonlocal context, logits
         if step == 0:
             h, logits = yield Reading(ids, mask, hidden=True)
-            context = directions(h)
+            context = unit_vectors(h)
         P = softmax(process(processors, np.asarray(logits), ids)[0])
         tokens = highest(P, min(k, P.shape[1]))  # (B, K)
         K = tokens.shape[1]
@@ -39,13 +39,13 @@ def picker(request: Request) -> Any:
         reader.reorder(rows)
         longer = np.concatenate([ids[rows], tokens.reshape(-1, 1)], 1), np.concatenate([mask[rows], np.ones((B * K, 1), mask.dtype)], 1)
         read, after = yield Reading(*longer, hidden=True)
-        h = directions(read)  # (B·K, 1, W)
+        h = unit_vectors(read)  # (B·K, 1, W)
         if h.shape[1] > 1:  # past the model's positions all was read again: these are the tokens that it sees
             context = h[::K, :-1]
         candidates = h[:, -1].reshape(B, K, -1)
         text = mask[:, None, mask.shape[1] - context.shape[1] :] != 0  # (B, 1, S)
-        likeness = np.where(text, candidates @ context.swapaxes(1, 2), -np.inf)  # (B, K, S)
-        best = ((1 - alpha) * np.take_along_axis(P, tokens, 1) - alpha * likeness.max(-1)).argmax(1)  # (B)
+        similarity = np.where(text, candidates @ context.swapaxes(1, 2), -np.inf)  # (B, K, S)
+        best = ((1 - alpha) * np.take_along_axis(P, tokens, 1) - alpha * similarity.max(-1)).argmax(1)  # (B)
         kept = np.arange(B) * K + best
         reader.reorder(kept)
         context = np.concatenate([context, candidates[np.arange(B), best][:, None]], 1)
@@ -55,7 +55,7 @@ def picker(request: Request) -> Any:
     return pick
 
 
-def directions(h: Any) -> np.ndarray:
+def unit_vectors(h: Any) -> np.ndarray:
     """Vectors of length 1.  h: (N, T, W)  ->  (N, T, W)"""
     h = host(h)
     h = h.astype(np.float32) if h.dtype == np.float16 else h  # whose squares are soon infinite

@@ -18,16 +18,16 @@ import numpy as np
 from opt_np import beam, contrastive
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
-from opt_np.model import id_array, mask_array
+from opt_np.model import check_ids, id_array, mask_array
 from opt_np.ops import softmax
 from opt_np.processors import Processor, chain, log_softmax, process
-from opt_np.reader import Decoding, Reader, Reading, Said, read
+from opt_np.reader import Answer, Decoding, Reader, Reading, read
 from opt_np.settings import Settings, resolve
 from opt_np.stopping import stop_check
 
 DEFAULT_NEW_TOKENS = 20  # HF's default length
 
-Pick = Callable[[np.ndarray, np.ndarray, int], Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]]
+Pick = Callable[[np.ndarray, np.ndarray, int], Generator[Reading, Answer, tuple[np.ndarray, np.ndarray]]]
 # ids (N, T), mask (N, T), step -> chosen (N), logits (N, V)
 
 
@@ -61,6 +61,7 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     input_ids = id_array(input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"input_ids is {input_ids.shape}; generation continues at least one token per row, (B, T): for one prompt pass [ids]")
+    check_ids(cfg, input_ids)
     s = resolve(options, generation_config, cfg)
     if high := [word for word in s.bad_words_ids if max(word) >= cfg.vocab_size]:
         raise ValueError(f"bad_words_ids has {high[0]}; vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
@@ -95,7 +96,7 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
     n, ends, processors = s.num_return_sequences, tuple(s.eos_token_id), request.chain(s.num_return_sequences)
     greedy = not s.do_sample and all(name in ("min_length", "min_new_tokens") for name, _ in processors)
 
-    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Said, tuple[np.ndarray, np.ndarray]]:
+    def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Answer, tuple[np.ndarray, np.ndarray]]:
         _, logits = yield Reading(ids, mask, copies=1 if step else n, likely=(request.new - step - 1) * greedy, ends=ends)
         scores, best = process(processors, logits, ids, tap)
         if not s.do_sample:
@@ -138,8 +139,7 @@ class Step:
 
     def shrink(self) -> None:
         """Forgets the logits, once what they tell of each row has been worked out."""
-        assert self.logprobs is not None
-        assert self.entropies is not None
+        _ = self.logprobs, self.entropies  # both are kept from here on
         self.scores = self.logits = self.__dict__["_log_probabilities"] = np.empty((len(self.ids), 0))
 
 

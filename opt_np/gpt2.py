@@ -20,7 +20,7 @@ from opt_np import checkpoint, hub, trace
 from opt_np.checkpoint import CheckpointError
 from opt_np.classes import BACKENDS, OPTForCausalLM, choose_backend
 from opt_np.config import FIRST_ROW, POSITION_OFFSET, OPTConfig
-from opt_np.tokenizer import OPTTokenizer, byte_level
+from opt_np.tokenizer import BYTE_OF, OPTTokenizer, byte_level
 from opt_np.tree import unflatten
 
 END = "<|endoftext|>"
@@ -104,17 +104,10 @@ def tokenizer(folder: Path) -> OPTTokenizer:
     try:
         lines = merges.read_text(encoding="utf-8-sig").splitlines()
         rules = [(left, right) for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
-        vocabulary = [*byte_characters(), *(left + right for left, right in rules), END]
+        vocabulary = [*BYTE_OF, *(left + right for left, right in rules), END]
         return OPTTokenizer(byte_level(models.BPE({token: i for i, token in enumerate(vocabulary)}, rules), add_prefix_space=False), settings)
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise CheckpointError(f"{merges} cannot be read as GPT-2's merges: {error}") from None
-
-
-def byte_characters() -> list[str]:
-    """The letters that stand for the 256 bytes in byte-level BPE, in the order of GPT-2's ids: printable ones first, as themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = len([byte for byte in range(256) if byte not in printable])
-    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(others)]
 
 
 # Side by side

@@ -17,7 +17,7 @@ import numpy as np
 
 from opt_np import ops as numpy_ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
-from opt_np.model import Layout, embeddings, id_array, layout, no_tap
+from opt_np.model import Layout, embeddings, id_array, make_layout, no_tap
 from opt_np.ops import cross_entropy
 
 IGNORED = -100  # a label that asks for nothing
@@ -104,18 +104,18 @@ def dropout_bwd(dy: np.ndarray, saved: tuple | None) -> np.ndarray:
 # ---- attention ---------------------------------------------------------------------------------------------------------------------------
 
 
-def attention_fwd(q: Any, k: Any, v: Any, scale: float, where: Layout, rate: float, rng: np.random.Generator | None,
+def attention_fwd(q: Any, k: Any, v: Any, scale: float, layout: Layout, rate: float, rng: np.random.Generator | None,
                   ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), saved
     """
     if rng is None or rate == 0:
-        O, L = ops.attention_lse(q, k, v, scale, where)
-        return O, (q, k, v, scale, where, ops, O, L, None, None)
-    P = ops.attention_probs(q, k, scale, where)
+        O, L = ops.attention_lse(q, k, v, scale, layout)
+        return O, (q, k, v, scale, layout, ops, O, L, None, None)
+    P = ops.attention_probs(q, k, scale, layout)
     thinned, dropped = dropout_fwd(P, rate, rng)
-    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, where, ops, None, None, P, dropped)
+    return (thinned @ v.swapaxes(1, 2)).swapaxes(1, 2), (q, k, v, scale, layout, ops, None, None, P, dropped)
 
 
 def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,9 +123,9 @@ def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray,
 
     dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    q, k, v, scale, where, ops, O, L, P, dropped = saved
+    q, k, v, scale, layout, ops, O, L, P, dropped = saved
     if P is None:
-        return ops.attention_bwd(dO, q, k, v, O, L, scale, where)
+        return ops.attention_bwd(dO, q, k, v, O, L, scale, layout)
     dO, q, k, v = (a.swapaxes(1, 2) for a in (dO, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
     dv = dropout_bwd(P, dropped).swapaxes(2, 3) @ dO
     dP = dropout_bwd(dO @ v.swapaxes(2, 3), dropped)
@@ -133,12 +133,12 @@ def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray,
     return (dscores @ k).swapaxes(1, 2), (dscores.swapaxes(2, 3) @ q).swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
-def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None,
+def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, layout: Layout, rng: np.random.Generator | None,
                        ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """model.self_attention, keeping what the backward needs.  h: (B, T, D)  ->  (B, T, D), saved"""
     heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
-    O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, where, cfg.attention_dropout, rng, ops)
+    O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, layout, cfg.attention_dropout, rng, ops)
     y, out_proj = linear_fwd(O.reshape(h.shape), p["out_proj"], ops)
     return y, (h, p, attn, out_proj, ops)
 
@@ -158,7 +158,7 @@ def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 # ---- the block and the stack -------------------------------------------------------------------------------------------------------------
 
 
-def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng: np.random.Generator | None = None,
+def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, layout: Layout, rng: np.random.Generator | None = None,
                       ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
     """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer).
 
@@ -166,7 +166,7 @@ def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, where: Layout, rng
     """
     pre, ln1, ln2 = cfg.do_layer_norm_before, p.get("self_attn_layer_norm", {}), p.get("final_layer_norm", {})
     h, norm1 = layer_norm_fwd(x, ln1, ops) if pre else (x, None)
-    h, attn = self_attention_fwd(h, p["self_attn"], cfg, where, rng, ops)
+    h, attn = self_attention_fwd(h, p["self_attn"], cfg, layout, rng, ops)
     h, drop1 = dropout_fwd(h, cfg.dropout, rng)
     x = x + h
     if not pre:
@@ -216,23 +216,23 @@ def decoder_fwd(
         raise ValueError("whole numbers have no gradients, and this model's weights are int8 or int4; train the checkpoint that they were made from")
     if not isinstance(params["layers"], list):
         raise ValueError("gradients need every layer in memory, and this model's are read from disk one by one; load it without stream_layers")
-    where = layout(cfg, input_ids, attention_mask)
-    x = embeddings(params, input_ids, where, ops, no_tap)
+    layout = make_layout(cfg, input_ids, attention_mask)
+    x = embeddings(params, input_ids, layout, ops, no_tap)
     project_in = (ops.embed(input_ids, **params["embed_tokens"]), params["project_in"], ops) if "project_in" in params else None
     layers, norm, project_out = [], None, None
     for p in params["layers"]:
-        x, saved = decoder_layer_fwd(x, p, cfg, where, rng, ops)
+        x, saved = decoder_layer_fwd(x, p, cfg, layout, rng, ops)
         layers.append(saved)
     if cfg.has_final_layer_norm:
         x, norm = layer_norm_fwd(x, params.get("final_layer_norm", {}), ops)
     if "project_out" in params:
         x, project_out = linear_fwd(x, params["project_out"], ops)
-    return x, (input_ids, where, cfg, project_in, layers, norm, project_out)
+    return x, (input_ids, layout, cfg, project_in, layers, norm, project_out)
 
 
 def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
     """Gradients of the decoder's tree, beside the head's; the tied matrix, first layer and last, collects both.  dx: (B, T, W)"""
-    input_ids, where, cfg, project_in, layers, norm, project_out = saved
+    input_ids, layout, cfg, project_in, layers, norm, project_out = saved
     grads: dict[str, Any] = dict(d_head)
     if project_out is not None:
         dx, grads["project_out"] = linear_bwd(dx, project_out)
@@ -242,7 +242,7 @@ def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
     grads["layers"] = [None] * len(layers)
     for i in reversed(range(len(layers))):
         dx, grads["layers"][i] = decoder_layer_bwd(dx, layers.pop())  # popped: its arrays are free once used
-    rows = np.broadcast_to(where.positions, input_ids.shape) + POSITION_OFFSET
+    rows = np.broadcast_to(layout.positions, input_ids.shape) + POSITION_OFFSET
     d_positions = np.zeros((cfg.max_position_embeddings + POSITION_OFFSET, cfg.hidden_size), dx.dtype)
     grads["embed_positions"] = {"weight": embed_bwd(dx, rows, d_positions)}
     if project_in is not None:
@@ -403,7 +403,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
 
     `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on;
     `ops` is the backend.
-    Labels as HF: shifted inside, -100 ignored. Raises ValueError as `layout` does, and where no label is left.
+    Labels as HF: shifted inside, -100 ignored. Raises ValueError as `make_layout` does, and where no label is left.
     """
     input_ids, labels, num_items = id_array(input_ids), np.asarray(labels), None if num_items is None else int(num_items)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng, ops)

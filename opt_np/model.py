@@ -58,19 +58,24 @@ def mask_array(attention_mask: Any) -> np.ndarray:
     return mask.astype(np.int64)
 
 
-def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
+def check_ids(cfg: OPTConfig, input_ids: np.ndarray) -> None:
+    """Raises ValueError for what is no rows of ids in the vocabulary."""
+    if input_ids.ndim != 2 or (input_ids.size and input_ids.dtype.kind not in "iu"):
+        raise ValueError(f"input_ids is {input_ids.dtype}{input_ids.shape}; it is whole numbers, (B, T): for one row pass [ids]")
+    if not input_ids.size or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
+        span = f"hold {input_ids.min()} to {input_ids.max()}" if input_ids.size else f"are empty, {input_ids.shape}"
+        raise ValueError(f"input_ids {span}; a row needs at least one token, and vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
+
+
+def make_layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
     """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so that pads on the left move nothing.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)
 
     Raises ValueError for ids outside the vocabulary, a mask of another length, and rows with more real tokens than the model has positions.
     """
-    if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu":
-        raise ValueError(f"input_ids is {input_ids.dtype}{input_ids.shape}; it is whole numbers, (B, T): for one row pass [ids]")
+    check_ids(cfg, input_ids)
     B, T = input_ids.shape
-    if not input_ids.size or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
-        span = f"hold {input_ids.min()} to {input_ids.max()}" if input_ids.size else f"are empty, {(B, T)}"
-        raise ValueError(f"input_ids {span}; a row needs at least one token, and vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")
     positions, visible = np.arange(past, past + T)[None], None
     if attention_mask is not None:
         mask = mask_array(attention_mask)
@@ -84,9 +89,11 @@ def layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, po
         positions = np.atleast_2d(host(position_ids))
         if positions.shape not in ((B, T), (1, T)) or positions.dtype.kind not in "iu":
             raise ValueError(f"position_ids is {positions.dtype}{positions.shape}; it is whole numbers, {(B, T)} or {(1, T)}")
-    if positions.max() >= cfg.max_position_embeddings or positions.min() < -1:
+    if positions.min() < -1:
+        raise ValueError(f"position {positions.min()} is outside this model's 0 to {cfg.max_position_embeddings - 1}; a pad's is -1")
+    if positions.max() >= cfg.max_position_embeddings:
         raise ValueError(
-            f"position {positions.max() if positions.max() > 0 else positions.min()} is outside this model's 0 to {cfg.max_position_embeddings - 1}: "
+            f"position {positions.max()} is outside this model's 0 to {cfg.max_position_embeddings - 1}: "
             f"max_position_embeddings={cfg.max_position_embeddings} is the most real tokens a row may have. "
             f"Shorten the text, keep its last {cfg.max_position_embeddings} tokens, or score it in windows"
         )
@@ -168,12 +175,12 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     backend may leave at 0 otherwise. Equals HF's OPTModel.
     """
     input_ids, tap = id_array(input_ids), tap or no_tap
-    where = layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
-    x = embeddings(params, input_ids, where, ops, tap)
+    layout = make_layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
+    x = embeddings(params, input_ids, layout, ops, tap)
     if tap is no_tap and hasattr(ops, "decoder"):  # a backend's own, which may leave padding at 0
-        x = ops.decoder(params, x, cfg, where, ops, cache, tap, hidden_states, padding)
+        x = ops.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states, padding)
     else:
-        x = decoder(params, x, cfg, where, ops, cache, tap, hidden_states)
+        x = decoder(params, x, cfg, layout, ops, cache, tap, hidden_states)
     x = final(params, x, cfg, ops, tap)
     if hidden_states is not None:
         hidden_states.append(x)
@@ -196,7 +203,7 @@ def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, V)
 
     logits_to_keep: the last so many positions only, or an array of positions; 0 keeps all (the logits of 2048 tokens are 400 MB).
-    Raises ValueError as `layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
+    Raises ValueError as `make_layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
     """
     h = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)
     return lm_logits(params, h, ops, logits_to_keep, tap or no_tap)

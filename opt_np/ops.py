@@ -1,7 +1,7 @@
 """The operations of OPT in plain NumPy: the contract that every backend keeps, name for name.
 
 N stands for any leading axes. The result has the dtype of the input: no op promotes float32 to float64.
-Backward passes are in grad.py, except attention's, which shares its tiles with the forward pass and so stands beside it.
+Backward passes are in grad.py; those that a backend does in its own way, attention's, LayerNorm's, the activation's and the loss's, stand here.
 """
 
 from __future__ import annotations

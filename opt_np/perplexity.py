@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from opt_np.processors import log_softmax
 from opt_np.score import Window, blocks, check_stride, hidden, logits_of, stride_windows, window_of
@@ -83,6 +82,8 @@ def perplexity(model: Any, tokenizer: Any, text: str, convention: str = "gptq", 
     if not cut:
         wanted = f"one window of {window}" if name == "gptq" else "2, as each is scored by those before it"
         raise TooShort(f"{convention}: the text is {len(tokens)} tokens, and it takes {wanted}; add text or shorten the window")
+    from tqdm import tqdm  # here, as only files, training and this need more than NumPy
+
     nats = np.array([-window_logprobs(model, tokens, w).sum() for w in tqdm(cut, desc=convention, unit=" windows", disable=None, leave=False)])
     scored = sum(w.stop - w.first for w in cut)
     dropped = max(len(tokenizer.encode(text, add_special_tokens=False)) - scored, 0)

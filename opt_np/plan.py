@@ -102,11 +102,10 @@ def checked(cfg: OPTConfig, batch: int, prompt: int, gen: int) -> None:
     for name, value in (("batch", batch), ("prompt", prompt), ("gen", gen)):
         if not 1 <= value <= 1_000_000:
             raise ValueError(f"{name} is {str(value)[:12]}; it is from 1 to 1000000")
-    if prompt + gen - 1 > cfg.max_position_embeddings:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {gen} new ones outgrow this model's {cfg.max_position_embeddings} positions; "
-            f"the last new token needs none: ask for at most {max(cfg.max_position_embeddings + 1 - prompt, 0)}"
-        )
+    fits = cfg.max_position_embeddings + 1 - prompt
+    if gen > fits:
+        way = f"the last new token needs none: ask for at most {fits}" if fits > 0 else f"shorten the prompt to at most {cfg.max_position_embeddings}"
+        raise ValueError(f"a prompt of {prompt} tokens and {gen} new ones outgrow this model's {cfg.max_position_embeddings} positions; {way}")
 
 
 def available() -> float | None:

@@ -30,7 +30,7 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
 
     padding: (B)        how many ids on the left of each row are no text; `prompt`: tokens in the prompt, padding included.
     """
-    least = len(s.eos_token_id) + 1 if s.beams else 1  # beams go on only from tokens that are no end
+    least = max(len(s.eos_token_id) + 1, 2) if s.beams else 1  # beams go on only from tokens that are not an end, and HF keeps two where none is
     words = [word for word in s.bad_words_ids if [*word] not in [[end] for end in s.eos_token_id]]  # HF's rule: an end is no bad word
     shortest = s.min_length if s.min_new_tokens is None else 0
     steps: list[tuple[str, bool, Processor]] = [
@@ -49,11 +49,11 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
 
 
 def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarray,
-            tap: Callable[[str, np.ndarray], None] | None = None) -> tuple[Any, np.ndarray]:  # fmt: skip
+            tap: Callable[[str, np.ndarray], None] | None = None, beams: int = 1) -> tuple[Any, np.ndarray]:  # fmt: skip
     """Scores after every processor, and the best token of each row, the first of equal ones; `tap` sees the scores after each processor.
 
     scores: (B, V);  ids: (B, T)  ->  (B, V), (B)        Raises ValueError.
-    Scores that are elsewhere may bring processors of their own, as `after`; to the others they are arrays.
+    Rows come in runs of so many `beams`. Scores that are elsewhere may bring processors of their own, as `after`; to the others they are arrays.
     """
     for name, processor in processors:
         own = scores.after(processor) if hasattr(scores, "after") else None
@@ -62,8 +62,10 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
             tap(name, np.asarray(scores))
     tokens = scores.argmax(-1)
     best = scores.max(-1) if hasattr(scores, "after") else scores[np.arange(len(tokens)), tokens]  # where there is NaN, it is the best
-    if not np.isfinite(best).all():
-        raise ValueError(f"row {int((~np.isfinite(best)).argmax())} has no token to choose: the model's scores are NaN or infinite (are its weights? "
+    good = np.isfinite(best)
+    good |= (best == -np.inf) & np.repeat(good.reshape(-1, beams).any(1), beams)  # of some beams, one may be without a way on
+    if not good.all():
+        raise ValueError(f"row {int((~good).argmax()) // beams} has no token to choose: the model's scores are NaN or infinite (are its weights? "
                          f"strict=True tells), or the options remove every token")  # fmt: skip
     return scores, tokens
 

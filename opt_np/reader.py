@@ -30,8 +30,8 @@ class Reading(NamedTuple):
     ends: tuple[int, ...] = ()
 
 
-Said = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), and the logits that follow, (N, V) float32
-Decoding = Generator[Any, Said, None]  # yields Readings, and what it finds
+Answer = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), and the logits that follow, (N, V) float32
+Decoding = Generator[Any, Answer, None]  # yields Readings, and what it finds
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Reader:
     def __post_init__(self) -> None:
         self.cache = KVCache(self.most[1])
 
-    def __call__(self, reading: Reading) -> Said:
+    def __call__(self, reading: Reading) -> Answer:
         ids, mask, copies, *_ = reading
         longest, start, cache = self.cfg.max_position_embeddings, self.first, self.cache
         if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
@@ -70,7 +70,7 @@ class Reader:
         self.cache.reorder(rows)
 
 
-def read(decoding: Decoding, reader: Callable[[Reading], Said]) -> Iterator[Any]:
+def read(decoding: Decoding, reader: Callable[[Reading], Answer]) -> Iterator[Any]:
     """What a way of decoding finds, with a reader for it alone."""
     answer: Any = None
     while True:

@@ -21,7 +21,7 @@ from opt_np import grad
 from opt_np import ops as numpy_ops
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
-from opt_np.model import embeddings, final, id_array, last_hidden_state, layout, lm_logits, mask_array, no_tap
+from opt_np.model import embeddings, final, id_array, last_hidden_state, lm_logits, make_layout, mask_array, no_tap
 from opt_np.processors import highest, log_softmax
 from opt_np.settings import whole
 
@@ -248,10 +248,10 @@ def mc_dropout(
 
 def hidden_with_dropout(params: dict, ids: np.ndarray, attention_mask: Any, cfg: OPTConfig, rng: np.random.Generator) -> np.ndarray:
     """grad.decoder_fwd, without keeping what a backward pass needs.  ids: (B, T);  attention_mask: (B, T)  ->  (B, T, W)"""
-    where = layout(cfg, ids, attention_mask)
-    x = embeddings(params, ids, where, numpy_ops, no_tap)
+    layout = make_layout(cfg, ids, attention_mask)
+    x = embeddings(params, ids, layout, numpy_ops, no_tap)
     for p in params["layers"]:
-        x, _ = grad.decoder_layer_fwd(x, p, cfg, where, rng)
+        x, _ = grad.decoder_layer_fwd(x, p, cfg, layout, rng)
     return final(params, x, cfg, numpy_ops, no_tap)
 
 

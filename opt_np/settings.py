@@ -69,14 +69,14 @@ class Settings:
         """Options that are set and do nothing, and what they need."""
         sampling = {} if self.do_sample else dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"), "do_sample=True")
         beams = {} if self.beams else dict.fromkeys(("length_penalty", "early_stopping"), "num_beams above 1")
-        needs = {**sampling, **beams, "penalty_alpha": "top_k above 1, and neither do_sample nor beams"}
+        needs = {**sampling, **beams, "penalty_alpha": "top_k above 1, or with do_sample or beams"}
         of_use = {"top_k", "penalty_alpha"} if self.contrastive else set()
         return {name: need for name, need in needs.items() if name not in of_use and getattr(self, name) != getattr(Settings, name)}
 
 
-def whole(least: int) -> Callable[[Any], bool]:
+def whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
     """What says whether a value is a whole number of at least so much."""
-    return lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+    return lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 def number(least: float, most: float = math.inf, or_equal: bool = False) -> Callable[[Any], bool]:
@@ -94,21 +94,22 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what each value must 
     "max_length": (lambda n: isinstance(n, int | np.integer), "must be a whole number"),
     "min_length": (whole(0), "must be a whole number of at least 0"),
     "min_new_tokens": (whole(0), "must be a whole number of at least 0"),
-    "eos_token_id": (lambda ids: all(isinstance(i, int) for i in ids), "must be whole numbers: one id, several, or [] for none"),
+    "eos_token_id": (lambda ids: all(isinstance(i, int) and abs(i) < 2**63 for i in ids), "must be whole numbers: one id, several, or [] for none"),
     "pad_token_id": (whole(0), "must be a whole number of at least 0"),
     "stop_strings": (lambda strings: all(isinstance(s, str) and s for s in strings), "must be texts of at least one character"),
     "overflow": (lambda way: way in ("error", "truncate_left", "slide"), 'must be "error", "truncate_left" or "slide"'),
     "repetition_penalty": (number(0), "must be above 0 (1 turns it off)"),
     "no_repeat_ngram_size": (whole(0), "must be a whole number of at least 0 (0 turns it off)"),
     "bad_words_ids": (id_lists, "must be a list of lists of ids, none of them empty"),
+    "do_sample": (lambda on: isinstance(on, bool | np.bool_), "must be True or False"),
     "temperature": (number(0), "must be above 0; for the likeliest token every time use do_sample=False"),
     "top_k": (whole(0), "must be a whole number of at least 0 (0 turns it off)"),
     "top_p": (number(0, 1), "must be above 0 and at most 1"),
     "min_p": (number(0, 1, or_equal=True), "must be from 0 to 1 (0 turns it off)"),
     "typical_p": (number(0, 1), "must be above 0 and at most 1"),
     "seed": (whole(0), "must be a whole number of at least 0"),
-    "num_return_sequences": (whole(1), "must be a whole number of at least 1"),
-    "num_beams": (whole(1), "must be a whole number of at least 1"),
+    "num_return_sequences": (whole(1, 1_000_000), "must be a whole number from 1 to 1000000"),
+    "num_beams": (whole(1, 1_000_000), "must be a whole number from 1 to 1000000"),
     "length_penalty": (lambda p: isinstance(p, numbers.Real) and abs(float(p)) <= 50, "must be a number from -50 to 50"),
     "early_stopping": (lambda way: isinstance(way, bool) or way == "never", 'must be True, False or "never"'),
     "penalty_alpha": (number(0, 1, or_equal=True), "must be from 0 to 1 (0 turns it off)"),
@@ -144,7 +145,7 @@ def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, c
         warnings.warn(f"the model's generation_config asks for {', '.join(ignored)}, which is not built here and has no effect", stacklevel=5)
     idle = {name: need for name, need in settings.without_effect().items() if name in given}
     if idle:
-        warnings.warn("; ".join(f"{name}: of effect only with {need}" for name, need in idle.items()), stacklevel=5)
+        warnings.warn("; ".join(f"{name} has no effect without {need}" for name, need in idle.items()), stacklevel=5)
     outside = [i for i in settings.eos_token_id if i >= cfg.vocab_size] if "eos_token_id" in given else []
     if outside:
         warnings.warn(f"eos_token_id={outside} is outside the vocabulary of {cfg.vocab_size} ids, and ends nothing", stacklevel=5)

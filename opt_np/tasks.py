@@ -44,7 +44,7 @@ def read_texts(files: Iterable[str | Path]) -> list[str]:
     texts = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
         if not texts[-1].strip():
@@ -64,7 +64,7 @@ def read_examples(path: str | Path, keys: Sequence[str]) -> dict[int, dict[str, 
             continue
         try:
             example = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(example, dict):
             raise DataError(f"{path}:{number} holds a JSON {type(example).__name__}; each line is an object with {', '.join(keys)}")
@@ -249,7 +249,7 @@ class QuestionAnswering(Examples):
     def row(self, example: dict) -> tuple[list[int], tuple[int, int]]:
         """</s> question </s> context, cut at `context` tokens; an end that is cut off gets the position `context`."""
         text, start, answer = example["context"], example["answer_start"], example["answer"]
-        if not answer or text[start : start + len(answer)] != answer:
+        if start < 0 or not answer or text[start : start + len(answer)] != answer:
             raise DataError(
                 f"the answer {answer!r} does not stand at character {start} of its context, where {text[start : start + len(answer)]!r} is"
             )

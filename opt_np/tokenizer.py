@@ -164,16 +164,22 @@ class OPTTokenizer:
         return bytes(BYTE_OF[c] for c in token)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes vocab.json, merges.txt and the two small configs: the files of facebook/opt-125m, which HF reads too."""
+        """Writes vocab.json, merges.txt and the two small configs: the files of facebook/opt-125m, which HF reads too.
+
+        What cuts or changes the text in another way, as a tokenizer.json may ask for, is written as tokenizer.json, in place of the first two.
+        """
         from opt_np.checkpoint import write_text
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        bpe = json.loads(self._tokenizer.to_str())["model"]
+        own = json.loads(self._tokenizer.to_str())
+        plain, bpe = json.loads(byte_level(models.BPE(), self.config.get("add_prefix_space", False)).to_str()), own["model"]
         contents = {"bos_token": self.bos_token, "eos_token": self.eos_token, "unk_token": self.eos_token, "pad_token": self.pad_token}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
         token = {name: {"content": content, **flags} for name, content in contents.items()}
-        config = {"errors": "replace", "add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
+        own_way = any(own[part] != plain[part] for part in ("normalizer", "pre_tokenizer"))
+        config = {"errors": "replace", "tokenizer_class": "PreTrainedTokenizerFast" if own_way else "GPT2Tokenizer"}
+        config |= {"add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
         config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
         added = {i: t for i, t in self._added.items() if t.content not in bpe["vocab"]}
         if added:
@@ -181,9 +187,15 @@ class OPTTokenizer:
                 str(i): {"content": t.content, **flags, "normalized": t.normalized, "special": t.special} for i, t in added.items()
             }
         merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
-        files = (json.dumps(bpe["vocab"], ensure_ascii=False), "#version: 0.2\n" + merges, json.dumps(config), json.dumps(token))
-        for name, content in zip(FILES, files, strict=True):
-            write_text(folder / name, content)
+        if own_way:
+            write_text(folder / "tokenizer.json", self._tokenizer.to_str())
+            for name in FILES[:2]:  # of another tokenizer: they would be read first
+                (folder / name).unlink(missing_ok=True)
+        else:
+            write_text(folder / FILES[0], json.dumps(bpe["vocab"], ensure_ascii=False))
+            write_text(folder / FILES[1], "#version: 0.2\n" + merges)
+        write_text(folder / FILES[2], json.dumps(config))
+        write_text(folder / FILES[3], json.dumps(token))
 
 
 class Detokenizer:

@@ -30,19 +30,7 @@ STATE = "train_state.safetensors"  # parameters, moments and step in one file: o
 BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
 HEAD_OF = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "text",
-    "data",
-    "steps",
-    "save_every",
-    "save_dtype",
-    "eval_every",
-    "eval_text",
-    "eval_data",
-}  # data has a checksum
-
+MAY_CHANGE = {"out", "resume", "text", "data", "steps", "save_every", "save_dtype", "eval_every", "eval_text", "eval_data"}  # data has a checksum
 LEAST = {"steps": 1, "context": 2, "batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 0, "warmup_steps": 0, "seed": 0,
          "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0}  # fmt: skip
 SHAPE = "vocab_size", "hidden_size", "num_layers", "num_heads"
@@ -86,6 +74,9 @@ class Options:
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:  # NaN too
                 raise ValueError(f"{flag(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value >= 2**31:
+                raise ValueError(f"{flag(name)} is {value}; it must be below 2147483648")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
@@ -95,6 +86,9 @@ class Options:
             raise ValueError("--text and --data are two sources; give one")
         if self.text and self.task != "lm":
             raise ValueError(f"--task {self.task} learns from --data, not from --text")
+        other = "eval_data" if self.task == "lm" else "eval_text"
+        if getattr(self, other):
+            raise ValueError(f"--task {self.task} is evaluated on {flag(self.eval_source)}, not on {flag(other)}")
         if self.eval_every and not self.evaluated:
             raise ValueError(f"--eval-every {self.eval_every} needs {flag(self.eval_source)}, something to evaluate on")
 
@@ -164,7 +158,7 @@ def train(options: Options) -> dict[str, Any]:
             bar.set_postfix_str(f"step {step + 1}/{options.steps}, loss {line['loss']:.3f}")
             if interrupt.asked:
                 break
-    return line or log.last
+    return line or log.last or {"step": first}
 
 
 def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
@@ -197,7 +191,7 @@ def new_run(out: Path, options: Options) -> Run:
     if options.model:
         idle = [flag(name) for name in SHAPE if getattr(options, name) != getattr(Options, name)]
         if idle:
-            warnings.warn(f"{', '.join(idle)}: of effect only without --model; {options.model} has its own", stacklevel=3)
+            warnings.warn(f"{', '.join(idle)}: no effect beside --model; {options.model} has its own", stacklevel=3)
         params, cfg = checkpoint.load(options.model)
         tokenizer = OPTTokenizer.from_pretrained(options.model)
     else:
@@ -283,6 +277,10 @@ def resumed_run(out: Path, options: Options) -> Run:
             metadata, state = file.metadata(), unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise checkpoint.CheckpointError(f"{out / STATE} cannot be read: {error}. Was it copied whole? Without it the run starts anew") from None
+    if not {"config", "options", "checksum", "step"} <= (metadata or {}).keys():
+        raise checkpoint.CheckpointError(
+            f"{out / STATE} is not the state of a training run, but some other safetensors file; start anew in another --out"
+        )
     cfg, tokenizer = OPTConfig.from_dict(json.loads(metadata["config"])), OPTTokenizer.from_pretrained(out)
     then = {"backend": "numpy"} | json.loads(metadata["options"])
     backend = then["backend"] if options.backend == "auto" else options.backend

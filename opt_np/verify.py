@@ -324,12 +324,12 @@ def run_chunks(case: Case, chunk_points: Callable[[slice, KVCache | None, dict],
 def ends(run: Run) -> Run:
     """Of PyTorch's points, those that `run_whole` has."""
 
-    def few(points: dict) -> dict:
+    def ends_of(points: dict) -> dict:
         *names, last, head = points  # the last before lm_head is the last layer, the final LayerNorm, or project_out
         layers = [name for name in (*names, last) if LAYER.fullmatch(name)][:-1]  # the last layer's own output is not among hidden_states
         return {name: points[name] for name in (EMBEDDED, *layers)} | {LAST: points[last], LOGITS: points[head]}
 
-    return Run([few(points) for points in run.points])
+    return Run([ends_of(points) for points in run.points])
 
 
 def stage_of(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from reference import batch
 from test_generate import NO_EOS, language_model
 
-from opt_np import beam
+from opt_np import beam, processors
 
 SCENARIOS = list(itertools.product(("pre_norm", "like_350m"), (-1.0, 0.0, 1.0, 2.0), (False, True, "never")))
 
@@ -157,3 +157,19 @@ def test_beam_sampling_draws_without_replacement():
         pairs[first, second] += 1 / 4000
     expected = P[:, None] * P / (1 - P[:, None]) * (1 - np.eye(4))
     assert np.allclose(pairs, expected, atol=0.03)
+
+
+def test_without_an_end_beams_are_drawn_from_two_tokens_at_least():
+    """HF's rule: else top_k=1 would leave beams nothing to be different by."""
+    _, ours = language_model("pre_norm")
+    ids, _ = batch("none", seed=3)
+    new = ours.generate(ids[:1], do_sample=True, num_beams=2, num_return_sequences=2, top_k=1, seed=0, max_new_tokens=5, eos_token_id=[])
+    assert not np.array_equal(*new)
+
+
+def test_beams_go_on_where_one_of_them_has_no_token_left():
+    scores = np.float32([[-np.inf, -np.inf], [0, 1], [2, 1], [1, 0]])
+    assert processors.process([], scores, np.zeros((4, 1), int), beams=2)[1].tolist()[1:] == [1, 0, 0]
+    for broken in (scores, np.where(np.arange(4)[:, None] == 1, np.nan, scores)):
+        with pytest.raises(ValueError, match="row 0 has no token to choose"):
+            processors.process([], broken, np.zeros((4, 1), int), beams=1 if broken is scores else 2)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from opt_np import CheckpointError, OPTConfig, OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel, checkpoint
+from opt_np.quantize import quantized
 from opt_np.tree import flatten, unflatten
 
 VARIANTS = {
@@ -463,3 +464,15 @@ def test_a_config_is_not_changed_by_loading(tmp_path):
     cfg = small.config(extra={"note": 1})
     _, read = checkpoint.load(small.folder(tmp_path, cfg))
     assert dataclasses.replace(read, extra={}) == dataclasses.replace(cfg, extra={})
+
+
+def test_a_quantised_model_is_saved_as_it_is(tmp_path):
+    tree, cfg = quantized(small.params(small.config()), small.config(), "int8")
+    with pytest.raises(CheckpointError, match=r"is int8, of a quantised model.*leave out dtype=float16"):
+        checkpoint.save(tmp_path / "there", tree, cfg, "float16")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_class_without_a_head_makes_none(tmp_path):
+    with pytest.raises(ValueError, match="OPTModel has no head to make"):
+        OPTModel.from_pretrained(small.folder(tmp_path), new_head=True)

@@ -122,6 +122,6 @@ def test_rows_end_and_stream_as_in_greedy_search():
 def test_one_candidate_is_greedy_search():
     _, ours = language_model()
     ids, _ = batch("none", seed=4)
-    with pytest.warns(UserWarning, match="penalty_alpha: of effect only with top_k above 1"):
+    with pytest.warns(UserWarning, match="penalty_alpha has no effect without top_k above 1"):
         one = ours.generate(ids, penalty_alpha=0.6, top_k=1, max_new_tokens=4, **NO_EOS)
     assert np.array_equal(one, ours.generate(ids, max_new_tokens=4, **NO_EOS))

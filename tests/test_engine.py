@@ -685,3 +685,28 @@ def test_beams_have_no_steps_and_an_engine_has_limits():
             Engine(LM, **options)
     with pytest.raises(MemoryError, match="GB of keys and values; ask for fewer"):
         Engine(SimpleNamespace(ops=ops_cpu, config=CFG, params=LM.params), pages=10**13)
+
+
+def test_candidates_that_do_not_fit_into_a_round_keep_their_hidden_states():
+    """Without a final norm the states that are kept are the program's own buffer, which the next round writes."""
+    cfg = small.config(hidden_size=16, num_hidden_layers=1, _remove_final_layer_norm=True)
+    lm = OPTForCausalLM(small.params(cfg), cfg, backend="cpu")
+    options = {"penalty_alpha": 0.9, "top_k": 4, "max_new_tokens": 12, "eos_token_id": []}
+    e = Engine(lm, pages=8, max_batch=2)
+    assert np.array_equal(e.result(e.submit([[5, 6, 7, 8]], **options)), lm.generate([[5, 6, 7, 8]], **options))
+
+
+def test_projections_wider_than_all_else():
+    cfg = small.config(word_embed_proj_dim=400)
+    params, ids = small.params(cfg), small.ids(cfg, 1, 4)
+    found = [OPTForCausalLM(params, cfg, backend=backend).generate(ids, max_new_tokens=8, eos_token_id=[]) for backend in ("numpy", "cpu")]
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cpu"])
+@pytest.mark.parametrize("ids", [[[2.7, 400.2]], [[True, False]], [[5, 999]], [[]]], ids=str)
+def test_ids_are_checked_when_generation_is_asked_for(ids, backend):
+    lm = OPTForCausalLM(small.params(small.config()), small.config(), backend=backend)
+    for call in (lm.generate, lm.stream):
+        with pytest.raises(ValueError, match="input_ids"):
+            call(ids)

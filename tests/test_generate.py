@@ -557,7 +557,7 @@ def test_without_a_pad_id_finished_rows_are_filled_with_eos_as_in_hf():
 
 def test_settings_that_do_nothing_are_said():
     _, ours = language_model()
-    with pytest.warns(UserWarning, match="temperature: of effect only with do_sample"):
+    with pytest.warns(UserWarning, match="temperature has no effect without do_sample"):
         ours.generate([[5]], temperature=0.5, max_new_tokens=1)
 
 

@@ -104,10 +104,10 @@ def test_the_layer_that_keeps_its_inputs_equals_the_layer_bit_for_bit(variant):
     for dtype in ("float64", "float32"):
         _, cfg, params = build(variant, dtype=dtype)
         ids, mask = batch("left")
-        where = model.layout(cfg, ids, mask)
+        layout = model.make_layout(cfg, ids, mask)
         x = np.random.default_rng(0).normal(size=(*ids.shape, cfg.hidden_size)).astype(dtype)
-        expected = model.decoder_layer(x, params["layers"][0], cfg, where, ops, None, 0, model.no_tap)
-        assert np.array_equal(grad.decoder_layer_fwd(x, params["layers"][0], cfg, where)[0], expected)
+        expected = model.decoder_layer(x, params["layers"][0], cfg, layout, ops, None, 0, model.no_tap)
+        assert np.array_equal(grad.decoder_layer_fwd(x, params["layers"][0], cfg, layout)[0], expected)
         h, _ = grad.decoder_fwd(params, ids, cfg, mask, rng=None)
         assert np.array_equal(h, model.last_hidden_state(params, ids, cfg, attention_mask=mask))
 

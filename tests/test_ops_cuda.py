@@ -24,7 +24,7 @@ from reference import PADDINGS, VARIANTS, batch, build, tensors, worst
 from opt_fast import attention_cuda, nvrtc, ops_cuda, train_cuda
 from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel, cli, grad, model, ops
 from opt_np.arrays import host
-from opt_np.contrastive import directions
+from opt_np.contrastive import unit_vectors
 from opt_np.kv_cache import KVCache
 from opt_np.lens import attribution, logit_lens
 from opt_np.optim import adamw_init, adamw_step, clip_by_global_norm
@@ -553,11 +553,11 @@ def run(capsys):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_directions_of_large_numbers_have_length_1(dtype, device):
+def test_unit_vectors_of_large_numbers_have_length_1(dtype, device):
     """Their squares are beyond float16."""
     h = torch.full((1, 2, 2560), 8.0, dtype=DTYPES[dtype], device=device)
-    np.testing.assert_allclose(np.linalg.norm(directions(h), axis=-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(directions(np.full((1, 2, 2560), 8, np.float16)), 2560**-0.5, rtol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(unit_vectors(h), axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(unit_vectors(np.full((1, 2, 2560), 8, np.float16)), 2560**-0.5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

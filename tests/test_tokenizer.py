@@ -9,6 +9,7 @@ import small
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from opt_np import CheckpointError, OPTTokenizer
 
@@ -333,3 +334,23 @@ def test_padding_is_a_yes_or_no():
     with pytest.raises(ValueError, match="'max_length'"):
         small.tokenizer()(["a"], padding="max_length", max_length=8)
     assert small.tokenizer()([], padding=True)["input_ids"].shape == (0, 0)
+
+
+def test_a_tokenizer_that_cuts_text_in_its_own_way_is_saved_whole(tmp_path):
+    """As Galactica's, whose digits are tokens of their own: vocab.json and merges.txt do not say so."""
+    whole = small.tokenizer()._tokenizer
+    cut = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    whole.pre_tokenizer = cut
+    (tmp_path / "given").mkdir()
+    whole.save(str(tmp_path / "given" / "tokenizer.json"))
+    ours, out = OPTTokenizer.from_pretrained(tmp_path / "given"), tmp_path / "out"
+    small.tokenizer().save_pretrained(out)  # whose files would be read first
+    ours.save_pretrained(out)
+    text = "in 1999 it's 19991999 "
+    assert OPTTokenizer.from_pretrained(out).encode(text) == ours.encode(text) != small.tokenizer().encode(text)
+    assert transformers.AutoTokenizer.from_pretrained(out).encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+
+
+def test_a_saved_tokenizer_needs_no_model_beside_it(tmp_path):
+    small.tokenizer().save_pretrained(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("the cat") == small.tokenizer().encode("the cat")

@@ -179,7 +179,7 @@ def test_a_run_from_a_model_goes_on_without_it_but_not_from_another(text, tmp_pa
 
 
 def test_a_shape_for_a_model_that_has_one_is_said_to_do_nothing(text, tmp_path):
-    with pytest.warns(UserWarning, match="--hidden-size, --num-heads: of effect only without --model"):
+    with pytest.warns(UserWarning, match="--hidden-size, --num-heads: no effect beside --model"):
         train(options(tmp_path / "run", text, model=str(small.folder(tmp_path / "model")), steps=1, hidden_size=64, num_heads=8))
 
 
@@ -614,3 +614,40 @@ def test_training_runs_in_another_thread(text, tmp_path):
     thread.start()
     thread.join()
     assert len(log(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("changes", [{"eval_data": "no-such-file"}, {"task": "classify", "data": "x", "eval_text": ("no-such-file",)}], ids=str)
+def test_what_would_not_be_evaluated_on_is_refused(changes):
+    with pytest.raises(ValueError, match=r"is evaluated on --eval-(text|data), not on --eval-(data|text)"):
+        Options(out="x", **changes)
+
+
+def test_sizes_beyond_reason_are_refused():
+    with pytest.raises(ValueError, match=r"--vocab-size is 9{26}; it must be below 2147483648"):
+        Options(out="x", vocab_size=int("9" * 26))
+
+
+def test_a_finished_run_without_its_log_says_what_it_knows(text, tmp_path):
+    last = train(options(tmp_path, text, steps=2))
+    (tmp_path / "log.jsonl").unlink()
+    assert train(options(tmp_path, text, steps=2, resume=True)) == {"step": last["step"]}
+
+
+def test_a_state_that_is_another_file_is_refused_by_name(text, tmp_path):
+    train(options(tmp_path, text, steps=2))
+    (tmp_path / STATE).write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=f"{STATE} is not the state of a training run"):
+        train(options(tmp_path, text, steps=3, resume=True))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"], ids=["deep", "long number"])
+def test_json_that_python_gives_up_on_is_told_by_line(line, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(DataError, match=r"data\.jsonl:2 is not JSON"):
+        read_examples(tmp_path / "data.jsonl", ["text"])
+
+
+def test_an_answer_before_its_context_is_refused(tmp_path):
+    (tmp_path / "qa.jsonl").write_text('{"question": "q", "context": "abc def", "answer": "e", "answer_start": -2}')
+    with pytest.raises(DataError, match="does not stand at character -2"):
+        QuestionAnswering(small.tokenizer(), str(tmp_path / "qa.jsonl"), None, 16, 1, 0)
