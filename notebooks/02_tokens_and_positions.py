@@ -31,7 +31,7 @@ print(f"{len(vocab)} tokens, {cfg.max_position_embeddings} positions")
 # itself, the others from U+0100 on. A space, byte 32, becomes `Ġ`.
 
 # %%
-show(tokenizing._byte_alphabet)
+show(tokenizing.byte_alphabet)
 
 # %%
 letter = {byte: c for c, byte in tokenizing.BYTE_OF.items()}
@@ -98,20 +98,17 @@ check(my_encode, tok.encode, *((word, None, False) for word in words))
 # %% [markdown]
 # ## The same merges, other ids
 #
-# GPT-2 numbers its tokens by its merges: the 256 bytes, then merge 0, merge 1, and so on, and one special token at the end. OPT took over GPT-2's
+# GPT-2 numbers its tokens by its merges: the 256 bytes in the order of that alphabet, then merge 0, merge 1, and so on, and one special token at the end. OPT took over GPT-2's
 # 50000 merges, but its training code, fairseq, numbers tokens by how often they occur, behind four specials: in OPT `.` is 4 and ` the` is 5. So
 # both cut every text into the same pieces, and an id of one means another piece to the other.
 #
 # Our small tokenizer has its own merges, and shows half of this: its ids are GPT-2's numbering moved up by the four specials. In OPT the order differs too.
 
 # %%
-show(gpt2.byte_characters)
-
-# %%
 merges_only = Path(tempfile.mkdtemp())  # without vocab.json, ids follow from the merges alone
 shutil.copy(MODEL / "merges.txt", merges_only)
 as_gpt2 = gpt2.tokenizer(merges_only)
-numbers = {c: i for i, c in enumerate([*gpt2.byte_characters(), *("".join(pair) for pair in rank)])}
+numbers = {c: i for i, c in enumerate([*tokenizing.BYTE_OF, *("".join(pair) for pair in rank)])}
 text = "The old man crossed the threshold."
 ours, others = tok.encode(text, add_special_tokens=False), as_gpt2.encode(text)
 print("token      ours  as GPT-2")

@@ -259,11 +259,11 @@ def _content(config: dict[str, Any], name: str, default: str) -> str:
     return text
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's stand-in character for each byte: printable ones for themselves, the rest from U+0100 on (openai/gpt-2 encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-BYTE_OF = _byte_alphabet()
+BYTE_OF = byte_alphabet()
