@@ -178,7 +178,7 @@ class OPTTokenizer:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
         token = {name: {"content": content, **flags} for name, content in contents.items()}
         own_way = any(own[part] != plain[part] for part in ("normalizer", "pre_tokenizer"))
-        config = {"errors": "replace", "tokenizer_class": "PreTrainedTokenizerFast" if own_way else "GPT2Tokenizer"}
+        config: dict[str, Any] = {"errors": "replace", "tokenizer_class": "PreTrainedTokenizerFast" if own_way else "GPT2Tokenizer"}
         config |= {"add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
         config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
         added = {i: t for i, t in self._added.items() if t.content not in bpe["vocab"]}
