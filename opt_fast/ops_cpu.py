@@ -7,6 +7,7 @@ loading; one that is not packed is packed at each use, as training wants it. int
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def pack(params: dict, release: bool = False) -> dict:
             return kept(node)
         return pack_matrix(node) if node.ndim == 2 else kept(node, np.float32)
 
-    with kernel.side_by_side():
+    whole = "embed_tokens" in params and isinstance(params["layers"], list)  # layers that are read from disk come and go one by one
+    with kernel.side_by_side() if whole else nullcontext():
         return engine.Params(packed(params, ""))
 
 

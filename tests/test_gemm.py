@@ -470,3 +470,17 @@ def test_bfloat16_is_multiplied_in_pairs_where_numba_compiles_for_it(features, p
     codegen = SimpleNamespace(magic_tuple=lambda: ("x86_64-unknown-linux-gnu", "x86-64", features))
     monkeypatch.setattr(gemm, "cpu_target", SimpleNamespace(target_context=SimpleNamespace(codegen=lambda: codegen)))
     assert gemm.best_tile().pairs == (gemm.DPBF16 if pairs else "")
+
+
+def test_weights_of_a_model_share_pieces_of_memory_and_each_begins_at_a_line():
+    from opt_fast import kernel
+
+    weight = np.ones((70, 50), np.float32)
+    with kernel.side_by_side():
+        one, other = (gemm.pack(weight).panels for _ in range(2))
+        large = kernel.for_weights(kernel.PIECE + 1, np.uint8)
+    places = [kernel.address(a) for a in (one, other, large)]
+    assert 0 <= places[1] - places[0] - one.nbytes < kernel.LINE
+    assert not any(place % kernel.LINE for place in places)
+    assert kernel.address(gemm.pack(weight).panels) != places[1] + other.nbytes  # outside, each has its own
+    assert (np.asarray(gemm.Packed(one, weight.shape)) == weight).all()

@@ -14,6 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from opt_np import OPTForCausalLM, OPTTokenizer, gpt2, taps, trace
 from opt_np.checkpoint import CheckpointError
+from opt_np.tokenizer import BYTE_OF
 
 SIZE = {"vocab_size": 320, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 40}
 REAL = Path(os.environ.get("OPT_TOKENIZER", Path(__file__).resolve().parents[2] / "shared" / "opt_tokenizer"))
@@ -120,7 +121,7 @@ def test_ids_follow_from_merges(folder, tmp_path):
     """As the official library numbers them, from vocab.json."""
     learnt = ByteLevelBPETokenizer()
     learnt.train_from_iterator([small.TEXT], vocab_size=256 + 63, show_progress=False)
-    vocabulary = {token: i for i, token in enumerate([*gpt2.byte_characters(), *(a + b for a, b in json.loads(learnt.to_str())["model"]["merges"])])}
+    vocabulary = {token: i for i, token in enumerate([*BYTE_OF, *(a + b for a, b in json.loads(learnt.to_str())["model"]["merges"])])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {gpt2.END: len(vocabulary)}))
     shutil.copy(folder / "merges.txt", tmp_path)
     theirs, ours = transformers.GPT2Tokenizer.from_pretrained(str(tmp_path)), gpt2.tokenizer(folder)
