@@ -104,6 +104,8 @@ class Packed:
     Pairs are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour, 0 where I has none.
     """
 
+    width = COLUMNS  # of a panel
+
     def __init__(self, panels: np.ndarray, shape: tuple[int, int]) -> None:
         self.panels, self.shape = panels, shape  # 16-bit floats as BITS, or as PAIRS
 
@@ -113,7 +115,7 @@ class Packed:
 
     @property
     def count(self) -> int:
-        return math.ceil(self.shape[0] / COLUMNS)  # of panels
+        return math.ceil(self.shape[0] / self.width)  # of panels
 
     @property
     def size(self) -> int:
@@ -132,8 +134,10 @@ class Packed:
         if copy is False:
             raise ValueError("a packed weight cannot be seen as an array without a copy")
         P, k, _ = self.panels.shape
-        numbers = self.panels.view(self.dtype).reshape(P, k, COLUMNS, -1)  # (P, I, COLUMNS, 1) or (P, ⌈I/2⌉, COLUMNS, 2)
-        weight = numbers.swapaxes(1, 2).reshape(P * COLUMNS, k * numbers.shape[3])
+        numbers = self.panels.view(self.dtype).reshape(
+            P, k, self.width, 2 if self.panels.dtype == PAIRS else 1
+        )  # (P, I, COLUMNS, 1) or (P, ⌈I/2⌉, COLUMNS, 2)
+        weight = numbers.swapaxes(1, 2).reshape(P * self.width, k * numbers.shape[3])
         return weight[: self.shape[0], : self.shape[1]].astype(dtype or self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
@@ -148,7 +152,7 @@ class Packed:
         """The kernel that looks rows up, its arguments, and how many tasks they make.  ids: (*N);  y: (*N, I)"""
         bits = self.panels.dtype
         kernel, per = (LOOK_UP["<u2"], 2) if bits == PAIRS else (LOOK_UP[bits.str], 1)
-        return kernel, [ids, ids.size, self.panels, COLUMNS, self.panels.shape[1], per, y, self.shape[1], 0, 0, 0, 0], ids.size
+        return kernel, [ids, ids.size, self.panels, self.width, self.panels.shape[1], per, y, self.shape[1], 0, 0, 0, 0], ids.size
 
     def checked_rows(self, ids: Any) -> np.ndarray:
         ids = np.asarray(ids)

@@ -15,7 +15,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, kernel, program_cpu, rowwise, train_cpu
+from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, gemm_parts, kernel, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
@@ -30,7 +30,7 @@ adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global
 
 def description() -> str:
     """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
-    products = "tiles of bfloat16 and int8 (AMX), " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
+    products = "tiles of bfloat16 and int8 (AMX), float32 in three parts, " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
     return f"{TILE.name} vectors of {TILE.width} float32, {products}{get_num_threads()} threads"
 
 
@@ -68,7 +68,7 @@ def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np
     if gemm_amx.UNIT and weight.dtype in (np.int8, bfloat16):
         return PackedTiles(weight, scale, columns)
     if scale is None:
-        return gemm.pack(weight)
+        return gemm.pack(weight) if not gemm_amx.UNIT or weight.dtype == np.float16 else gemm_parts.pack(weight)
     return (PackedNibbles if gemm_amx.UNIT and weight.dtype == np.uint8 else PackedIntegers)(weight, scale, columns)
 
 
@@ -93,7 +93,7 @@ def _linear(x: np.ndarray, function: str | None, weight: Any, bias: np.ndarray |
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As opt_np.ops.matmul.  a: (M, K);  b: (K, N)  ->  (M, N)"""
-    return gemm.product(float32(np.asarray(a)), float32(np.asarray(b)))
+    return gemm.matmul(float32(np.asarray(a)), pack_matrix(float32(np.asarray(b)).T))
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
