@@ -159,14 +159,14 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             for j in range(seen if hides else 0):
                 if not shown[j]:
                     hide(at(scores, j * SIDE), SIDE)
-            soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
+            soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE, scores)
             weigh(sums, bytes_(values), BLOCKS * TILE_BYTES, bytes_of(scores), blocks, wide)
     for g in range(groups):
         rows = min(SIDE, count - g * SIDE)
         for t in range(wide):
             columns, sums, corner = min(SIDE, Dh - t * SIDE), at(acc, (g * wide + t) * SIDE * SIDE), at(O, g * SIDE * H * Dh + t * SIDE)
             whole = rows == columns == SIDE
-            divide(sums, at(l, g * SIDE), corner if whole else line, H * Dh if whole else SIDE)
+            divide(sums, SIDE, at(l, g * SIDE), corner if whole else line, H * Dh if whole else SIDE)
             if not whole:
                 for r in range(rows):
                     for d in range(columns):
@@ -201,7 +201,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
                     dots(at(scores, j + c), xs, at(k, page + c * step), step, min(SIDE, some - c), Dh)
         for j in range(tile, columns):
             scores[j] = -np.inf
-        shrink = soften_one(scores, columns, m, l)
+        shrink = soften_one(scores, columns, m, l, scores)
         for d in range(Dh):
             acc[d] *= shrink
         for j in range(0, tile, PAGE):
@@ -396,47 +396,56 @@ def hide(typing_context, scores, queries):
     return types.void(scores, types.int64), generate
 
 
-@intrinsic
-def soften(typing_context, scores, n, m, l, acc, d):
-    """Scores of n keys become weights, in pairs of keys, under the queries' new maxima; older sums, `d` rows of acc, shrink."""
+def softening(width: int, weight_of: Any, put: Any) -> Any:
+    """kernel(scores, n, m, l, acc, d, pairs): scores of n keys, `width` apart, become weights under the queries' new maxima, and are `put` where pairs
+    of keys are; older sums, `d` rows of acc, as far apart, shrink."""
+    count = 4  # keys at a time: as many sums that do not wait for each other
 
-    def generate(context, builder, signature, arguments):
-        scores, n, m, l, acc, d = arguments
-        count = 4  # keys at a time: as many sums that do not wait for each other
+    @intrinsic
+    def kernel(typing_context, scores, n, m, l, acc, d, pairs):
+        def generate(context, builder, signature, arguments):
+            scores, n, m, l, acc, d, pairs = arguments
 
-        def row(base: Any, k: Any, r: int = 0) -> Any:
-            return builder.gep(base, [builder.add(builder.mul(k, INDEX(SIDE)), INDEX(r * SIDE))])
+            def row(base: Any, k: Any, r: int = 0) -> Any:
+                return builder.gep(base, [builder.add(builder.mul(k, INDEX(width)), INDEX(r * width))])
 
-        def highest_of(k: Any, carried: list) -> list:
-            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
+            def highest_of(k: Any, carried: list) -> list:
+                return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
 
-        before = load(builder, m, VECTOR)
-        found = loop(builder, n, count, [before] * count, highest_of)
-        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
-        shown = seen_yet(builder, highest)
-        shrink = weight_of(builder, before, shown)
+            before = load(builder, m, VECTOR)
+            found = loop(builder, n, count, [before] * count, highest_of)
+            highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
+            shown = seen_yet(builder, highest)
+            shrink = weight_of(builder, before, shown)
 
-        def shrunk(k: Any, _: list) -> list:
-            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
-            return []
+            def shrunk(k: Any, _: list) -> list:
+                store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
+                return []
 
-        loop(builder, d, 1, [], shrunk)
+            loop(builder, d, 1, [], shrunk)
 
-        def weights(k: Any, carried: list) -> list:
-            numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]
-            for r in range(0, count, 2):
-                first, second = (rounded_weight(builder, number) for number in numbers[r : r + 2])
-                pairs = builder.or_(builder.lshr(first, every(WORDS, 16)), builder.and_(second, every(WORDS, 0xFFFF0000)))
-                store(builder, pairs, builder.gep(scores, [builder.add(builder.mul(k, INDEX(SIDE // 2)), INDEX(r // 2 * SIDE))]))
-            return [builder.fadd(total, number) for total, number in zip(carried, numbers, strict=True)]
+            def weights(k: Any, carried: list) -> list:
+                numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]
+                for r in range(0, count, 2):
+                    put(builder, pairs, k, r, *numbers[r : r + 2])
+                return [builder.fadd(total, number) for total, number in zip(carried, numbers, strict=True)]
 
-        totals = loop(builder, n, count, [every(VECTOR, 0.0)] * count, weights)
-        total = builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3]))
-        store(builder, builder.fadd(builder.fmul(load(builder, l, VECTOR), shrink), total), l)
-        store(builder, highest, m)
-        return context.get_dummy_value()
+            totals = loop(builder, n, count, [every(VECTOR, 0.0)] * count, weights)
+            total = builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3]))
+            store(builder, builder.fadd(builder.fmul(load(builder, l, VECTOR), shrink), total), l)
+            store(builder, highest, m)
+            return context.get_dummy_value()
 
-    return types.void(scores, types.int64, m, l, acc, types.int64), generate
+        return types.void(scores, types.int64, m, l, acc, types.int64, pairs), generate
+
+    return kernel
+
+
+def put_pairs(builder: Any, pairs: Any, k: Any, r: int, *numbers: Any) -> None:
+    """LLVM: weights of two keys, rounded, in place of a score."""
+    first, second = (rounded_weight(builder, number) for number in numbers)
+    words = builder.or_(builder.lshr(first, every(WORDS, 16)), builder.and_(second, every(WORDS, 0xFFFF0000)))
+    store(builder, words, builder.gep(pairs, [builder.add(builder.mul(k, INDEX(SIDE // 2)), INDEX(r // 2 * SIDE))]))
 
 
 def seen_yet(builder: Any, highest: Any) -> Any:
@@ -471,57 +480,69 @@ def rounded_weight(builder: Any, weight: Any) -> Any:
 
 
 @intrinsic
-def divide(typing_context, acc, l, rows, step):
-    """16 rows of sums, of 16 queries each, by the queries' l: a row for each query, `step` apart; exactly 0 where no key is seen."""
+def divide(typing_context, acc, apart, l, rows, step):
+    """16 rows of sums, `apart`, of 16 queries each, by the queries' l: a row for each query, `step` apart; exactly 0 where no key is seen."""
 
     def generate(context, builder, signature, arguments):
-        acc, l, rows, step = arguments
-        places = [[INDEX(r * SIDE)] for r in range(SIDE)]
+        acc, apart, l, rows, step = arguments
         sums = load(builder, l, VECTOR)
         none, part = builder.fcmp_ordered("==", sums, every(VECTOR, 0.0)), builder.fdiv(every(VECTOR, 1.0), sums)
-        lines = [builder.fmul(load(builder, builder.gep(acc, place), VECTOR), part) for place in places]
+        lines = [builder.fmul(load(builder, builder.gep(acc, [builder.mul(apart, INDEX(r))]), VECTOR), part) for r in range(SIDE)]
         lines = [builder.select(none, every(VECTOR, 0.0), line) for line in lines]
         for r, line in enumerate(transposed(builder, lines)):
             store(builder, line, builder.gep(rows, [builder.mul(step, INDEX(r))]))
         return context.get_dummy_value()
 
-    return types.void(acc, l, rows, types.int64), generate
+    return types.void(acc, types.int64, l, rows, types.int64), generate
+
+
+soften = softening(SIDE, weight_of, put_pairs)
 
 
 # ---- one query: what tiles compute, in vectors -------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def soften_one(typing_context, scores, n, m, l):
-    """Scores of n keys, whole vectors, become weights in pairs, as `soften` makes them; returns by what earlier sums shrink."""
+def softening_one(weight_of: Any, put: Any) -> Any:
+    """kernel(scores, n, m, l, pairs): scores of n keys, whole vectors, become weights, as with others; returns by what earlier sums shrink."""
 
-    def generate(context, builder, signature, arguments):
-        scores, n, m, l = arguments
-        quarters = [ir.Constant(ir.VectorType(SINGLE, 4), list(range(c, c + 4))) for c in range(0, SIDE, 4)]
-        before = builder.load(m)
-        (lanes,) = loop(builder, n, SIDE, [broadcast(builder, before, VECTOR)],
-                        lambda k, carried: [larger(builder, load(builder, builder.gep(scores, [k]), VECTOR), carried[0])])  # fmt: skip
-        highest = across(builder, lanes, larger)
-        shown = seen_yet(builder, broadcast(builder, highest, VECTOR))
-        shrink = builder.extract_element(weight_of(builder, broadcast(builder, before, VECTOR), shown), SINGLE(0))
+    @intrinsic
+    def kernel(typing_context, scores, n, m, l, pairs):
+        def generate(context, builder, signature, arguments):
+            scores, n, m, l, pairs = arguments
+            quarters = [ir.Constant(ir.VectorType(SINGLE, 4), list(range(c, c + 4))) for c in range(0, SIDE, 4)]
+            before = builder.load(m)
+            (lanes,) = loop(builder, n, SIDE, [broadcast(builder, before, VECTOR)],
+                            lambda k, carried: [larger(builder, load(builder, builder.gep(scores, [k]), VECTOR), carried[0])])  # fmt: skip
+            highest = across(builder, lanes, larger)
+            shown = seen_yet(builder, broadcast(builder, highest, VECTOR))
+            shrink = builder.extract_element(weight_of(builder, broadcast(builder, before, VECTOR), shown), SINGLE(0))
 
-        def weights(k: Any, carried: list) -> list:
-            place = builder.gep(scores, [k])
-            number = weight_of(builder, load(builder, place, VECTOR), shown)
-            halves = builder.trunc(builder.lshr(rounded_weight(builder, number), every(WORDS, 16)), HALVES)
-            store(builder, halves, builder.gep(scores, [builder.udiv(k, INDEX(2))]))
-            (total,) = carried
-            for quarter in quarters:
-                total = builder.fadd(total, builder.shuffle_vector(number, number, quarter))
-            return [total]
+            def weights(k: Any, carried: list) -> list:
+                number = weight_of(builder, load(builder, builder.gep(scores, [k]), VECTOR), shown)
+                put(builder, pairs, k, number)
+                (total,) = carried
+                for quarter in quarters:
+                    total = builder.fadd(total, builder.shuffle_vector(number, number, quarter))
+                return [total]
 
-        (total,) = loop(builder, n, SIDE, [every(ir.VectorType(ir.FloatType(), 4), 0.0)], weights)
-        total = across_neighbours(builder, total)
-        builder.store(builder.fadd(builder.fmul(builder.load(l), shrink), total), l)
-        builder.store(highest, m)
-        return shrink
+            (total,) = loop(builder, n, SIDE, [every(ir.VectorType(ir.FloatType(), 4), 0.0)], weights)
+            total = across_neighbours(builder, total)
+            builder.store(builder.fadd(builder.fmul(builder.load(l), shrink), total), l)
+            builder.store(highest, m)
+            return shrink
 
-    return types.float32(scores, types.int64, m, l), generate
+        return types.float32(scores, types.int64, m, l, pairs), generate
+
+    return kernel
+
+
+def put_neighbours(builder: Any, pairs: Any, k: Any, number: Any) -> None:
+    """LLVM: weights of 16 keys, rounded, in place of scores."""
+    halves = builder.trunc(builder.lshr(rounded_weight(builder, number), every(WORDS, 16)), HALVES)
+    store(builder, halves, builder.gep(pairs, [builder.udiv(k, INDEX(2))]))
+
+
+soften_one = softening_one(weight_of, put_neighbours)
 
 
 def across_neighbours(builder: Any, four: Any) -> Any:

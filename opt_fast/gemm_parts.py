@@ -19,8 +19,8 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, types
 
-from opt_fast.gemm import AHEAD, BLOCK_K, Packed, _pack, begin, finish, flat
-from opt_fast.gemm_amx import HALVES, INDEX, INT8, OF_WEIGHTS, OF_X, PAIRS, SHAPES, SIDE, TILE_BYTES, VECTOR, WORDS, configure, release, unit_of
+from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TILE, Packed, _pack, begin, finish, flat, widened
+from opt_fast.gemm_amx import INDEX, INT8, OF_WEIGHTS, OF_X, PAIRS, SHAPES, SIDE, SINGLE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, unit_of
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -41,6 +41,7 @@ from opt_fast.kernel import (
     load,
     loop,
     prefetch,
+    rows_from,
     store,
     transposed,
     variant,
@@ -225,12 +226,13 @@ def copy(source: Any, source_row: int, rows: int, columns: int, target: Any, tar
             target[r * target_row + c] = source[r * source_row + c]
 
 
-def over_parts(rows: int, columns: int) -> Any:
+def over_parts(rows: int, columns: int, adds: bool = True, onward: bool = False) -> Any:
     """kernel(y, y_row, start, start_row, x, x_gap, plane, weights, gap, n, more, apart, others, done, each): rows × columns tiles of y, whose sums
     begin with what is at `start`.
 
-    A loop over n tiles of k; y's rows are y_row numbers apart, and start's; tiles of x x_gap bytes, their parts `plane`, the strips `gap`. While
-    tiles multiply, vectors have time: each step takes some of the next strips apart, each / 2^16 words of either, to where `others` are.
+    A loop over n tiles of k; y's rows are y_row numbers apart, and start's; tiles of x x_gap bytes, their parts `plane`, the strips `gap`. With
+    adds=False sums begin with 0. While tiles multiply, vectors have time: with `onward`, each step takes some of the next strips apart, each / 2^16
+    words of either, to where `others` are.
     """
 
     @intrinsic
@@ -258,7 +260,7 @@ def over_parts(rows: int, columns: int) -> Any:
                 there = [
                     builder.gep(weights, [builder.add(builder.mul(k, INDEX(PARTS * TILE_BYTES)), builder.mul(gap, INDEX(c)))]) for c in range(columns)
                 ]
-                if columns > 1:
+                if onward:
                     bounds = [builder.lshr(builder.mul(builder.add(done, builder.add(k, INDEX(i))), each), INDEX(16)) for i in range(2)]
                     end = builder.mul(n, INDEX(SIDE))
                     until = builder.select(builder.icmp_signed("<", bounds[1], end), bounds[1], end)
@@ -276,7 +278,7 @@ def over_parts(rows: int, columns: int) -> Any:
                 return []
 
             for i, (r, c) in enumerate(sums):
-                tiles.load(i, corner(start, start_row, r, c), builder.mul(start_row, INDEX(4)))
+                tiles.load(i, corner(start, start_row, r, c), builder.mul(start_row, INDEX(4))) if adds else tiles.zero(i)
             loop(builder, n, 1, [], step)
             for i, (r, c) in enumerate(sums):
                 tiles.store(i, corner(y, y_row, r, c), builder.mul(y_row, INDEX(4)))
@@ -288,12 +290,12 @@ def over_parts(rows: int, columns: int) -> Any:
     return kernel
 
 
-one, four = over_parts(1, 1), over_parts(2, 2)
+one, four = over_parts(1, 1), over_parts(2, 2, onward=True)
 
 
 @intrinsic
 def few(typing_context, sums, x, plane, strip, more, this, other, n):
-    """Adds the products of n tiles of a strip to a tile of sums: each is taken apart while the one before it multiplies, and then the next one of all."""
+    """Adds the products of n tiles of a strip to a tile of sums: each is taken apart while the one before multiplies; then one more."""
 
     def generate(context, builder, signature, arguments):
         sums, x, plane, strip, more, this, other, n = arguments
@@ -350,7 +352,7 @@ def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: 
             row_apart(at(x, r * row), whole, 2 * row, at(xs, r * 4 * SIDE), plane)
     for k in range(whole * DEEP, n, DEEP):
         if row == 1 and rows == SIDE and k + DEEP <= n:
-            turn(at(x, k * step), step, square)
+            turn(at(x, k * step), step, DEEP, square)
         else:
             for r in range(rows):
                 for j in range(DEEP):
@@ -361,18 +363,19 @@ def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: 
 
 @intrinsic
 def row_apart(typing_context, x, n, ahead, target, plane):
-    """n times 32 numbers in parts: a row of each tile."""
+    """n times 32 numbers in parts: a row of each tile. Numbers so far ahead are asked for."""
 
     def generate(context, builder, signature, arguments):
         x, n, ahead, target, plane = arguments
 
         def body(k: Any, carried: list) -> list:
             here, there = builder.gep(x, [builder.mul(k, INDEX(DEEP))]), builder.gep(target, [builder.mul(builder.mul(k, plane), INDEX(PARTS))])
-            for half in range(2):
-                prefetch(builder, builder.gep(here, [builder.add(ahead, INDEX(half * SIDE))]), level=2)
-                for i, word in enumerate(parts_of(builder, load(builder, builder.gep(here, [INDEX(half * SIDE)]), VECTOR))):
-                    halves = builder.trunc(builder.lshr(word, every(WORDS, 16)), HALVES)
-                    store(builder, halves, builder.gep(there, [builder.add(builder.mul(plane, INDEX(i)), INDEX(2 * SIDE * half))]))
+            both = [builder.gep(here, [INDEX(half * SIDE)]) for half in range(2)]
+            for place in both:
+                prefetch(builder, builder.gep(place, [ahead]), level=2)
+            numbers = (parts_of(builder, widened(builder, place, VECTOR, signature.args[0].dtype, TILE)) for place in both)
+            for i, words in enumerate(zip(*numbers, strict=True)):
+                store(builder, upper_halves(builder, *words), builder.gep(there, [builder.mul(plane, INDEX(i))]))
             return []
 
         loop(builder, n, 1, [], body)
@@ -381,19 +384,30 @@ def row_apart(typing_context, x, n, ahead, target, plane):
     return types.void(x, types.int64, types.int64, target, types.int64), generate
 
 
+def upper_halves(builder: Any, first: Any, second: Any) -> Any:
+    """LLVM: the upper halves of two vectors of words, one vector after the other; the lower ones are 0."""
+    if UNIT == EMULATED:
+        both = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(SINGLE, DEEP), list(range(DEEP))))
+        return builder.trunc(builder.lshr(both, every(both.type, 16)), ir.VectorType(ir.IntType(16), DEEP))
+    name, kind = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(ir.IntType(16), DEEP)  # exact here, but that subnormal numbers become 0
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(kind, [VECTOR] * 2), name)
+    return builder.call(function, [builder.bitcast(second, VECTOR), builder.bitcast(first, VECTOR)])
+
+
 @intrinsic
-def turn(typing_context, x, step, square):
-    """square[r, k] = x[k · step + r], 16 rows of 32 numbers."""
+def turn(typing_context, x, step, n, square):
+    """square[r, k] = x[k · step + r], 16 rows of 32 numbers; beyond n of them, the last again."""
 
     def generate(context, builder, signature, arguments):
-        x, step, square = arguments
+        x, step, n, square = arguments
+        places = rows_from(builder, x, step, n, DEEP)
         for half in (0, SIDE):
-            columns = [load(builder, builder.gep(x, [builder.mul(step, INDEX(half + k))]), VECTOR) for k in range(SIDE)]
+            columns = [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places[half : half + SIDE]]
             for r, line in enumerate(transposed(builder, columns)):
                 store(builder, line, builder.gep(square, [INDEX(r * DEEP + half)]))
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, square), generate
+    return types.void(x, types.int64, types.int64, square), generate
 
 
 @inner
@@ -430,11 +444,16 @@ def tiles_apart(typing_context, strip, n, weights):
 
 
 def words_apart(builder: Any, place: Any, target: Any) -> None:
-    """LLVM: two neighbours of k of a strip in parts: a row of a tile, whose words hold both. What comes later is asked for."""
+    """LLVM: two neighbours of k of a strip in parts: a row of a tile. What comes later is asked for."""
     both = [builder.gep(place, [INDEX(i * SIDE)]) for i in range(2)]
     for line in both:
         prefetch(builder, builder.gep(line, [INDEX(AHEAD // 4)]), level=2)
-    for i, (lower, upper) in enumerate(zip(*(parts_of(builder, load(builder, line, VECTOR)) for line in both), strict=True)):
+    put_words(builder, *(load(builder, line, VECTOR) for line in both), target)
+
+
+def put_words(builder: Any, first: Any, second: Any, target: Any) -> None:
+    """LLVM: two vectors in parts, whose words hold both: a row of a tile, and of the tiles of the other parts."""
+    for i, (lower, upper) in enumerate(zip(parts_of(builder, first), parts_of(builder, second), strict=True)):
         store(builder, builder.or_(builder.lshr(lower, every(WORDS, 16)), upper), builder.gep(target, [INDEX(i * TILE_BYTES)]))
 
 

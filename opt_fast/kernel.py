@@ -47,8 +47,8 @@ _local, _lock = threading.local(), threading.Lock()
 _libraries: list = []  # in which the machine code is
 _elsewhere: dict[Callable, subprocess.Popen] = {}  # what another process compiles
 COMPILED = (
-    "kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "gemm_amx_int4.py", "gemm_parts.py", "rowwise.py", "attention_cpu.py", "attention_bf16.py", "train_cpu.py",
-    "program_cpu.py", "paged_cache.py",
+    "kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "gemm_amx_int4.py", "gemm_parts.py", "rowwise.py", "attention_cpu.py", "attention_bf16.py",
+    "attention_parts.py", "train_cpu.py", "program_cpu.py", "paged_cache.py",
 )  # fmt: skip
 inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload] # for functions that only kernels call: Python has no way in
 
