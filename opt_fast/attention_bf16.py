@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from ml_dtypes import bfloat16
 from numba import types
 
-from opt_fast.attention_cpu import BC, IN_FLOAT32, LOWEST, Forward, by_dtype, float32_at
-from opt_fast.gemm import BITS, EMULATED, TILE, pair_products
+from opt_fast.attention_cpu import BC, LOWEST, Forward, by_dtype, float32_at
+from opt_fast.gemm import EMULATED, TILE, pair_products
 from opt_fast.gemm_amx import (
     HALVES,
     INDEX,
@@ -82,7 +81,8 @@ IN_TILES, WIDE = bool(UNIT), TILE._replace(width=SIDE)
 PAIR = 2 * SIDE  # keys or numbers of d, of a row of a tile
 BLOCKS = BC // PAIR  # of keys
 LINE_SIZE = PAIR * SIDE  # of what is copied beside, where heads are no whole tiles
-POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # 2ᶠ, the highest first: the least relative error in |f| ≤ 1/2 of those that are 1 at 0
+POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # of 2ᶠ: 3e-6 is the least relative error in |f| ≤ 1/2 of those that are 1 at 0, where a
+# bfloat16 has 4e-3
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 
 assert BC % PAIR == PAGE % PAIR == 0
@@ -397,8 +397,8 @@ def hide(typing_context, scores, queries):
 
 
 def softening(width: int, weight_of: Any, put: Any) -> Any:
-    """kernel(scores, n, m, l, acc, d, pairs): scores of n keys, `width` apart, become weights under the queries' new maxima, and are `put` where pairs
-    of keys are; older sums, `d` rows of acc, as far apart, shrink."""
+    """kernel(scores, n, m, l, acc, d, pairs): scores of n keys, `width` apart, become weights under the queries' new maxima, `put` as pairs of keys;
+    older sums, `d` rows of acc, as far apart, shrink."""
     count = 4  # keys at a time: as many sums that do not wait for each other
 
     @intrinsic
@@ -453,25 +453,28 @@ def seen_yet(builder: Any, highest: Any) -> Any:
     return builder.select(builder.fcmp_ordered("==", highest, every(VECTOR, -math.inf)), every(VECTOR, 0.0), highest)
 
 
-def weight_of(builder: Any, score: Any, highest: Any) -> Any:
-    """LLVM: exp(score - highest) = 2ⁿ · 2ᶠ, n whole and |f| ≤ 1/2, within 3e-6 of itself, where a bfloat16 has 4e-3; exactly 1 for the highest.
+def weighing_by(powers: tuple[float, ...]) -> Any:
+    """LLVM: exp(score - highest) = 2ⁿ · 2ᶠ, n whole and |f| ≤ 1/2, by the coefficients of 2ᶠ, the highest first; exactly 1 for the highest.
 
     0 where it would be subnormal. NaN stays NaN: it comes from bfloat16, so the lower bits, which are added to the exponent, are 0.
     """
 
-    def number(value: float) -> Any:
-        return every(VECTOR, float(np.float32(value)))
+    def weight_of(builder: Any, score: Any, highest: Any) -> Any:
+        def number(value: float) -> Any:
+            return every(VECTOR, float(np.float32(value)))
 
-    less = builder.fsub(score, highest)
-    magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
-    shifted = multiply_add(builder, less, number(1 / math.log(2)), magic, True)
-    f = multiply_add(builder, less, number(1 / math.log(2)), builder.fsub(magic, shifted), True)
-    p = number(POWERS[0])
-    for coefficient in POWERS[1:]:
-        p = multiply_add(builder, p, f, number(coefficient), True)
-    exponent = builder.shl(builder.bitcast(shifted, WORDS), every(WORDS, 23))
-    value = builder.add(builder.bitcast(p, WORDS), exponent)
-    return builder.bitcast(builder.select(builder.fcmp_ordered("<", less, number(LOWEST)), every(WORDS, 0), value), VECTOR)
+        less = builder.fsub(score, highest)
+        magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
+        shifted = multiply_add(builder, less, number(1 / math.log(2)), magic, True)
+        f = multiply_add(builder, less, number(1 / math.log(2)), builder.fsub(magic, shifted), True)
+        p = number(powers[0])
+        for coefficient in powers[1:]:
+            p = multiply_add(builder, p, f, number(coefficient), True)
+        exponent = builder.shl(builder.bitcast(shifted, WORDS), every(WORDS, 23))
+        value = builder.add(builder.bitcast(p, WORDS), exponent)
+        return builder.bitcast(builder.select(builder.fcmp_ordered("<", less, number(LOWEST)), every(WORDS, 0), value), VECTOR)
+
+    return weight_of
 
 
 def rounded_weight(builder: Any, weight: Any) -> Any:
@@ -496,6 +499,7 @@ def divide(typing_context, acc, apart, l, rows, step):
     return types.void(acc, types.int64, l, rows, types.int64), generate
 
 
+weight_of = weighing_by(POWERS)
 soften = softening(SIDE, weight_of, put_pairs)
 
 
@@ -776,18 +780,3 @@ def restore(typing_context, before):
 IN_BFLOAT16 = Forward(
     by_dtype(_forward, "_in_tiles" if IN_TILES else "_in_pairs"), SIDE, needed, [SHAPES[SIDE], tile_shapes(SIDE, columns=1)], "bfloat16"
 )
-
-
-def way_for(params: dict) -> Forward:
-    """How attention is computed in this model: in bfloat16 where the processor multiplies it and weights are no more precise."""
-    leaf = params["embed_tokens"]
-    imprecise = leaf["weight"].dtype == bfloat16 or "scale" in leaf or getattr(leaf["weight"], "kind", "")
-    return IN_BFLOAT16 if TILE.pairs and imprecise else IN_FLOAT32
-
-
-def ahead(params: dict) -> None:
-    """Where the kernel that generation needs was never compiled, has it compiled beside the others: it takes half of a first run's time."""
-    way = way_for(params)
-    dtype = np.dtype(way.stored)
-    bits = BITS.get(dtype, dtype).str
-    way.kernels[bits].ahead(f"attention_bf16.{'IN_FLOAT32' if way is IN_FLOAT32 else 'IN_BFLOAT16'}.kernels[{bits!r}]")

@@ -1,7 +1,7 @@
-"""Attention in float32 on Intel's tiles (AMX): FlashAttention-2 as in attention_cpu.py, its two products by parts as in gemm_parts.py.
+"""Attention in float32 on Intel's tiles (AMX): FlashAttention-2 as in attention_cpu.py, its products by parts as in gemm_parts.py.
 
-As in attention_bf16.py keys are the rows: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ, of 32 queries at a time, which stand side by side in two vectors, so each lane has
-a softmax of its own; and weights of neighbouring keys become pairs where they are. Exponentials are those of attention_cpu.py.
+As in attention_bf16.py keys are the rows: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ, of 32 queries at a time, which stand side by side in two vectors: each lane has
+a softmax of its own, and weights of neighbouring keys become pairs where they are.
 A query that is alone, as in decoding, meets the same parts in the same order: its scores are a tile of one column, its output one of one row. So its
 bits are the same whether it comes alone or with others, and whether keys came at once or one by one.
 """
@@ -13,14 +13,29 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from ml_dtypes import bfloat16
 from numba import types
 
 from opt_fast import attention_cpu
-from opt_fast.attention_bf16 import divide, fetch, hide, softening, softening_one
-from opt_fast.attention_cpu import BC, Forward, by_dtype, exponential, float32_at
-from opt_fast.gemm import TILE, widened
-from opt_fast.gemm_amx import INDEX, INT8, PAIRS, SHAPES, SIDE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, tile_shapes, unit_of
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_of, put_words, row_apart, tiles_apart, turn, upper_halves
+from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, softening, softening_one, weighing_by
+from opt_fast.attention_cpu import BC, Forward, by_dtype, float32_at
+from opt_fast.gemm import BITS, TILE, widened
+from opt_fast.gemm_amx import (
+    INDEX,
+    INT8,
+    PAIRS,
+    SHAPES,
+    SIDE,
+    TILE_BYTES,
+    UNIT,
+    VECTOR,
+    WORDS,
+    configure,
+    release,
+    tile_shapes,
+    unit_of,
+)
+from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_of, put_words, row_apart, turn, upper_halves
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -28,7 +43,9 @@ from opt_fast.kernel import (
     MEMORY,
     TASKS,
     THREADS,
+    across,
     at,
+    broadcast,
     bytes_,
     claim,
     every,
@@ -39,8 +56,10 @@ from opt_fast.kernel import (
     intrinsic,
     load,
     loop,
+    prefetch,
     rows_from,
     store,
+    transposed,
 )
 from opt_fast.paged_cache import PAGE
 
@@ -49,21 +68,23 @@ GROUP = 2 * SIDE  # queries
 BLOCKS = BC // DEEP  # of keys
 BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts,
 LINES = PARTS * 4 * SIDE  # and of a row of one
-OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY, OF_SCORES = 0, 4, 5, 6, 7  # tiles of a query that is alone
+ABREAST = 4  # tiles of sums of a query that is alone,
+OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # among its eight
+POWERS = 1.5353362e-4, 1.3398874e-3, 9.618437e-3, 0.055503324, 0.24022648, 0.6931472, 1.0  # as attention_bf16's, within 8e-8
 
 
 def needed(queries: int, Dh: int) -> int:
     """Numbers of memory that a task of so many queries needs."""
     deep, wide, groups = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE), math.ceil(queries / GROUP)
     tiles = BC // SIDE * deep + BLOCKS * (wide + 2) + groups * 2 * deep
-    return BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + SIDE * DEEP + wide * SIDE * SIDE
+    return BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + SIDE * DEEP + (wide + ABREAST) * SIDE * SIDE
 
 
 def shapes_of_one() -> np.ndarray:
-    """As gemm_amx.tile_shapes, for a query that is alone: its scores and itself are columns, its weights and its output rows."""
+    """As gemm_amx.tile_shapes, for a query that is alone: its scores and itself are columns, its sums and its weights rows."""
     shapes = tile_shapes(SIDE)
-    shapes[48 + OF_SUMS : 48 + OF_WEIGHT + 1] = 1
-    shapes[16:32].view(np.uint16)[[OF_QUERY, OF_SCORES]] = 4
+    shapes[16:32].view(np.uint16)[[OF_SCORES, OF_QUERY]] = 4
+    shapes[48 + OF_SUMS : 48 + OF_LINES] = 1
     return shapes
 
 
@@ -79,7 +100,7 @@ def _forward(table: Any) -> None:
         T, S, places, mask, hides = row[1], row[2], int64s(row[3]), bytes_(row[4]), row[4]
         past, count, origin = S - T, min(Br, T - first), (row[0] + first) * H + h
         x, o, lse = at(q, origin * Dh), at(O, origin * Dh), at(L, origin)
-        alone = count == 1 and hides == 0
+        alone = count == 1 and hides == 0 and Dh % SIDE == 0
         if shaped != 1 + alone:
             configure(for_one if alone else for_groups)
             shaped = 1 + alone
@@ -113,14 +134,21 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
         some = max(1, min(SIDE, count - i))
         pack_queries(at(q, min(i, count - 1) * H * Dh), H * Dh, some, Dh, scale, square, bytes_(queries + i // SIDE * deep * BLOCK))
     for key in range(0, past + count, BC):
-        tile, shown = min(BC, past + count - key), at(mask, key)
+        tile, shown, broken = min(BC, past + count - key), at(mask, key), False
         for j in range(0, tile, PAGE):
             here, some = places[(key + j) // PAGE] + head, min(PAGE, tile - j)
             pack_keys(at(k, here), step, some, Dh, square, bytes_(keys + j // SIDE * deep * BLOCK))
             pack_values(at(v, here), step, some, Dh, square, bytes_(values + j // DEEP * BLOCK))
+            broken = broken or not all_finite(at(v, here), step, some, Dh)
         for j in range((tile + DEEP - 1) // DEEP * DEEP if hides else 0):
             if j >= tile or not shown[j]:  # lest a weight of 0 times NaN be NaN
-                clear(bytes_(values + j // DEEP * BLOCK), wide, j % DEEP)
+                for d in range(wide * SIDE):
+                    clear(bytes_(values), j, d)
+        for j in range((tile + DEEP - 1) // DEEP * DEEP if broken else 0):
+            last = key + min(j, tile - 1)
+            for d in range(Dh):
+                if not finite(v, places[last // PAGE] + head + last % PAGE * step + d):
+                    clear(bytes_(values), j, d)
         for g in range(max(0, key - past) // GROUP, groups):  # from the first queries that see this tile
             limit = past + g * GROUP + 1 - key  # the group's first query sees so many keys of the tile
             seen = min(tile, limit + min(GROUP, count - g * GROUP) - 1)
@@ -145,6 +173,11 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                           target, 0, line, 0, 0)  # fmt: skip
                 else:
                     weigh_last(target, GROUP, target, GROUP, line, 0, TILE_BYTES, bytes_(weights), BLOCKS * BLOCK, blocks, target, 0, line, 0, 0)
+            for j in range(seen if broken else 0):
+                for d in range(0 if hides and not shown[j] else Dh):
+                    if not finite(v, places[(key + j) // PAGE] + head + (key + j) % PAGE * step + d):
+                        for lane in range(max(0, j - limit + 1), GROUP):
+                            sums[d * GROUP + lane] = np.nan
     for i in range(0, count, SIDE):
         rows, sums = min(SIDE, count - i), at(acc, i // GROUP * wide * SIDE * GROUP + i % GROUP)
         for t in range(wide):
@@ -160,46 +193,42 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
 
 
 @inner
-def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, place: int, O: Any, L: Any) -> None:
+def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, place: int, O: Any,
+                 L: Any) -> None:  # fmt: skip
     """One query: keys and values are taken apart where they stand."""
     deep, wide = (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE
     acc = floats(place)
-    m = at(acc, wide * SIDE * SIDE)
+    m = at(acc, (wide + ABREAST - 1) // ABREAST * ABREAST * SIDE * SIDE)
     l, scores = at(m, 1), at(m, SIDE)
-    square = at(scores, BC)
-    lines = place + 4 * (wide * SIDE * SIDE + SIDE + BC + SIDE * DEEP)  # 16 keys, or 32 values
-    query = lines + max(deep, 2) * BLOCK
-    weights = query + deep * LINES
+    square = at(scores, BC + ABREAST * SIDE)
+    weights = bytes_of(at(square, SIDE * DEEP))
+    query = at(weights, (BLOCKS + SIDE) * LINES)
+    lines = at(query, (deep + SIDE) * LINES)  # of some values
     m[0], l[0] = -np.inf, 0
-    for d in range(wide * SIDE * SIDE):
-        acc[d] = 0
+    for d in range(wide * SIDE):
+        acc[d // SIDE * SIDE * SIDE + d % SIDE] = 0
     for d in range(deep * DEEP):
-        scores[d % DEEP] = q[d] * scale if d < Dh else np.float32(0)
+        square[d % DEEP] = q[d] * scale if d < Dh else np.float32(0)
         if d % DEEP == DEEP - 1:
-            row_apart(scores, 1, 0, bytes_(query + d // DEEP * LINES), 4 * SIDE)
+            row_apart(square, 1, 0, at(query, d // DEEP * LINES), 4 * SIDE)
     for key in range(0, S, BC):
         tile = min(BC, S - key)
-        for j in range(0, tile, SIDE):
-            here, some = at(k, places[(key + j) // PAGE] + head + (key + j) % PAGE * step), min(SIDE, tile - j)
-            pack_keys(here, step, some, Dh, square, bytes_(lines))
-            score_one(at(scores, j), bytes_(lines), bytes_(query), deep)
+        here = at(places, key // PAGE)
+        score_keys(scores, k, v, here, head, step, tile, Dh, query, lines)
         columns = (tile + DEEP - 1) // DEEP * DEEP
         for j in range(tile, columns):
             scores[j] = -np.inf
-        shrink = soften_one(scores, columns, m, l, bytes_(weights))
-        for t in range(wide):
-            for d in range(SIDE):
-                acc[t * SIDE * SIDE + d] *= shrink
-        for j in range(0, tile, DEEP):
-            here, some = at(v, places[(key + j) // PAGE] + head + (key + j) % PAGE * step), min(DEEP, tile - j)
-            for t in range(wide):
-                buffer = bytes_(lines + t % 2 * BLOCK)
-                if (t + 1) * SIDE <= Dh:
-                    values_apart(at(here, t * SIDE), step, some, buffer)
-                else:
-                    copy_values(at(here, t * SIDE), step, some, Dh - t * SIDE, square)
-                    values_apart(square, SIDE, DEEP, buffer)
-                weigh_one(at(acc, t * SIDE * SIDE), buffer, bytes_(weights + j // DEEP * LINES))
+        shrink = soften_one(scores, columns, m, l, weights)
+        for d in range(wide * SIDE):
+            acc[d // SIDE * SIDE * SIDE + d % SIDE] *= shrink
+        t = 0
+        while t < wide:
+            if t + ABREAST <= wide:
+                weigh_four(at(acc, t * SIDE * SIDE), v, here, head + t * SIDE, step, tile, weights, lines)
+                t += ABREAST
+            else:
+                weigh_values(at(acc, t * SIDE * SIDE), v, here, head + t * SIDE, step, tile, weights, lines)
+                t += 1
     part = np.float32(1) / l[0]
     for d in range(Dh):
         O[d] = acc[d // SIDE * SIDE * SIDE + d % SIDE] * part
@@ -214,52 +243,115 @@ score, weigh, weigh_last = (
 
 
 @intrinsic
-def score_one(typing_context, scores, keys, query, n):
-    """Scores of 16 keys, n tiles in parts, which a query of one column meets."""
+def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, lines):
+    """scores[j] = q · key j for n keys, and some more: 16 keys and 32 numbers of each are taken apart while those before meet the query."""
 
     def generate(context, builder, signature, arguments):
-        scores, keys, query, n = arguments
-        tiles = unit_of(builder, INDEX(SIDE))
-        tiles.zero(OF_SCORES)
+        scores, k, v, places, head, step, n, Dh, query, lines = arguments
+        tiles, deep = unit_of(builder, INDEX(SIDE)), builder.lshr(builder.add(Dh, INDEX(DEEP - 1)), INDEX(5))
 
-        def step(t: Any, _: list) -> list:
-            here, there = builder.gep(keys, [builder.mul(t, INDEX(BLOCK))]), builder.gep(query, [builder.mul(t, INDEX(LINES))])
+        def apart(unit: Any, t: Any, target: Any) -> None:
+            first, d = builder.mul(unit, INDEX(SIDE)), builder.mul(t, INDEX(DEEP))
+            whole = builder.icmp_signed("<", builder.add(d, INDEX(SIDE)), Dh)
+            rows, later = (rows_from(builder, row_of(builder, a, places, head, step, first), step, builder.sub(n, first), SIDE) for a in (k, v))
+            for r, row in enumerate(rows):
+                both = [builder.gep(row, [builder.add(d, INDEX(half * SIDE))]) for half in range(2)]
+                for half, place in enumerate(both):
+                    prefetch(builder, builder.gep(place, [builder.mul(step, INDEX(SIDE))]))
+                    prefetch(builder, builder.gep(later[r], [builder.add(d, INDEX(half * SIDE))]), level=2)
+                numbers = [widened(builder, place, VECTOR, signature.args[1].dtype, TILE) for place in both]
+                numbers[1] = builder.select(whole, numbers[1], every(VECTOR, 0.0))
+                for i, words in enumerate(zip(*(parts_of(builder, number) for number in numbers), strict=True)):
+                    store(builder, upper_halves(builder, *words), builder.gep(target, [INDEX(i * TILE_BYTES + r * 4 * SIDE)]))
+
+        def step_of(_: Any, carried: list) -> list:
+            unit, t, this, other = carried
+            ends = builder.icmp_signed("==", builder.add(t, INDEX(1)), deep)
+            unit_next, t_next = builder.select(ends, builder.add(unit, INDEX(1)), unit), builder.select(ends, INDEX(0), builder.add(t, INDEX(1)))
+            over = builder.icmp_signed(">=", builder.mul(unit_next, INDEX(SIDE)), n)
+            with builder.if_then(builder.not_(over)):
+                apart(unit_next, t_next, other)
+            with builder.if_then(builder.icmp_signed("==", t, INDEX(0))):
+                tiles.zero(OF_SCORES)
+            there = builder.gep(query, [builder.mul(t, INDEX(LINES))])
             before: tuple[int, int] = -1, -1
             for a, b in ORDER:
                 if a != before[0]:
-                    tiles.load(OF_LINES, builder.gep(here, [INDEX(a * TILE_BYTES)]))
+                    tiles.load(OF_LINES, builder.gep(this, [INDEX(a * TILE_BYTES)]))
                 if b != before[1]:
                     tiles.load(OF_QUERY, builder.gep(there, [INDEX(b * 4 * SIDE)]), INDEX(4), words=1)
                 before = a, b
                 tiles.multiply(PAIRS, OF_SCORES, OF_LINES, OF_QUERY)
-            return []
+            with builder.if_then(ends):
+                tiles.store(OF_SCORES, builder.bitcast(builder.gep(scores, [builder.mul(unit, INDEX(SIDE))]), INT8.as_pointer()), INDEX(4), words=1)
+            return [unit_next, t_next, other, this]
 
-        loop(builder, n, 1, [], step)
-        tiles.store(OF_SCORES, builder.bitcast(scores, INT8.as_pointer()), INDEX(4), words=1)
+        apart(INDEX(0), INDEX(0), lines)
+        count = builder.mul(builder.lshr(builder.add(n, INDEX(SIDE - 1)), INDEX(4)), deep)
+        loop(builder, count, 1, [INDEX(0), INDEX(0), lines, builder.gep(lines, [INDEX(BLOCK)])], step_of)
         return context.get_dummy_value()
 
-    return types.void(scores, keys, query, types.int64), generate
+    index = types.int64
+    return types.void(scores, k, v, places, index, index, index, index, query, lines), generate
 
 
-@intrinsic
-def weigh_one(typing_context, sums, values, weights):
-    """Adds to 16 sums of a query the products of 32 weights and values."""
+def row_of(builder: Any, numbers: Any, places: Any, head: Any, step: Any, j: Any) -> Any:
+    """LLVM: where the j-th key or value of a head is."""
+    page, within = builder.udiv(j, INDEX(PAGE)), builder.urem(j, INDEX(PAGE))
+    return builder.gep(numbers, [builder.add(builder.add(builder.load(builder.gep(places, [page])), head), builder.mul(within, step))])
 
-    def generate(context, builder, signature, arguments):
-        sums, values, weights = arguments
-        tiles, place, before = unit_of(builder, INDEX(SIDE)), builder.bitcast(sums, INT8.as_pointer()), (-1, -1)
-        tiles.load(OF_SUMS, place)
-        for a, b in ORDER:
-            if a != before[0]:
-                tiles.load(OF_LINES, builder.gep(values, [INDEX(a * TILE_BYTES)]))
-            if b != before[1]:
-                tiles.load(OF_WEIGHT, builder.gep(weights, [INDEX(b * 4 * SIDE)]))
-            before = a, b
-            tiles.multiply(PAIRS, OF_SUMS, OF_WEIGHT, OF_LINES)
-        tiles.store(OF_SUMS, place)
-        return context.get_dummy_value()
 
-    return types.void(sums, values, weights), generate
+def over_values(count: int) -> Any:
+    """kernel(sums, v, places, head, step, n, weights, lines): adds to `count` times 16 sums of a query the products of n weights and values.
+
+    32 values are taken apart while those before meet their weights.
+    """
+
+    @intrinsic
+    def kernel(typing_context, sums, v, places, head, step, n, weights, lines):
+        def generate(context, builder, signature, arguments):
+            sums, v, places, head, step, n, weights, lines = arguments
+            tiles, corners = unit_of(builder, INDEX(SIDE)), [builder.gep(sums, [INDEX(i * SIDE * SIDE)]) for i in range(count)]
+            corners = [builder.bitcast(place, INT8.as_pointer()) for place in corners]
+            blocks = builder.lshr(builder.add(n, INDEX(DEEP - 1)), INDEX(5))
+
+            def apart(block: Any, target: Any) -> None:
+                first = builder.mul(block, INDEX(DEEP))
+                places_of = rows_from(builder, row_of(builder, v, places, head, step, first), step, builder.sub(n, first), DEEP)
+                for r in range(SIDE):
+                    for i in range(count):
+                        both = [builder.gep(row, [INDEX(i * SIDE)]) for row in places_of[2 * r : 2 * r + 2]]
+                        numbers = (widened(builder, place, VECTOR, signature.args[1].dtype, TILE) for place in both)
+                        put_words(builder, *numbers, builder.gep(target, [INDEX(i * BLOCK + r * 4 * SIDE)]))
+
+            def step_of(b: Any, carried: list) -> list:
+                this, other = carried
+                after = builder.add(b, INDEX(1))
+                with builder.if_then(builder.icmp_signed("<", after, blocks)):
+                    apart(after, other)
+                there = builder.gep(weights, [builder.mul(b, INDEX(LINES))])
+                for a, part in ORDER:
+                    tiles.load(OF_WEIGHT, builder.gep(there, [INDEX(part * 4 * SIDE)]))
+                    for i in range(count):
+                        tiles.load(OF_LINES, builder.gep(this, [INDEX(i * BLOCK + a * TILE_BYTES)]))
+                        tiles.multiply(PAIRS, OF_SUMS + i, OF_WEIGHT, OF_LINES)
+                return [other, this]
+
+            for i, place in enumerate(corners):
+                tiles.load(OF_SUMS + i, place)
+            apart(INDEX(0), lines)
+            loop(builder, blocks, 1, [lines, builder.gep(lines, [INDEX(count * BLOCK)])], step_of)
+            for i, place in enumerate(corners):
+                tiles.store(OF_SUMS + i, place)
+            return context.get_dummy_value()
+
+        index = types.int64
+        return types.void(sums, v, places, index, index, index, weights, lines), generate
+
+    return kernel
+
+
+weigh_four, weigh_values = over_values(ABREAST), over_values(1)
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------------------------------
@@ -269,10 +361,30 @@ def weigh_one(typing_context, sums, values, weights):
 def pack_queries(q: Any, step: int, n: int, Dh: int, scale: Any, square: Any, queries: Any) -> None:
     """16 queries, times `scale`, as tiles of 16 pairs of d by 16 queries; of the last again where they are fewer."""
     for t in range((Dh + DEEP - 1) // DEEP):
-        for d in range(DEEP):
-            for r in range(SIDE):
-                square[d * SIDE + r] = q[min(r, n - 1) * step + t * DEEP + d] * scale if t * DEEP + d < Dh else np.float32(0)
-        tiles_apart(square, 1, at(queries, t * BLOCK))
+        source, apart = at(q, t * DEEP), step
+        if (t + 1) * DEEP > Dh:
+            for r in range(n):
+                for d in range(DEEP):
+                    square[r * DEEP + d] = source[r * step + d] if t * DEEP + d < Dh else np.float32(0)
+            source, apart = square, DEEP
+        queries_apart(source, apart, n, scale, at(queries, t * BLOCK))
+
+
+@intrinsic
+def queries_apart(typing_context, rows, step, n, scale, tile):
+    """32 numbers of 16 rows, times `scale`, in parts: a tile of 16 pairs of numbers by 16 rows; of the last of n rows again where they are fewer."""
+
+    def generate(context, builder, signature, arguments):
+        rows, step, n, scale, tile = arguments
+        scale, places = broadcast(builder, scale, VECTOR), rows_from(builder, rows, step, n, SIDE)
+        for half in range(2):
+            lines = [builder.fmul(load(builder, builder.gep(place, [INDEX(half * SIDE)]), VECTOR), scale) for place in places]
+            columns = transposed(builder, lines)
+            for r in range(0, SIDE, 2):
+                put_words(builder, *columns[r : r + 2], builder.gep(tile, [INDEX((half * SIDE + r) // 2 * 4 * SIDE)]))
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64, types.float32, tile), generate
 
 
 @inner
@@ -307,43 +419,55 @@ def pack_values(v: Any, step: int, n: int, Dh: int, square: Any, values: Any) ->
 
 
 @inner
-def clear(values: Any, wide: int, j: int) -> None:
-    """All parts of a value, the j-th of a block."""
-    for t in range(wide):
-        for line in range(PARTS * SIDE):
-            for byte in range(2):
-                values[t * BLOCKS * BLOCK + line * 4 * SIDE + 2 * j + byte] = 0
+def clear(values: Any, j: int, d: int) -> None:
+    """The d-th number of the j-th value, in all parts: a weight of 0 times NaN would be NaN."""
+    for part in range(PARTS):
+        place = ((d // SIDE * BLOCKS + j // DEEP) * PARTS + part) * TILE_BYTES + d % SIDE * 4 * SIDE + j % DEEP * 2
+        values[place] = values[place + 1] = 0
 
 
 @inner
-def copy_values(v: Any, step: int, n: int, columns: int, square: Any) -> None:
-    """32 values of fewer than 16 numbers, with zeros behind; beyond n the last again."""
-    for j in range(DEEP):
-        for d in range(SIDE):
-            square[j * SIDE + d] = float32_at(v, min(j, n - 1) * step + d) if d < columns else np.float32(0)
+def finite(numbers: Any, i: int) -> bool:
+    """Neither infinite nor NaN."""
+    number = float32_at(numbers, i)
+    return number - number == 0
+
+
+@inner
+def all_finite(rows: Any, step: int, n: int, Dh: int) -> bool:
+    whole = Dh // SIDE * SIDE
+    if whole and differences(rows, step, n, whole) != 0:
+        return False
+    for r in range(n if whole < Dh else 0):
+        for d in range(whole, Dh):
+            if not finite(rows, r * step + d):
+                return False
+    return True
 
 
 @intrinsic
-def values_apart(typing_context, v, step, n, tile):
-    """32 values of 16 numbers in parts, as words of two neighbouring keys; beyond n the last again."""
+def differences(typing_context, rows, step, n, d):
+    """The sum of x - x over n rows of d numbers, whole vectors: 0, or NaN."""
 
     def generate(context, builder, signature, arguments):
-        v, step, n, tile = arguments
-        places = rows_from(builder, v, step, n, DEEP)
-        for r in range(SIDE):
-            both = (widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in places[2 * r : 2 * r + 2])
-            put_words(builder, *both, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
-        return context.get_dummy_value()
+        rows, step, n, d = arguments
 
-    return types.void(v, types.int64, types.int64, tile), generate
+        def row(r: Any, carried: list) -> list:
+            here = builder.gep(rows, [builder.mul(r, step)])
+
+            def some(i: Any, sums: list) -> list:
+                numbers = widened(builder, builder.gep(here, [i]), VECTOR, signature.args[0].dtype, TILE)
+                return [builder.fadd(sums[0], builder.fsub(numbers, numbers))]
+
+            return loop(builder, d, SIDE, carried, some)
+
+        (lanes,) = loop(builder, n, 1, [every(VECTOR, 0.0)], row)
+        return across(builder, lanes, lambda builder, a, b: builder.fadd(a, b))
+
+    return types.float32(rows, types.int64, types.int64, types.int64), generate
 
 
 # ---- softmax -----------------------------------------------------------------------------------------------------------------------------
-
-
-def weight_of(builder: Any, score: Any, highest: Any) -> Any:
-    """LLVM: exp(score - highest)."""
-    return exponential(builder, builder.fsub(score, highest))
 
 
 def put_weights(builder: Any, weights: Any, k: Any, r: int, first: Any, second: Any) -> None:
@@ -361,7 +485,23 @@ def put_line(builder: Any, weights: Any, k: Any, numbers: Any) -> None:
         store(builder, halves, builder.gep(weights, [builder.add(builder.add(tile, half), INDEX(i * 4 * SIDE))]))
 
 
+weight_of = weighing_by(POWERS)
 soften, soften_one = softening(GROUP, weight_of, put_weights), softening_one(weight_of, put_line)
 
 IN_PARTS = Forward(by_dtype(_forward, "_in_parts"), GROUP, needed, [SHAPES[SIDE], shapes_of_one()], "float32")
 IN_FLOAT32 = IN_PARTS if UNIT else attention_cpu.IN_FLOAT32
+
+
+def way_for(params: dict) -> Forward:
+    """How attention is computed in this model: in bfloat16 where the processor multiplies it and weights are no more precise."""
+    leaf = params["embed_tokens"]
+    imprecise = leaf["weight"].dtype == bfloat16 or "scale" in leaf or getattr(leaf["weight"], "kind", "")
+    return IN_BFLOAT16 if TILE.pairs and imprecise else IN_FLOAT32
+
+
+def ahead(params: dict) -> None:
+    """Where the kernel that generation needs was never compiled, has it compiled beside the others: it takes half of a first run's time."""
+    way = way_for(params)
+    dtype = np.dtype(way.stored)
+    bits = BITS.get(dtype, dtype).str
+    way.kernels[bits].ahead(f"attention_parts.{'IN_FLOAT32' if way is IN_FLOAT32 else 'IN_BFLOAT16'}.kernels[{bits!r}]")

@@ -336,9 +336,8 @@ def parts_of(builder: Any, numbers: Any) -> list:
     found = []
     for i in range(PARTS):
         word = builder.bitcast(numbers, WORDS)
-        if i < PARTS - 1:  # what the third has fits in
-            word = builder.and_(builder.add(word, every(WORDS, 0x8000)) if i == 0 else word, every(WORDS, 0xFFFF0000))
-            numbers = builder.fsub(numbers, builder.bitcast(word, VECTOR))
+        word = builder.and_(builder.add(word, every(WORDS, 0x8000)) if i == 0 else word, every(WORDS, 0xFFFF0000))
+        numbers = builder.fsub(numbers, builder.bitcast(word, VECTOR))
         found.append(word)
     return found
 

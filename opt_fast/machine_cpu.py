@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import get_num_threads
 
-from opt_fast import attention_bf16, attention_cpu, ops_cpu, paged_cache, program_cpu
+from opt_fast import attention_cpu, attention_parts, ops_cpu, paged_cache, program_cpu
 from opt_fast.gemm import BITS
 from opt_fast.kernel import address
 from opt_fast.paged_cache import PAGE, Row
@@ -44,7 +44,7 @@ class Machine:
     """The model over pages: one pass reads new tokens of any rows."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
-        self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_bf16.way_for(params)
+        self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_parts.way_for(params)
         self.threads, self.leaves = get_num_threads(), leaves(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
         self.reading: Any = None  # a program for as many tokens of prompts as were last read at once

@@ -15,7 +15,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numba import get_num_threads
 
-from opt_fast import attention_bf16, attention_cpu, engine, gemm, gemm_amx, gemm_parts, kernel, program_cpu, rowwise, train_cpu
+from opt_fast import attention_cpu, attention_parts, engine, gemm, gemm_amx, gemm_parts, kernel, program_cpu, rowwise, train_cpu
 from opt_fast.gemm import TILE, Packed
 from opt_fast.gemm_amx import PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
@@ -42,7 +42,7 @@ def pack(params: dict, release: bool = False) -> dict:
     """
     kept = np.array if release else np.asarray
     if "embed_tokens" in params:  # a whole model
-        attention_bf16.ahead(params)
+        attention_parts.ahead(params)
 
     def packed(node: Any, path: str) -> Any:
         if isinstance(node, dict) and "scale" in node:
@@ -126,7 +126,7 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
     """
-    way, visible = getattr(layout, "way", None), getattr(layout, "visible", None)
+    way, visible = getattr(layout, "way", attention_parts.IN_FLOAT32), getattr(layout, "visible", None)
     return attention_cpu.attention_lse(float32(q), float32(k), float32(v), scale, visible, way)
 
 
@@ -184,11 +184,11 @@ def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, o
             tap: model.Tap = model.no_tap, hidden_states: list | None = None, padding: bool = False) -> np.ndarray:  # fmt: skip
     """model.decoder, made faster in two cases, with the same bits: one token for each row goes through all blocks in one call; and where there
     is padding that nobody wants, the same lines run on (N, D), the real tokens alone, and padding becomes 0. Where the weights' products are in
-    tiles, attention's are (attention_bf16.py).
+    tiles, attention's are (attention_parts.py).
 
     x: (B, T, D)  ->  (B, T, D)
     """
-    real, way = None if layout.visible is None else layout.visible[:, layout.past :], attention_bf16.way_for(params)  # real: (B, T)
+    real, way = None if layout.visible is None else layout.visible[:, layout.past :], attention_parts.way_for(params)  # real: (B, T)
     if padding or real is None or real.all() or with_holes(real):
         if x.shape[1] == 1 and type(cache) is KVCache and hidden_states is None:
             y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache, way)
@@ -258,7 +258,7 @@ def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) 
 
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")
-    return Machine(params, cfg, Pages(cfg, pages, dtype or attention_bf16.way_for(params).stored))
+    return Machine(params, cfg, Pages(cfg, pages, dtype or attention_parts.way_for(params).stored))
 
 
 def reader(params: dict, cfg: OPTConfig, _: ModuleType, first: int, most: tuple[int, int] = (0, 0)) -> Any:

@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 from numba.core.dispatcher import Dispatcher
 from reference import PADDINGS, VARIANTS, batch, build, worst
 
-from opt_fast import attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, ops_cpu, program_cpu, rowwise, train_cpu
+from opt_fast import (
+    attention_bf16,
+    attention_cpu,
+    attention_parts,
+    gemm,
+    gemm_amx,
+    gemm_int,
+    gemm_parts,
+    kernel,
+    ops_cpu,
+    program_cpu,
+    rowwise,
+    train_cpu,
+)
 from opt_fast.gemm import Packed
 from opt_fast.kernel import Kernel
 from opt_np import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, classes, flash, grad, model, ops, optim
@@ -576,7 +589,7 @@ def test_a_classifier_on_this_backend(tmp_path):
 def test_no_two_functions_within_kernels_have_one_name():
     """Kernels that were compiled in other processes meet in one, and its linker knows a function by its name and the kinds of its arguments: it took
     attention's kernel for the backward pass's, which is of another step, and gradients were wrong, if the one was kept and the other was not."""
-    modules = (attention_bf16, attention_cpu, gemm, gemm_amx, gemm_int, kernel, program_cpu, rowwise, train_cpu)
+    modules = (attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_int, gemm_parts, kernel, program_cpu, rowwise, train_cpu)
     found = {id(f): f.py_func for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
     names = [f"{f.__module__}.{f.__qualname__}" for f in found.values()]
     assert len(names) > 30
@@ -657,7 +670,7 @@ def test_attention_is_what_the_other_process_compiles(monkeypatch):
         monkeypatch.setattr(Kernel, "ahead", lambda self, name, asked=asked: asked.append((self, name)))
         lm = OPTForCausalLM(params, cfg, backend="cpu")
         ((wanted, name),) = asked
-        assert eval(name, {"attention_bf16": attention_bf16}) is wanted
+        assert eval(name, {"attention_parts": attention_parts}) is wanted
         ran = []
         monkeypatch.setattr(Kernel, "__call__", lambda self, *_, ran=ran, call=Kernel.__call__, **__: ran.append(self) or call(self, *_, **__))
         lm.generate([[5, 6, 7]], max_new_tokens=1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import build
 
-from opt_fast import attention_bf16, gemm, ops_cpu
+from opt_fast import attention_parts, gemm, ops_cpu
 from opt_fast.gemm import TILE
 from opt_fast.gemm_int import BLOCK_K, PackedIntegers
 from opt_np import CheckpointError, OPTForCausalLM, OPTForSequenceClassification, OPTTokenizer, checkpoint, grad, model, ops
@@ -216,7 +216,7 @@ def test_both_backends_compute_what_the_leaves_mean(variant, kind, monkeypatch):
     expected = model.forward(unflatten({name: np.asarray(a, np.float64) for name, a in meaning.items()}), ids, cfg)
     assert np.abs(model.forward(tree, ids, cfg) - expected).max() < 1e-5 * np.abs(expected).max()
     with monkeypatch.context() as patch:
-        patch.setattr(attention_bf16, "TILE", TILE._replace(pairs=""))  # attention in float32, for it hides small errors where it is in bfloat16
+        patch.setattr(attention_parts, "TILE", TILE._replace(pairs=""))  # attention in float32, for it hides small errors where it is in bfloat16
         assert np.abs(model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu) - expected).max() < 3e-4 * np.abs(expected).max()
     if TILE.pairs:
         assert np.abs(model.forward(ops_cpu.pack(tree), ids, cfg, ops=ops_cpu) - expected).max() < 5e-3 * np.abs(expected).max()
