@@ -99,6 +99,14 @@ class Forward(NamedTuple):
     stored: str  # what keys and values may be stored as, in the fewest bits, without a change to the result
 
 
+class Backward(NamedTuple):
+    """A way to compute its gradients."""
+
+    kernel: Kernel
+    needed: Callable[[int, int], int]  # numbers of memory for a head of so many queries and numbers
+    more: list  # arguments that come last
+
+
 class Rows(NamedTuple):
     """Which queries see which keys: rows of any lengths, T queries at the end of S keys."""
 
@@ -355,7 +363,7 @@ def _probs(table: Any) -> None:
 
 
 def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
-                  visible: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+                  visible: np.ndarray | None, way: Backward | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Gradients by q, k and v: each tile's weights are made again from L.
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  visible: (B, S)
@@ -367,11 +375,16 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
         raise ValueError(f"dO is {dO.shape}, O {O.shape} and L {L.shape}; q is {q.shape}, and so are the first two, and L without its last axis")
     k, v, dO, O, L = (np.ascontiguousarray(a, np.float32) for a in (k, v, dO, O, L))
     dq, dk, dv = np.empty(q.shape, np.float32), np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
-    width = whole_panels.py_func(Dh)
+    kernel, needed, more = way or IN_FLOAT32_BWD
     q = np.ascontiguousarray(q * np.float32(scale))  # HF scales q, bias and all, before the product
-    BACKWARD(q, k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, float_bits(scale), tasks=B * H,
-             scratch=(T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width) + 2 * BQ * (Dh + width + STRIDE))  # fmt: skip
+    kernel(q, k, v, *hidden_keys(k, visible), O, L, B, T, S, H, Dh, dO, dq, dk, dv, float_bits(scale), *more, tasks=B * H, scratch=needed(T, Dh))
     return dq, dk, dv
+
+
+def going_back(T: int, Dh: int) -> int:
+    """Numbers of memory that a head of so many queries needs."""
+    width = whole_panels.py_func(Dh)
+    return (T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width) + 2 * BQ * (Dh + width + STRIDE)
 
 
 def _backward(table: Any) -> None:
@@ -758,4 +771,4 @@ def by_dtype(function: Callable[[Any], None], name: str = "") -> dict[str, Kerne
 
 
 IN_FLOAT32, WRITE = Forward(by_dtype(_forward), ROWS, attending, [], "float32"), by_dtype(_write)
-PROBS, BACKWARD = Kernel(_probs), Kernel(_backward)
+PROBS, IN_FLOAT32_BWD = Kernel(_probs), Backward(Kernel(_backward), going_back, [])

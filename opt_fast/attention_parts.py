@@ -18,7 +18,7 @@ from numba import types
 
 from opt_fast import attention_cpu
 from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, softening, softening_one, weighing_by
-from opt_fast.attention_cpu import BC, Forward, by_dtype, float32_at
+from opt_fast.attention_cpu import BC, BQ, Backward, Forward, by_dtype, float32_at
 from opt_fast.gemm import BITS, TILE, widened
 from opt_fast.gemm_amx import (
     INDEX,
@@ -35,7 +35,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     unit_of,
 )
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_of, put_words, row_apart, turn, upper_halves
+from opt_fast.gemm_parts import DEEP, ORDER, PARTS, copy, over_parts, parts_of, put_words, row_apart, turn, upper_halves
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -43,6 +43,7 @@ from opt_fast.kernel import (
     MEMORY,
     TASKS,
     THREADS,
+    Kernel,
     across,
     at,
     broadcast,
@@ -66,6 +67,7 @@ from opt_fast.paged_cache import PAGE
 as_stored = floats  # keys and values: the kernel has variants
 GROUP = 2 * SIDE  # queries
 BLOCKS = BC // DEEP  # of keys
+GROUPS = BQ // GROUP  # of a block, in the backward pass
 BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts,
 LINES = PARTS * 4 * SIDE  # and of a row of one
 ABREAST = 4  # tiles of sums of a query that is alone,
@@ -166,30 +168,29 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                         hide(at(column, j * GROUP), SIDE)
                 lane = g * GROUP + before
                 soften(column, blocks * DEEP, at(m, lane), at(l, lane), at(sums, before), wide * SIDE, bytes_(weights + c * BLOCKS * BLOCK))
-            for t in range(0, wide, 2):
-                target, line = at(sums, t * SIDE * GROUP), bytes_(values + t * BLOCKS * BLOCK)
-                if t + 1 < wide:
-                    weigh(target, GROUP, target, GROUP, line, BLOCKS * BLOCK, TILE_BYTES, bytes_(weights), BLOCKS * BLOCK, blocks,
-                          target, 0, line, 0, 0)  # fmt: skip
-                else:
-                    weigh_last(target, GROUP, target, GROUP, line, 0, TILE_BYTES, bytes_(weights), BLOCKS * BLOCK, blocks, target, 0, line, 0, 0)
+            add_products(sums, GROUP, wide, bytes_(values), BLOCKS * BLOCK, bytes_(weights), BLOCKS * BLOCK, blocks)
             for j in range(seen if broken else 0):
                 for d in range(0 if hides and not shown[j] else Dh):
                     if not finite(v, places[(key + j) // PAGE] + head + (key + j) % PAGE * step + d):
                         for lane in range(max(0, j - limit + 1), GROUP):
                             sums[d * GROUP + lane] = np.nan
-    for i in range(0, count, SIDE):
-        rows, sums = min(SIDE, count - i), at(acc, i // GROUP * wide * SIDE * GROUP + i % GROUP)
+    write_rows(acc, count, l, Dh, O, H * Dh, square)
+    for i in range(count):
+        L[i * H] = m[i] + math.log(l[i])
+
+
+@inner
+def write_rows(sums: Any, n: int, l: Any, Dh: int, rows: Any, step: int, square: Any) -> None:
+    """n queries' sums, group by group of columns, divided by their l, as rows."""
+    wide = (Dh + SIDE - 1) // SIDE
+    for i in range(0, n, SIDE):
+        some, group = min(SIDE, n - i), at(sums, i // GROUP * wide * SIDE * GROUP + i % GROUP)
         for t in range(wide):
-            columns, corner = min(SIDE, Dh - t * SIDE), at(O, i * H * Dh + t * SIDE)
-            whole = rows == columns == SIDE
-            divide(at(sums, t * SIDE * GROUP), GROUP, at(l, i), corner if whole else square, H * Dh if whole else SIDE)
+            columns, corner = min(SIDE, Dh - t * SIDE), at(rows, i * step + t * SIDE)
+            whole = some == columns == SIDE
+            divide(at(group, t * SIDE * GROUP), GROUP, at(l, i), corner if whole else square, step if whole else SIDE)
             if not whole:
-                for r in range(rows):
-                    for d in range(columns):
-                        corner[r * H * Dh + d] = square[r * SIDE + d]
-        for r in range(rows):
-            L[(i + r) * H] = m[i + r] + math.log(l[i + r])
+                copy(square, SIDE, some, columns, corner, step)
 
 
 @inner
@@ -235,11 +236,9 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
     L[0] = m[0] + math.log(l[0])
 
 
-score, weigh, weigh_last = (
-    over_parts(2, 2, adds=False),
-    over_parts(2, 2),
-    over_parts(1, 2),
-)  # of keys and queries along d; of values, weights along keys
+score, weigh = over_parts(2, 2, adds=False), over_parts(2, 2)  # of keys and queries along d; of values and weights along keys, and so on
+weigh_last, weigh_column = over_parts(1, 2), over_parts(2, 1)
+# of keys and queries along d; of values, weights along keys
 
 
 @intrinsic
@@ -352,6 +351,213 @@ def over_values(count: int) -> Any:
 
 
 weigh_four, weigh_values = over_values(ABREAST), over_values(1)
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------------------------------
+
+
+def going_back(T: int, Dh: int) -> int:
+    """Numbers of memory that a head of so many queries needs."""
+    deep, wide = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE)
+    of_keys, of_queries = 2 * BC // SIDE * deep + wide * BLOCKS, GROUPS * (4 * deep + 2 * wide)
+    tiles = of_keys + of_queries + 2 * BC // SIDE * GROUPS + 2 * BLOCKS
+    return tiles * BLOCK // 4 + math.ceil(T / GROUP) * GROUP * (wide * SIDE + 2) + 2 * BC * (wide * SIDE + GROUP) + SIDE * DEEP
+
+
+def _backward(table: Any) -> None:
+    """As attention_cpu's: a task is a head, its tiles of keys one after the other, and for each the blocks of queries that see it.
+
+    dV = Pᵀ dO and dK = dSᵀ Q take rows of keys, whose pairs are queries; dQᵀ = Kᵀ dSᵀ takes pairs of keys.
+    """
+    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    q, k, v, visible, hides, start = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5])
+    O, L, B, T, S, H, Dh = floats(a[6]), floats(a[7]), a[8], a[9], a[10], a[11], a[12]
+    dO, dq, dk, dv, scale = floats(a[13]), floats(a[14]), floats(a[15]), floats(a[16]), float_of(a[17])
+    past, step, deep, wide, groups = S - T, H * Dh, (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE, (T + GROUP - 1) // GROUP
+    width = wide * SIDE
+    keys = (
+        place  # rows, as values; keys as columns; queries and dO as columns, and as rows; weights and scores' gradients as rows, these in pairs, too
+    )
+    values = keys + BC // SIDE * deep * BLOCK
+    keys_t = values + BC // SIDE * deep * BLOCK
+    q_t = keys_t + wide * BLOCKS * BLOCK
+    dO_t = q_t + GROUPS * 2 * deep * BLOCK
+    q_rows = dO_t + GROUPS * 2 * deep * BLOCK
+    dO_rows = q_rows + wide * GROUPS * BLOCK
+    P_rows = dO_rows + wide * GROUPS * BLOCK
+    dS_rows = P_rows + BC // SIDE * GROUPS * BLOCK
+    dS_pairs = dS_rows + BC // SIDE * GROUPS * BLOCK
+    dq_sums = floats(dS_pairs + 2 * BLOCKS * BLOCK)  # (groups, width, GROUP)
+    lse = at(dq_sums, groups * width * GROUP)
+    D = at(lse, groups * GROUP)
+    dk_sums = at(D, groups * GROUP)  # (BC, width)
+    dv_sums = at(dk_sums, BC * width)
+    scores = at(dv_sums, BC * width)  # (BC, GROUP)
+    dP = at(scores, BC * GROUP)
+    square = at(dP, BC * GROUP)
+    configure(bytes_(a[18]))
+    task = claim(table, TASKS)
+    while task < B * H:
+        b, h = task % B, task // B
+        for t in range(groups * GROUP):
+            here = ((b * T + min(t, T - 1)) * H + h) * Dh
+            lse[t], D[t] = L[here // Dh], 0
+            if lse[t] == -np.inf:  # no key is seen
+                lse[t] = 0
+            for d in range(DEEP):  # side by side, for long sums one after the other take long
+                square[d] = 0
+            for d in range(0, Dh, DEEP):
+                for i in range(min(DEEP, Dh - d)):
+                    square[i] += dO[here + d + i] * O[here + d + i]
+            for d in range(DEEP):
+                D[t] += square[d]
+        for i in range(groups * GROUP * width):
+            dq_sums[i] = 0
+        for key in range(start[b], S, BC):
+            n, place_of_keys, shown = min(BC, S - key), ((b * S + key) * H + h) * Dh, at(visible, b * S + key)
+            pack_keys(at(k, place_of_keys), step, n, Dh, square, bytes_(keys))
+            pack_keys(at(v, place_of_keys), step, n, Dh, square, bytes_(values))
+            pack_values(at(k, place_of_keys), step, n, Dh, square, bytes_(keys_t))
+            for j in range(BC):
+                if j >= n or (hides and not shown[j]):
+                    for i in range(deep * PARTS):
+                        for byte in range(4 * SIDE):
+                            line = (j // SIDE * deep * PARTS + i) * TILE_BYTES + j % SIDE * 4 * SIDE + byte
+                            bytes_(keys)[line] = bytes_(values)[line] = 0
+                    for d in range(width):
+                        clear(bytes_(keys_t), j, d)
+            for j in range(BC * width):
+                dk_sums[j], dv_sums[j] = 0, 0
+            for first in range(max(0, key - past) // BQ * BQ, T, BQ):
+                origin = ((b * T + first) * H + h) * Dh
+                pack_block(at(q, origin), step, min(BQ, T - first), Dh, square, bytes_(q_t), bytes_(q_rows))
+                pack_block(at(dO, origin), step, min(BQ, T - first), Dh, square, bytes_(dO_t), bytes_(dO_rows))
+                limit, count = (
+                    past + first + 1 - key,
+                    (min(BQ, T - first) + GROUP - 1) // GROUP,
+                )  # the block's first query sees so many keys of the tile
+                for g in range(max(0, -limit + 1) // GROUP, count):
+                    seen, lane = min(n, limit + (g + 1) * GROUP - 1), first + g * GROUP
+                    blocks, gap, sums = (seen + DEEP - 1) // DEEP, deep * BLOCK, at(dq_sums, lane * width)
+                    for j in range(blocks):
+                        s, ds = at(scores, j * DEEP * GROUP), at(dP, j * DEEP * GROUP)
+                        score(s, GROUP, s, 0, bytes_(keys + 2 * j * gap), gap, TILE_BYTES, bytes_(q_t + 2 * g * gap), gap, deep,
+                              s, 0, bytes_(keys), 0, 0)  # fmt: skip
+                        score(ds, GROUP, ds, 0, bytes_(values + 2 * j * gap), gap, TILE_BYTES, bytes_(dO_t + 2 * g * gap), gap, deep,
+                              s, 0, bytes_(keys), 0, 0)  # fmt: skip
+                    for c in range(0, GROUP, SIDE):
+                        for j in range(max(0, min(limit + g * GROUP, seen)), blocks * DEEP):
+                            hide(at(scores, j * GROUP + c), j - limit - g * GROUP + 1 - c if j < n else SIDE)
+                        for j in range(seen if hides else 0):
+                            if not shown[j]:
+                                hide(at(scores, j * GROUP + c), SIDE)
+                    gradients(scores, dP, at(lse, lane), at(D, lane), blocks * DEEP, bytes_(P_rows + g * BLOCK), bytes_(dS_rows + g * BLOCK),
+                              bytes_(dS_pairs))  # fmt: skip
+                    add_products(sums, GROUP, wide, bytes_(keys_t), BLOCKS * BLOCK, bytes_(dS_pairs), BLOCKS * BLOCK, blocks)
+                for j in range(0, min(n, limit + count * GROUP - 1), DEEP):
+                    g = max(0, j - limit + 1) // GROUP  # from the first queries that see these keys
+                    for d in range(0, wide, 2):
+                        corner, rows = j * width + d * SIDE, j // SIDE * GROUPS + g
+                        dO_strips, q_strips, gap = (dO_rows + (d * GROUPS + g) * BLOCK, q_rows + (d * GROUPS + g) * BLOCK, GROUPS * BLOCK)
+                        P_here, dS_here = bytes_(P_rows + rows * BLOCK), bytes_(dS_rows + rows * BLOCK)
+                        add_strips(at(dv_sums, corner), width, P_here, bytes_(dO_strips), gap, count - g, wide - d)
+                        add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_strips), gap, count - g, wide - d)
+            copy(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
+            copy(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
+        for t in range(groups * GROUP):
+            lse[t] = 1
+        origin = (b * T * H + h) * Dh
+        write_rows(dq_sums, T, lse, Dh, at(dq, origin), step, square)
+        for t in range(T):
+            for d in range(Dh):
+                dq[origin + t * step + d] *= scale
+        claim(table, DONE)
+        task = claim(table, TASKS)
+    release()
+
+
+@inner
+def add_products(sums: Any, row: int, count: int, x: Any, x_gap: int, weights: Any, gap: int, n: int) -> None:
+    """Adds n tiles' products to `count` by two tiles of sums."""
+    for t in range(0, count, 2):
+        target, line = at(sums, t * SIDE * row), at(x, t * x_gap)
+        if t + 1 < count:
+            weigh(target, row, target, row, line, x_gap, TILE_BYTES, weights, gap, n, target, 0, line, 0, 0)
+        else:
+            weigh_last(target, row, target, row, line, 0, TILE_BYTES, weights, gap, n, target, 0, line, 0, 0)
+
+
+@inner
+def add_strips(sums: Any, row: int, x: Any, weights: Any, gap: int, n: int, columns: int) -> None:
+    """Adds n tiles' products to two by two tiles of sums, or where one column is left to two by one."""
+    if columns > 1:
+        weigh(sums, row, sums, row, x, gap, TILE_BYTES, weights, gap, n, sums, 0, x, 0, 0)
+    else:
+        weigh_column(sums, row, sums, row, x, gap, TILE_BYTES, weights, gap, n, sums, 0, x, 0, 0)
+
+
+@inner
+def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, rows: Any) -> None:
+    """n rows, whole groups, as columns: pairs of d; and as rows, pairs of which make words, GROUPS tiles for each 16 of d, zeros beyond n."""
+    deep = (Dh + DEEP - 1) // DEEP
+    for i in range(0, (n + GROUP - 1) // GROUP * GROUP, SIDE):
+        pack_queries(at(x, min(i, n - 1) * step), step, max(1, min(SIDE, n - i)), Dh, np.float32(1), square, at(columns, i // SIDE * deep * BLOCK))
+    for g in range(0, n, GROUP):
+        for t in range((Dh + SIDE - 1) // SIDE):
+            source, apart, some = at(x, g * step + t * SIDE), step, min(GROUP, n - g)
+            if some < GROUP or (t + 1) * SIDE > Dh:
+                for r in range(GROUP):
+                    for d in range(SIDE):
+                        square[r * SIDE + d] = source[r * step + d] if r < some and t * SIDE + d < Dh else np.float32(0)
+                source, apart, some = square, SIDE, GROUP
+            values_apart(source, apart, at(rows, (t * GROUPS + g // GROUP) * BLOCK))
+
+
+@intrinsic
+def values_apart(typing_context, v, step, tile):
+    """32 rows of 16 numbers in parts, as words of two neighbouring rows."""
+
+    def generate(context, builder, signature, arguments):
+        v, step, tile = arguments
+        for r in range(SIDE):
+            both = (load(builder, builder.gep(v, [builder.mul(step, INDEX(2 * r + i))]), VECTOR) for i in range(2))
+            put_words(builder, *both, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
+        return context.get_dummy_value()
+
+    return types.void(v, types.int64, tile), generate
+
+
+@intrinsic
+def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
+    """Of n keys and 32 queries: weights P = exp(score - lse) and scores' gradients P · (dP - D), in parts, as rows and in pairs of keys."""
+
+    def generate(context, builder, signature, arguments):
+        scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs = arguments
+        places = [INDEX(c) for c in range(0, GROUP, SIDE)]
+        sums, differences = ([load(builder, builder.gep(a, [place]), VECTOR) for place in places] for a in (lse, D))
+
+        def pair(j: Any, _: list) -> list:
+            found = []
+            for r in range(2):
+                key = builder.add(j, INDEX(r))
+                row = builder.mul(key, INDEX(GROUP))
+                of_scores, of_dP = ([load(builder, builder.gep(a, [builder.add(row, place)]), VECTOR) for place in places] for a in (scores, dP))
+                P = [weight_of(builder, score, total) for score, total in zip(of_scores, sums, strict=True)]
+                dS = [builder.fmul(p, builder.fsub(d, less)) for p, d, less in zip(P, of_dP, differences, strict=True)]
+                tile = builder.mul(builder.lshr(key, INDEX(4)), INDEX(GROUPS * BLOCK))
+                line = builder.add(tile, builder.mul(builder.and_(key, INDEX(SIDE - 1)), INDEX(4 * SIDE)))
+                for numbers, rows in ((P, P_rows), (dS, dS_rows)):
+                    for i, words in enumerate(zip(*(parts_of(builder, number) for number in numbers), strict=True)):
+                        store(builder, upper_halves(builder, *words), builder.gep(rows, [builder.add(line, INDEX(i * TILE_BYTES))]))
+                found.append(dS)
+            for c, (first, second) in enumerate(zip(*found, strict=True)):
+                put_weights(builder, builder.gep(dS_pairs, [INDEX(c * BLOCKS * BLOCK)]), j, 0, first, second)
+            return []
+
+        loop(builder, n, 2, [], pair)
+        return context.get_dummy_value()
+
+    return types.void(scores, dP, lse, D, types.int64, P_rows, dS_rows, dS_pairs), generate
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------------------------------
@@ -489,7 +695,8 @@ weight_of = weighing_by(POWERS)
 soften, soften_one = softening(GROUP, weight_of, put_weights), softening_one(weight_of, put_line)
 
 IN_PARTS = Forward(by_dtype(_forward, "_in_parts"), GROUP, needed, [SHAPES[SIDE], shapes_of_one()], "float32")
-IN_FLOAT32 = IN_PARTS if UNIT else attention_cpu.IN_FLOAT32
+IN_PARTS_BWD = Backward(Kernel(_backward), going_back, [SHAPES[SIDE]])
+IN_FLOAT32, IN_FLOAT32_BWD = (IN_PARTS, IN_PARTS_BWD) if UNIT else (attention_cpu.IN_FLOAT32, attention_cpu.IN_FLOAT32_BWD)
 
 
 def way_for(params: dict) -> Forward:

@@ -152,7 +152,8 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    return attention_cpu.attention_bwd(float32(dO), float32(q), float32(k), float32(v), float32(O), L, scale, getattr(layout, "visible", None))
+    visible = getattr(layout, "visible", None)
+    return attention_cpu.attention_bwd(*map(float32, (dO, q, k, v, O)), L, scale, visible, attention_parts.IN_FLOAT32_BWD)
 
 
 def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
