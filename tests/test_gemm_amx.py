@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from opt_fast import gemm, gemm_amx
+from opt_fast import gemm, gemm_amx, gemm_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,11 +25,12 @@ PROGRAM = """
 import pickle, sys
 sys.path.insert(0, root + "/tests")
 import ml_dtypes, numba, numpy as np, rounded_attention, small
-from opt_fast import attention_bf16, gemm, gemm_amx, gemm_int, machine_cpu, ops_cpu, program_cpu
+from types import SimpleNamespace
+from opt_fast import attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_int, gemm_parts, machine_cpu, ops_cpu, program_cpu
 from opt_fast.engine import Engine
 from opt_fast.gemm_amx import GROUP, PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
-from opt_np import OPTForCausalLM, model, quantize
+from opt_np import OPTForCausalLM, model, ops, quantize
 from opt_np.kv_cache import KVCache
 assert gemm_amx.UNIT == unit, gemm_amx.UNIT
 assert "tiles of bfloat16 and int8 (AMX)" in ops_cpu.description()
@@ -90,6 +91,39 @@ for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), 
     np.testing.assert_array_equal(gemm.matmul(x, packed, bias, "relu" if M == 37 else None), y)
     found[f"{M} {I} {O} int4"] = y
 
+# float32: as right as products in float32, in tiles of three parts; with few rows, with many, and where blocks, rows, strips and tiles are not whole
+gemm_parts.MOST_ROWS, gemm_parts.ENOUGH = 96, 64
+for M, I, O, turned in ((1, 1, 1, False), (1, 100, 50, True), (5, 64, 33, False), (16, 400, 20, True), (17, 33, 32, False), (70, 420, 66, True),
+                        (250, 40, 70, False), (3, 0, 5, False)):
+    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((M, I), (O, I), O))
+    x[0] *= 1000
+    given = np.asfortranarray(x) if turned else x
+    packed = pickle.loads(pickle.dumps(gemm_parts.pack(np.asfortranarray(weight) if turned else weight)))
+    assert (packed.shape, packed.dtype, packed.nbytes) == ((O, I), np.float32, -(-O // 16) * 16 * I * 4) and (np.asarray(packed) == weight).all()
+    ids = np.array([[0, O - 1, O // 2]])
+    assert (packed.rows(ids) == weight[ids]).all()
+    y = gemm.matmul(given, packed, bias, "relu" if M == 70 else None)
+    expected = x.astype(float) @ weight.T + bias
+    allowed = (np.abs(x).astype(float) @ np.abs(weight).T + np.abs(bias)) * np.finfo(np.float32).eps * 4
+    assert (np.abs(y - (np.maximum(expected, 0) if M == 70 else expected)) <= allowed).all(), (M, I, O)
+    for rows in ([0], [M - 1], list(range(M // 2, M)), [M - 1, 0, M // 2]):
+        assert (gemm.matmul(given[rows], packed, bias, "relu" if M == 70 else None) == y[rows]).all()
+    assert (gemm.matmul(given, gemm_parts.pack(weight[:1]), bias[:1], "relu" if M == 70 else None) == y[:, :1]).all()  # nor do other columns matter
+    numba.set_num_threads(1)
+    assert (gemm.matmul(given, packed, bias, "relu" if M == 70 else None) == y).all()
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    found[f"{M} {I} {O} float32"] = y
+for size in (1e-30, 1e-36, 1e-38, 3e38):  # parts that are no normal numbers, and the largest there are
+    x, weight = (rng.random((20, 40)) * size).astype(np.float32), rng.random((33, 40)).astype(np.float32) / 40
+    expected = x.astype(float) @ weight.T.astype(float)
+    np.testing.assert_allclose(gemm.matmul(x, gemm_parts.pack(weight)), expected, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(gemm.matmul(weight[:20], gemm_parts.pack(x)), weight[:20].astype(float) @ x.T, rtol=1e-6, atol=1e-37)
+x = np.ones((40, 70), np.float32)
+x[1, 65], x[33, 2] = np.nan, np.inf
+for rows in (slice(0, 3), slice(0, 40)):
+    y = gemm.matmul(x[rows], gemm_parts.pack(np.ones((5, 70), np.float32)))
+    assert np.isnan(y[1]).all() and (len(y) == 3 or np.isnan(y[33]).all()) and (np.delete(y, [1, 33][: 1 + (len(y) > 3)], 0) == 70).all()
+
 # what is not a number stays in its row
 for broken in (np.inf, -np.inf, np.nan):
     x = np.ones((3, 70), np.float32)
@@ -101,18 +135,36 @@ for broken in (np.inf, -np.inf, np.nan):
 assert gemm.matmul(np.ones((0, 70), np.float32), PackedTiles(np.ones((5, 70), bfloat16))).shape == (0, 5)
 
 found |= rounded_attention.checked(real=unit == "AMX")
+found |= rounded_attention.checked(unit == "AMX", attention_parts.IN_PARTS, "attention by parts")
+assert (attention_parts.IN_FLOAT32, attention_parts.IN_FLOAT32_BWD) == (attention_parts.IN_PARTS, attention_parts.IN_PARTS_BWD)
+
+# its gradients: no further from the exact ones than NumPy's in float32
+for T, S, Dh, hides in ((1, 1, 16, False), (37, 37, 20, False), (130, 230, 48, True), (100, 100, 80, False)):
+    q, k, v, dO = (rng.normal(size=(1, n, 2, Dh)).astype(np.float32) for n in (T, S, S, T))
+    layout, scale = SimpleNamespace(visible=rng.random((1, S)) < 0.6 if hides else None), Dh**-0.5
+    O, L = ops_cpu.attention_lse(q, k, v, scale, layout)
+    wide = [a.astype(float) for a in (q, k, v)]
+    exact = ops.attention_bwd(dO.astype(float), *wide, *ops.attention_lse(*wide, scale, layout), scale, layout)
+    numpys = ops.attention_bwd(dO, q, k, v, *ops.attention_lse(q, k, v, scale, layout), scale, layout)
+    if hides:  # what is hidden may be anything
+        k, v = (np.where(layout.visible[..., None, None], a, np.nan) for a in (k, v))
+    ours = ops_cpu.attention_bwd(dO, q, k, v, O, L, scale, layout)
+    for name, a, b, c in zip("qkv", ours, numpys, exact, strict=True):
+        assert np.abs(a - c).max() <= 2 * np.abs(b - c).max() + 1e-6, (T, S, Dh, name)
+        found[f"gradient {T} {S} {Dh} {name}"] = a
 
 # a model: the same bits in a batch, step by step, and in the engine
 cfg = small.config(num_hidden_layers=1, max_position_embeddings=300)
 params, ids = small.params(cfg), small.ids(cfg, 2, 23)
 mask = np.ones_like(ids)
 mask[0, :7] = 0
-for dtype in ("bfloat16", "int8", "int4"):
-    tree = small.cast(params, bfloat16) if dtype == "bfloat16" else quantize.quantized(params, cfg, dtype)[0]
+kinds = {"bfloat16": PackedTiles, "int8": PackedTiles, "int4": PackedNibbles, "float32": gemm_parts.PackedParts}
+for dtype, kind in kinds.items():
+    tree = small.cast(params, dtype) if "float" in dtype else quantize.quantized(params, cfg, dtype)[0]
     packed = ops_cpu.pack(tree)
-    assert type(packed["layers"][0]["fc1"]["weight"]) is (PackedNibbles if dtype == "int4" else PackedTiles) is type(packed["embed_tokens"]["weight"])
+    assert type(packed["layers"][0]["fc1"]["weight"]) is kind is type(packed["embed_tokens"]["weight"])
     logits = model.forward(packed, ids, cfg, attention_mask=mask, ops=ops_cpu)
-    exact = model.forward(small.cast(tree, np.float32) if dtype == "bfloat16" else tree, ids, cfg, attention_mask=mask)
+    exact = model.forward(small.cast(tree, np.float32) if "float" in dtype else tree, ids, cfg, attention_mask=mask)
     assert np.abs(logits - exact)[mask == 1].max() < (2e-2 if dtype == "bfloat16" else 1e-3) * np.abs(exact).max()
     for row, seen, ours in zip(ids, mask, logits):
         assert (model.forward(packed, row[seen == 1][None], cfg, ops=ops_cpu)[0] == ours[seen == 1]).all()
@@ -125,12 +177,13 @@ for dtype in ("bfloat16", "int8", "int4"):
     assert (model.forward(tree, ids, cfg, attention_mask=mask, ops=ops_cpu)[mask == 1] == logits[mask == 1]).all()  # packed at each use
     lm, long = OPTForCausalLM(tree, cfg, backend="cpu"), small.ids(cfg, 1, 140)  # long enough to be read by a program
     engine = Engine(lm)
-    assert engine.pool.dtype == np.uint16 and machine_cpu.Machine(packed, cfg, engine.pool).way is attention_bf16.IN_BFLOAT16
+    stored, way = (np.float32, attention_parts.IN_PARTS) if dtype == "float32" else (np.uint16, attention_bf16.IN_BFLOAT16)
+    assert engine.pool.dtype == stored and machine_cpu.Machine(packed, cfg, engine.pool).way is way
     handles = [engine.submit(long, max_new_tokens=4), engine.submit(ids[1:, :9], max_new_tokens=3)]
     assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
     found[dtype] = logits
-    if dtype == "int4":
+    if dtype in ("int4", "float32"):
         continue
     # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
     wide = {"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}
@@ -196,6 +249,22 @@ def test_tiles_are_used_where_the_processor_has_them_and_the_system_allows_it(fe
     monkeypatch.setattr(gemm_amx.ctypes, "CDLL", lambda _: SimpleNamespace(syscall=lambda *numbers: asked.append(numbers) or (0 if allowed else -1)))
     assert gemm_amx.unit() == found
     assert asked in ([], [(158, 0x1023, 18)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+@pytest.mark.parametrize("M", [17, 47, 96, 255, 256, 300, 1024, 5000])
+def test_parts_are_work_for_every_thread(threads, M, monkeypatch):
+    monkeypatch.setattr(gemm_parts, "get_num_threads", lambda: threads)
+    rows, blocks, parts = gemm_parts.shares(M, 192)
+    assert (blocks - 1) * rows < M <= blocks * rows
+    assert rows % gemm_parts.DEEP == 0
+    assert rows <= gemm_parts.MOST_ROWS
+    assert blocks * parts >= min(threads, 96)
+    busy = [0] * threads
+    for task in range(blocks * parts):
+        height, part = min(rows, M - task % blocks * rows), task // blocks
+        busy[busy.index(min(busy))] += height * (96 * (part + 1) // parts - 96 * part // parts)
+    assert max(busy) <= 1.5 * M * 96 / threads + 2 * rows
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 64])
