@@ -159,7 +159,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             for j in range(seen if hides else 0):
                 if not shown[j]:
                     hide(at(scores, j * SIDE), SIDE)
-            soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE, scores)
+            soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
             weigh(sums, bytes_(values), BLOCKS * TILE_BYTES, bytes_of(scores), blocks, wide)
     for g in range(groups):
         rows = min(SIDE, count - g * SIDE)
@@ -396,56 +396,47 @@ def hide(typing_context, scores, queries):
     return types.void(scores, types.int64), generate
 
 
-def softening(width: int, weight_of: Any, put: Any) -> Any:
-    """kernel(scores, n, m, l, acc, d, pairs): scores of n keys, `width` apart, become weights under the queries' new maxima, `put` as pairs of keys;
-    older sums, `d` rows of acc, as far apart, shrink."""
-    count = 4  # keys at a time: as many sums that do not wait for each other
+@intrinsic
+def soften(typing_context, scores, n, m, l, acc, d):
+    """Scores of n keys become weights, in pairs of keys, under the queries' new maxima; older sums, `d` rows of acc, shrink."""
 
-    @intrinsic
-    def kernel(typing_context, scores, n, m, l, acc, d, pairs):
-        def generate(context, builder, signature, arguments):
-            scores, n, m, l, acc, d, pairs = arguments
+    def generate(context, builder, signature, arguments):
+        scores, n, m, l, acc, d = arguments
+        count = 4  # keys at a time: as many sums that do not wait for each other
 
-            def row(base: Any, k: Any, r: int = 0) -> Any:
-                return builder.gep(base, [builder.add(builder.mul(k, INDEX(width)), INDEX(r * width))])
+        def row(base: Any, k: Any, r: int = 0) -> Any:
+            return builder.gep(base, [builder.add(builder.mul(k, INDEX(SIDE)), INDEX(r * SIDE))])
 
-            def highest_of(k: Any, carried: list) -> list:
-                return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
+        def highest_of(k: Any, carried: list) -> list:
+            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
 
-            before = load(builder, m, VECTOR)
-            found = loop(builder, n, count, [before] * count, highest_of)
-            highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
-            shown = seen_yet(builder, highest)
-            shrink = weight_of(builder, before, shown)
+        before = load(builder, m, VECTOR)
+        found = loop(builder, n, count, [before] * count, highest_of)
+        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
+        shown = seen_yet(builder, highest)
+        shrink = weight_of(builder, before, shown)
 
-            def shrunk(k: Any, _: list) -> list:
-                store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
-                return []
+        def shrunk(k: Any, _: list) -> list:
+            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
+            return []
 
-            loop(builder, d, 1, [], shrunk)
+        loop(builder, d, 1, [], shrunk)
 
-            def weights(k: Any, carried: list) -> list:
-                numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]
-                for r in range(0, count, 2):
-                    put(builder, pairs, k, r, *numbers[r : r + 2])
-                return [builder.fadd(total, number) for total, number in zip(carried, numbers, strict=True)]
+        def weights(k: Any, carried: list) -> list:
+            numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]
+            for r in range(0, count, 2):
+                first, second = (rounded_weight(builder, number) for number in numbers[r : r + 2])
+                pairs = builder.or_(builder.lshr(first, every(WORDS, 16)), builder.and_(second, every(WORDS, 0xFFFF0000)))
+                store(builder, pairs, builder.gep(scores, [builder.add(builder.mul(k, INDEX(SIDE // 2)), INDEX(r // 2 * SIDE))]))
+            return [builder.fadd(total, number) for total, number in zip(carried, numbers, strict=True)]
 
-            totals = loop(builder, n, count, [every(VECTOR, 0.0)] * count, weights)
-            total = builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3]))
-            store(builder, builder.fadd(builder.fmul(load(builder, l, VECTOR), shrink), total), l)
-            store(builder, highest, m)
-            return context.get_dummy_value()
+        totals = loop(builder, n, count, [every(VECTOR, 0.0)] * count, weights)
+        total = builder.fadd(builder.fadd(totals[0], totals[1]), builder.fadd(totals[2], totals[3]))
+        store(builder, builder.fadd(builder.fmul(load(builder, l, VECTOR), shrink), total), l)
+        store(builder, highest, m)
+        return context.get_dummy_value()
 
-        return types.void(scores, types.int64, m, l, acc, types.int64, pairs), generate
-
-    return kernel
-
-
-def put_pairs(builder: Any, pairs: Any, k: Any, r: int, *numbers: Any) -> None:
-    """LLVM: weights of two keys, rounded, in place of a score."""
-    first, second = (rounded_weight(builder, number) for number in numbers)
-    words = builder.or_(builder.lshr(first, every(WORDS, 16)), builder.and_(second, every(WORDS, 0xFFFF0000)))
-    store(builder, words, builder.gep(pairs, [builder.add(builder.mul(k, INDEX(SIDE // 2)), INDEX(r // 2 * SIDE))]))
+    return types.void(scores, types.int64, m, l, acc, types.int64), generate
 
 
 def seen_yet(builder: Any, highest: Any) -> Any:
@@ -500,7 +491,6 @@ def divide(typing_context, acc, apart, l, rows, step):
 
 
 weight_of = weighing_by(POWERS)
-soften = softening(SIDE, weight_of, put_pairs)
 
 
 # ---- one query: what tiles compute, in vectors -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ bits are the same whether it comes alone or with others, and whether keys came a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ml_dtypes import bfloat16
 from numba import types
 
 from opt_fast import attention_cpu
-from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, softening, softening_one, weighing_by
+from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, seen_yet, softening_one, weighing_by
 from opt_fast.attention_cpu import BC, BQ, Backward, Forward, by_dtype, float32_at
 from opt_fast.gemm import BITS, TILE, widened
 from opt_fast.gemm_amx import (
@@ -55,6 +56,7 @@ from opt_fast.kernel import (
     inner,
     int64s,
     intrinsic,
+    larger,
     load,
     loop,
     prefetch,
@@ -79,7 +81,7 @@ def needed(queries: int, Dh: int) -> int:
     """Numbers of memory that a task of so many queries needs."""
     deep, wide, groups = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE), math.ceil(queries / GROUP)
     tiles = BC // SIDE * deep + BLOCKS * (wide + 2) + groups * 2 * deep
-    return BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + SIDE * DEEP + (wide + ABREAST) * SIDE * SIDE
+    return 2 * BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + GROUP + 8 * SIDE + SIDE * DEEP + (wide + ABREAST) * SIDE * SIDE
 
 
 def shapes_of_one() -> np.ndarray:
@@ -120,14 +122,16 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                   scale: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
     """Some queries of a head, the first of which sees `past` keys besides its own."""
     deep, wide, groups = (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE, (count + GROUP - 1) // GROUP  # tiles along d, as pairs and as single ones
-    scores, keys = floats(place), place + 4 * BC * GROUP
+    scores, keys = floats(place), place + 2 * 4 * BC * GROUP  # of a group and of the next
     values = keys + BC // SIDE * deep * BLOCK
     weights = values + wide * BLOCKS * BLOCK
     queries = weights + 2 * BLOCKS * BLOCK
     acc = floats(queries + groups * 2 * deep * BLOCK)
     m = at(acc, groups * wide * SIDE * GROUP)
     l = at(m, groups * GROUP)
-    square = at(l, groups * GROUP)
+    highest = at(l, groups * GROUP)
+    totals = at(highest, GROUP)
+    square = at(totals, 2 * 4 * SIDE)
     for i in range(groups * GROUP):
         m[i], l[i] = -np.inf, 0
         for d in range(wide * SIDE):
@@ -151,23 +155,30 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             for d in range(Dh):
                 if not finite(v, places[last // PAGE] + head + last % PAGE * step + d):
                     clear(bytes_(values), j, d)
-        for g in range(max(0, key - past) // GROUP, groups):  # from the first queries that see this tile
+        begin = max(0, key - past) // GROUP  # the first queries that see this tile
+        for g in range(begin - 1, groups):
+            gap, this, other = deep * BLOCK, at(scores, g % 2 * BC * GROUP), at(scores, (g + 1) % 2 * BC * GROUP)
+            following = blocks_seen(g + 1, past - key, tile, count) if g + 1 < groups else 0
             limit = past + g * GROUP + 1 - key  # the group's first query sees so many keys of the tile
-            seen = min(tile, limit + min(GROUP, count - g * GROUP) - 1)
-            blocks, sums = (seen + DEEP - 1) // DEEP, at(acc, g * wide * SIDE * GROUP)
-            for b in range(blocks):
-                target, gap = at(scores, b * DEEP * GROUP), deep * BLOCK
-                score(target, GROUP, target, 0, bytes_(keys + 2 * b * gap), gap, TILE_BYTES, bytes_(queries + 2 * g * gap), gap, deep,
-                      target, 0, bytes_(keys), 0, 0)  # fmt: skip
-            for c in range(2):
-                column, before = at(scores, c * SIDE), c * SIDE  # queries
+            seen, sums = min(tile, limit + min(GROUP, count - g * GROUP) - 1), at(acc, g * wide * SIDE * GROUP)
+            blocks = blocks_seen(g, past - key, tile, count) if g >= begin else 0
+            for c in range(2 if blocks else 0):
+                column, before, lane = at(this, c * SIDE), c * SIDE, g * GROUP + c * SIDE
                 for j in range(max(0, min(limit, seen)), blocks * DEEP):
                     hide(at(column, j * GROUP), j - limit + 1 - before if j < tile else SIDE)
                 for j in range(seen if hides else 0):
                     if not shown[j]:
                         hide(at(column, j * GROUP), SIDE)
-                lane = g * GROUP + before
-                soften(column, blocks * DEEP, at(m, lane), at(l, lane), at(sums, before), wide * SIDE, bytes_(weights + c * BLOCKS * BLOCK))
+                raise_maximum(column, blocks * DEEP, at(m, lane), at(l, lane), at(sums, before), wide * SIDE, at(highest, before))
+            for i in range(2 * 4 * SIDE):
+                totals[i] = 0
+            soften_and_score(this, 2 * blocks, highest, totals, bytes_(weights), other, bytes_(keys), gap, bytes_(queries + 2 * (g + 1) * gap), deep,
+                             following * deep)  # fmt: skip
+            if not blocks:
+                continue
+            for i in range(GROUP):
+                four = at(totals, i // SIDE * 4 * SIDE + i % SIDE)
+                l[g * GROUP + i] += (four[0] + four[SIDE]) + (four[2 * SIDE] + four[3 * SIDE])
             add_products(sums, GROUP, wide, bytes_(values), BLOCKS * BLOCK, bytes_(weights), BLOCKS * BLOCK, blocks)
             for j in range(seen if broken else 0):
                 for d in range(0 if hides and not shown[j] else Dh):
@@ -177,6 +188,12 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
     write_rows(acc, count, l, Dh, O, H * Dh, square)
     for i in range(count):
         L[i * H] = m[i] + math.log(l[i])
+
+
+@inner
+def blocks_seen(g: int, past: int, tile: int, count: int) -> int:
+    """Blocks of a tile of keys that a group of queries sees some of; the tile's first key is seen by query -past, and those after."""
+    return (min(tile, past + min((g + 1) * GROUP, count)) + DEEP - 1) // DEEP
 
 
 @inner
@@ -692,7 +709,110 @@ def put_line(builder: Any, weights: Any, k: Any, numbers: Any) -> None:
 
 
 weight_of = weighing_by(POWERS)
-soften, soften_one = softening(GROUP, weight_of, put_weights), softening_one(weight_of, put_line)
+soften_one = softening_one(weight_of, put_line)
+
+
+@intrinsic
+def raise_maximum(typing_context, scores, n, m, l, acc, d, highest):
+    """16 queries' new maxima under scores of n keys, also where `highest` is, or 0 where none was seen; older sums, `d` rows of acc and l, shrink."""
+
+    def generate(context, builder, signature, arguments):
+        scores, n, m, l, acc, d, place = arguments
+
+        def row(base: Any, k: Any, r: int = 0) -> Any:
+            return builder.gep(base, [builder.add(builder.mul(k, INDEX(GROUP)), INDEX(r * GROUP))])
+
+        def highest_of(k: Any, carried: list) -> list:
+            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
+
+        before = load(builder, m, VECTOR)
+        found = loop(builder, n, 4, [before] * 4, highest_of)
+        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
+        shown = seen_yet(builder, highest)
+        shrink = weight_of(builder, before, shown)
+
+        def shrunk(k: Any, _: list) -> list:
+            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
+            return []
+
+        loop(builder, d, 1, [], shrunk)
+        for number, target in ((builder.fmul(load(builder, l, VECTOR), shrink), l), (highest, m), (shown, place)):
+            store(builder, number, target)
+        return context.get_dummy_value()
+
+    return types.void(scores, types.int64, m, l, acc, types.int64, highest), generate
+
+
+@intrinsic
+def soften_and_score(typing_context, scores, chunks, highest, totals, weights, after, keys, gap, queries, deep, steps):
+    """Scores of a group become weights in parts, and are added to totals; meanwhile tiles make the next group's scores.
+
+    A chunk is 32 keys and 16 of the 32 queries, a step 32 keys, 32 queries and 32 numbers of d: there may be more of these or of those.
+    """
+
+    def generate(context, builder, signature, arguments):
+        scores, chunks, highest, totals, weights, after, keys, gap, queries, deep, steps = arguments
+        tiles, sums = unit_of(builder, INDEX(SIDE)), [(r, c) for r in range(2) for c in range(2)]
+
+        def chunk(i: Any) -> Iterator[None]:
+            strip, block = builder.and_(i, INDEX(1)), builder.lshr(i, INDEX(1))
+            place = builder.gep(scores, [builder.add(builder.mul(block, INDEX(DEEP * GROUP)), builder.mul(strip, INDEX(SIDE)))])
+            target = builder.gep(weights, [builder.add(builder.mul(strip, INDEX(BLOCKS * BLOCK)), builder.mul(block, INDEX(BLOCK)))])
+            shown = load(builder, builder.gep(highest, [builder.mul(strip, INDEX(SIDE))]), VECTOR)
+            four = [builder.gep(totals, [builder.add(builder.mul(strip, INDEX(4 * SIDE)), INDEX(r * SIDE))]) for r in range(4)]
+            total = [load(builder, a, VECTOR) for a in four]
+            for k in range(0, DEEP, 4):
+                numbers = [weight_of(builder, load(builder, builder.gep(place, [INDEX((k + r) * GROUP)]), VECTOR), shown) for r in range(4)]
+                for r in range(0, 4, 2):
+                    put_words(builder, *numbers[r : r + 2], builder.gep(target, [INDEX((k + r) // 2 * 4 * SIDE)]))
+                total = [builder.fadd(a, number) for a, number in zip(total, numbers, strict=True)]
+                yield
+            for a, number in zip(four, total, strict=True):
+                store(builder, number, a)
+
+        def step(i: Any) -> Iterator[None]:
+            block, t = builder.udiv(i, deep), builder.urem(i, deep)
+            with builder.if_then(builder.icmp_signed("==", t, INDEX(0))):
+                for a in range(4):
+                    tiles.zero(a)
+            depth, first = builder.mul(t, INDEX(BLOCK)), builder.mul(block, INDEX(2))
+            rows = [builder.gep(keys, [builder.add(builder.mul(builder.add(first, INDEX(r)), gap), depth)]) for r in range(2)]
+            columns = [builder.gep(queries, [builder.add(builder.mul(gap, INDEX(c)), depth)]) for c in range(2)]
+            before: tuple[int, int] = -1, -1
+            for a, b in ORDER:
+                for r in range(2 if a != before[0] else 0):
+                    tiles.load(4 + r, builder.gep(rows[r], [INDEX(a * TILE_BYTES)]))
+                for c in range(2 if b != before[1] else 0):
+                    tiles.load(6 + c, builder.gep(columns[c], [INDEX(b * TILE_BYTES)]))
+                before = a, b
+                for n, (r, c) in enumerate(sums):
+                    tiles.multiply(PAIRS, n, 4 + r, 6 + c)
+                yield
+            with builder.if_then(builder.icmp_signed("==", builder.add(t, INDEX(1)), deep)):
+                corner = builder.mul(block, INDEX(DEEP * GROUP))
+                for n, (r, c) in enumerate(sums):
+                    target = builder.gep(after, [builder.add(corner, INDEX(r * SIDE * GROUP + c * SIDE))])
+                    tiles.store(n, builder.bitcast(target, INT8.as_pointer()), INDEX(4 * GROUP))
+
+        def some(first: Any, last: Any, *kinds: Any) -> None:
+            def body(i: Any, _: list) -> list:
+                doing = [kind(builder.add(first, i)) for kind in kinds]
+                while doing:
+                    doing = [a for a in doing if next(a, a) is None]
+                return []
+
+            with builder.if_then(builder.icmp_signed("<", first, last)):
+                loop(builder, builder.sub(last, first), 1, [], body)
+
+        both = builder.select(builder.icmp_signed("<", chunks, steps), chunks, steps)
+        some(INDEX(0), both, step, chunk)
+        some(both, steps, step)
+        some(both, chunks, chunk)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(scores, index, highest, totals, weights, after, keys, index, queries, index, index), generate
+
 
 IN_PARTS = Forward(by_dtype(_forward, "_in_parts"), GROUP, needed, [SHAPES[SIDE], shapes_of_one()], "float32")
 IN_PARTS_BWD = Backward(Kernel(_backward), going_back, [SHAPES[SIDE]])

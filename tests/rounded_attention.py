@@ -25,9 +25,11 @@ def stored(way, q, k, v, scale, dtype):
 
 def exact(way, q, k, v, scale, seen):
     """In float64, of the same rounded numbers: outputs, what a weight's rounding can change, and log-sum-exps.  seen: (T, S)"""
-    dtype, rounding = (bfloat16, 2.0**-8) if way is IN_BFLOAT16 else (np.float32, 2.0**-20)
+    dtype = bfloat16 if way is IN_BFLOAT16 else np.float32
     q, k, v = (a.astype(dtype).astype(float).swapaxes(0, 1) for a in (q * scale, k, v))  # (H, T, Dh)
-    scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
+    scores = q @ k.swapaxes(1, 2)
+    rounding = 2.0**-8 if way is IN_BFLOAT16 else 2.0**-23 * (4 + np.abs(scores).max())  # in float32, as scores round
+    scores = np.where(seen, scores, -np.inf)
     highest = np.maximum(scores.max(-1, keepdims=True), -1e30)
     weights = np.exp(scores - highest)
     sums = weights.sum(-1, keepdims=True)

@@ -116,8 +116,8 @@ for M, I, O, turned in ((1, 1, 1, False), (1, 100, 50, True), (5, 64, 33, False)
 for size in (1e-30, 1e-36, 1e-38, 3e38):  # parts that are no normal numbers, and the largest there are
     x, weight = (rng.random((20, 40)) * size).astype(np.float32), rng.random((33, 40)).astype(np.float32) / 40
     expected = x.astype(float) @ weight.T.astype(float)
-    np.testing.assert_allclose(gemm.matmul(x, gemm_parts.pack(weight)), expected, rtol=1e-6, atol=1e-37)
-    np.testing.assert_allclose(gemm.matmul(weight[:20], gemm_parts.pack(x)), weight[:20].astype(float) @ x.T, rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(gemm.matmul(x, gemm_parts.pack(weight)), expected, rtol=1e-6, atol=1e-36)
+    np.testing.assert_allclose(gemm.matmul(weight[:20], gemm_parts.pack(x)), weight[:20].astype(float) @ x.T, rtol=1e-6, atol=1e-36)
 x = np.ones((40, 70), np.float32)
 x[1, 65], x[33, 2] = np.nan, np.inf
 for rows in (slice(0, 3), slice(0, 40)):
