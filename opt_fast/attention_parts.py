@@ -36,7 +36,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     unit_of,
 )
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, copy, over_parts, parts_of, put_words, row_apart, turn, upper_halves
+from opt_fast.gemm_parts import DEEP, ORDER, PARTS, copy, over_parts, parts_at, parts_of, put_words, row_apart, six_products, turn, upper_halves
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -255,7 +255,6 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
 
 score, weigh = over_parts(2, 2, adds=False), over_parts(2, 2)  # of keys and queries along d; of values and weights along keys, and so on
 weigh_last, weigh_column = over_parts(1, 2), over_parts(2, 1)
-# of keys and queries along d; of values, weights along keys
 
 
 @intrinsic
@@ -290,14 +289,9 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
             with builder.if_then(builder.icmp_signed("==", t, INDEX(0))):
                 tiles.zero(OF_SCORES)
             there = builder.gep(query, [builder.mul(t, INDEX(LINES))])
-            before: tuple[int, int] = -1, -1
-            for a, b in ORDER:
-                if a != before[0]:
-                    tiles.load(OF_LINES, builder.gep(this, [INDEX(a * TILE_BYTES)]))
-                if b != before[1]:
-                    tiles.load(OF_QUERY, builder.gep(there, [INDEX(b * 4 * SIDE)]), INDEX(4), words=1)
-                before = a, b
-                tiles.multiply(PAIRS, OF_SCORES, OF_LINES, OF_QUERY)
+            columns = {OF_QUERY: lambda part: (builder.gep(there, [INDEX(part * 4 * SIDE)]), INDEX(4), 1)}
+            for _ in six_products(tiles, [OF_SCORES], {OF_LINES: parts_at(builder, this)}, columns):
+                pass
             with builder.if_then(ends):
                 tiles.store(OF_SCORES, builder.bitcast(builder.gep(scores, [builder.mul(unit, INDEX(SIDE))]), INT8.as_pointer()), INDEX(4), words=1)
             return [unit_next, t_next, other, this]
@@ -337,8 +331,8 @@ def over_values(count: int) -> Any:
                 for r in range(SIDE):
                     for i in range(count):
                         both = [builder.gep(row, [INDEX(i * SIDE)]) for row in places_of[2 * r : 2 * r + 2]]
-                        numbers = (widened(builder, place, VECTOR, signature.args[1].dtype, TILE) for place in both)
-                        put_words(builder, *numbers, builder.gep(target, [INDEX(i * BLOCK + r * 4 * SIDE)]))
+                        numbers = [widened(builder, place, VECTOR, signature.args[1].dtype, TILE) for place in both]
+                        put_words(builder, numbers, builder.gep(target, [INDEX(i * BLOCK + r * 4 * SIDE)]))
 
             def step_of(b: Any, carried: list) -> list:
                 this, other = carried
@@ -392,9 +386,7 @@ def _backward(table: Any) -> None:
     dO, dq, dk, dv, scale = floats(a[13]), floats(a[14]), floats(a[15]), floats(a[16]), float_of(a[17])
     past, step, deep, wide, groups = S - T, H * Dh, (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE, (T + GROUP - 1) // GROUP
     width = wide * SIDE
-    keys = (
-        place  # rows, as values; keys as columns; queries and dO as columns, and as rows; weights and scores' gradients as rows, these in pairs, too
-    )
+    keys = place  # rows, as values are, and columns; queries and dO as columns and as rows; weights as rows, scores' gradients as rows and in pairs
     values = keys + BC // SIDE * deep * BLOCK
     keys_t = values + BC // SIDE * deep * BLOCK
     q_t = keys_t + wide * BLOCKS * BLOCK
@@ -458,10 +450,8 @@ def _backward(table: Any) -> None:
                     blocks, gap, sums = (seen + DEEP - 1) // DEEP, deep * BLOCK, at(dq_sums, lane * width)
                     for j in range(blocks):
                         s, ds = at(scores, j * DEEP * GROUP), at(dP, j * DEEP * GROUP)
-                        score(s, GROUP, s, 0, bytes_(keys + 2 * j * gap), gap, TILE_BYTES, bytes_(q_t + 2 * g * gap), gap, deep,
-                              s, 0, bytes_(keys), 0, 0)  # fmt: skip
-                        score(ds, GROUP, ds, 0, bytes_(values + 2 * j * gap), gap, TILE_BYTES, bytes_(dO_t + 2 * g * gap), gap, deep,
-                              s, 0, bytes_(keys), 0, 0)  # fmt: skip
+                        score(s, GROUP, s, 0, bytes_(keys + 2 * j * gap), gap, bytes_(q_t + 2 * g * gap), gap, deep)  # fmt: skip
+                        score(ds, GROUP, ds, 0, bytes_(values + 2 * j * gap), gap, bytes_(dO_t + 2 * g * gap), gap, deep)  # fmt: skip
                     for c in range(0, GROUP, SIDE):
                         for j in range(max(0, min(limit + g * GROUP, seen)), blocks * DEEP):
                             hide(at(scores, j * GROUP + c), j - limit - g * GROUP + 1 - c if j < n else SIDE)
@@ -499,18 +489,18 @@ def add_products(sums: Any, row: int, count: int, x: Any, x_gap: int, weights: A
     for t in range(0, count, 2):
         target, line = at(sums, t * SIDE * row), at(x, t * x_gap)
         if t + 1 < count:
-            weigh(target, row, target, row, line, x_gap, TILE_BYTES, weights, gap, n, target, 0, line, 0, 0)
+            weigh(target, row, target, row, line, x_gap, weights, gap, n)
         else:
-            weigh_last(target, row, target, row, line, 0, TILE_BYTES, weights, gap, n, target, 0, line, 0, 0)
+            weigh_last(target, row, target, row, line, 0, weights, gap, n)
 
 
 @inner
 def add_strips(sums: Any, row: int, x: Any, weights: Any, gap: int, n: int, columns: int) -> None:
     """Adds n tiles' products to two by two tiles of sums, or where one column is left to two by one."""
     if columns > 1:
-        weigh(sums, row, sums, row, x, gap, TILE_BYTES, weights, gap, n, sums, 0, x, 0, 0)
+        weigh(sums, row, sums, row, x, gap, weights, gap, n)
     else:
-        weigh_column(sums, row, sums, row, x, gap, TILE_BYTES, weights, gap, n, sums, 0, x, 0, 0)
+        weigh_column(sums, row, sums, row, x, gap, weights, gap, n)
 
 
 @inner
@@ -537,8 +527,8 @@ def values_apart(typing_context, v, step, tile):
     def generate(context, builder, signature, arguments):
         v, step, tile = arguments
         for r in range(SIDE):
-            both = (load(builder, builder.gep(v, [builder.mul(step, INDEX(2 * r + i))]), VECTOR) for i in range(2))
-            put_words(builder, *both, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
+            both = [load(builder, builder.gep(v, [builder.mul(step, INDEX(2 * r + i))]), VECTOR) for i in range(2)]
+            put_words(builder, both, builder.gep(tile, [INDEX(r * 4 * SIDE)]))
         return context.get_dummy_value()
 
     return types.void(v, types.int64, tile), generate
@@ -567,8 +557,10 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
                     for i, words in enumerate(zip(*(parts_of(builder, number) for number in numbers), strict=True)):
                         store(builder, upper_halves(builder, *words), builder.gep(rows, [builder.add(line, INDEX(i * TILE_BYTES))]))
                 found.append(dS)
-            for c, (first, second) in enumerate(zip(*found, strict=True)):
-                put_weights(builder, builder.gep(dS_pairs, [INDEX(c * BLOCKS * BLOCK)]), j, 0, first, second)
+            tile = builder.mul(builder.lshr(j, INDEX(5)), INDEX(BLOCK))
+            line = builder.add(tile, builder.mul(builder.and_(j, INDEX(DEEP - 1)), INDEX(2 * SIDE)))
+            for c, both in enumerate(zip(*found, strict=True)):
+                put_words(builder, list(both), builder.gep(dS_pairs, [builder.add(line, INDEX(c * BLOCKS * BLOCK))]))
             return []
 
         loop(builder, n, 2, [], pair)
@@ -604,7 +596,7 @@ def queries_apart(typing_context, rows, step, n, scale, tile):
             lines = [builder.fmul(load(builder, builder.gep(place, [INDEX(half * SIDE)]), VECTOR), scale) for place in places]
             columns = transposed(builder, lines)
             for r in range(0, SIDE, 2):
-                put_words(builder, *columns[r : r + 2], builder.gep(tile, [INDEX((half * SIDE + r) // 2 * 4 * SIDE)]))
+                put_words(builder, columns[r : r + 2], builder.gep(tile, [INDEX((half * SIDE + r) // 2 * 4 * SIDE)]))
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, types.int64, types.float32, tile), generate
@@ -693,13 +685,6 @@ def differences(typing_context, rows, step, n, d):
 # ---- softmax -----------------------------------------------------------------------------------------------------------------------------
 
 
-def put_weights(builder: Any, weights: Any, k: Any, r: int, first: Any, second: Any) -> None:
-    """LLVM: weights of keys k + r and k + r + 1, of 16 queries, in parts."""
-    pair = builder.add(builder.lshr(k, INDEX(1)), INDEX(r // 2))
-    tile, line = builder.mul(builder.lshr(pair, INDEX(4)), INDEX(BLOCK)), builder.mul(builder.and_(pair, INDEX(SIDE - 1)), INDEX(4 * SIDE))
-    put_words(builder, first, second, builder.gep(weights, [builder.add(tile, line)]))
-
-
 def put_line(builder: Any, weights: Any, k: Any, numbers: Any) -> None:
     """LLVM: weights of 16 keys of one query in parts: half a row of a tile."""
     tile, half = builder.mul(builder.lshr(k, INDEX(5)), INDEX(LINES)), builder.mul(builder.and_(k, INDEX(DEEP - 1)), INDEX(2))
@@ -764,7 +749,7 @@ def soften_and_score(typing_context, scores, chunks, highest, totals, weights, a
             for k in range(0, DEEP, 4):
                 numbers = [weight_of(builder, load(builder, builder.gep(place, [INDEX((k + r) * GROUP)]), VECTOR), shown) for r in range(4)]
                 for r in range(0, 4, 2):
-                    put_words(builder, *numbers[r : r + 2], builder.gep(target, [INDEX((k + r) // 2 * 4 * SIDE)]))
+                    put_words(builder, numbers[r : r + 2], builder.gep(target, [INDEX((k + r) // 2 * 4 * SIDE)]))
                 total = [builder.fadd(a, number) for a, number in zip(total, numbers, strict=True)]
                 yield
             for a, number in zip(four, total, strict=True):
@@ -778,16 +763,8 @@ def soften_and_score(typing_context, scores, chunks, highest, totals, weights, a
             depth, first = builder.mul(t, INDEX(BLOCK)), builder.mul(block, INDEX(2))
             rows = [builder.gep(keys, [builder.add(builder.mul(builder.add(first, INDEX(r)), gap), depth)]) for r in range(2)]
             columns = [builder.gep(queries, [builder.add(builder.mul(gap, INDEX(c)), depth)]) for c in range(2)]
-            before: tuple[int, int] = -1, -1
-            for a, b in ORDER:
-                for r in range(2 if a != before[0] else 0):
-                    tiles.load(4 + r, builder.gep(rows[r], [INDEX(a * TILE_BYTES)]))
-                for c in range(2 if b != before[1] else 0):
-                    tiles.load(6 + c, builder.gep(columns[c], [INDEX(b * TILE_BYTES)]))
-                before = a, b
-                for n, (r, c) in enumerate(sums):
-                    tiles.multiply(PAIRS, n, 4 + r, 6 + c)
-                yield
+            lines, words = ({first + i: parts_at(builder, a) for i, a in enumerate(places)} for first, places in ((4, rows), (6, columns)))
+            yield from six_products(tiles, list(range(4)), lines, words)
             with builder.if_then(builder.icmp_signed("==", builder.add(t, INDEX(1)), deep)):
                 corner = builder.mul(block, INDEX(DEEP * GROUP))
                 for n, (r, c) in enumerate(sums):

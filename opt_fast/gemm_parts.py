@@ -12,7 +12,9 @@ task, or where rows are few by these while memory sends the next. A result depen
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -111,7 +113,7 @@ def _few(table: Any) -> None:
     square = floats(place)
     corner = at(square, SIDE * DEEP)
     weights = bytes_(place + 4 * (SIDE * DEEP + DEEP * DEEP))
-    xs, plane, whole = at(weights, 3 * PARTS * TILE_BYTES), M * 4 * SIDE, K // DEEP
+    xs, plane, whole = at(weights, 4 * PARTS * TILE_BYTES), M * 4 * SIDE, K // DEEP
     configure(bytes_(a[12]))
     task = claim(table, TASKS)
     while task < parts:
@@ -127,9 +129,9 @@ def _few(table: Any) -> None:
                 few(corner, xs, plane, strip, at(strip, K * SIDE if s + 1 < last else 0), at(weights, this), at(weights, other), whole)
                 done += whole
             if whole * DEEP < K:
-                rest = at(weights, 2 * PARTS * TILE_BYTES)
-                strips_apart(at(strip, whole * DEEP * SIDE), 0, 1, K - whole * DEEP, square, rest)
-                one(corner, SIDE, corner, SIDE, at(xs, whole * PARTS * plane), 0, plane, rest, 0, 1, strip, 0, rest, 0, 0)
+                rest, other = 2 * PARTS * TILE_BYTES, 3 * PARTS * TILE_BYTES
+                strips_apart(at(strip, whole * DEEP * SIDE), 0, 1, K - whole * DEEP, square, at(weights, rest))
+                few(corner, at(xs, whole * PARTS * plane), plane, square, square, at(weights, rest), at(weights, other), 1)
             copy(corner, SIDE, M, columns, target, y_row)
             finish(target, y_row, M, columns, function)
         claim(table, DONE)
@@ -196,7 +198,7 @@ def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, til
     else:
         start, start_row = (bias, 0) if begins else (target, target_row)
         group = tiles * PARTS * TILE_BYTES
-        four(target, target_row, start, start_row, x, group, TILE_BYTES, weights, group, tiles, more, apart, others, done, each)
+        four(target, target_row, start, start_row, x, group, weights, group, tiles, more, apart, others, done, each)
         if not whole:
             copy(corner, DEEP, rows, DEEP, y, y_row)
     finish(y, y_row, rows, DEEP, function)
@@ -213,7 +215,7 @@ def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tile
     if not whole:
         copy(y, y_row, rows, columns, corner, SIDE)
     if tiles:
-        one(target, target_row, target, target_row, x, 0, TILE_BYTES, weights, 0, tiles, y, 0, weights, 0, 0)
+        one(target, target_row, target, target_row, x, 0, weights, 0, tiles)
     if not whole:
         copy(corner, SIDE, rows, columns, y, y_row)
     finish(y, y_row, rows, columns, function)
@@ -226,71 +228,100 @@ def copy(source: Any, source_row: int, rows: int, columns: int, target: Any, tar
             target[r * target_row + c] = source[r * source_row + c]
 
 
-def over_parts(rows: int, columns: int, adds: bool = True, onward: bool = False) -> Any:
-    """kernel(y, y_row, start, start_row, x, x_gap, plane, weights, gap, n, more, apart, others, done, each): rows × columns tiles of y, whose sums
-    begin with what is at `start`.
+def six_products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[int, Any]) -> Iterator[None]:
+    """LLVM, in six steps: adds to tiles of sums the products of tiles of x and of a weight, given by registers and by what loads a part there."""
+    before: tuple[int, int] = -1, -1
+    for a, b in ORDER:
+        for part, was, side in ((a, before[0], rows), (b, before[1], columns)):
+            for register, fetched in side.items() if part != was else ():
+                tiles.load(register, *fetched(part))
+        before = a, b
+        for total, (x, weight) in zip(sums, itertools.product(rows, columns), strict=True):
+            tiles.multiply(PAIRS, total, x, weight)
+        yield
 
-    A loop over n tiles of k; y's rows are y_row numbers apart, and start's; tiles of x x_gap bytes, their parts `plane`, the strips `gap`. With
-    adds=False sums begin with 0. While tiles multiply, vectors have time: with `onward`, each step takes some of the next strips apart, each / 2^16
-    words of either, to where `others` are.
+
+def parts_at(builder: Any, place: Any, plane: Any = None) -> Any:
+    """LLVM: where the parts of a tile are, so many bytes apart."""
+    return lambda part: (builder.gep(place, [builder.mul(INDEX(TILE_BYTES) if plane is None else plane, INDEX(part))]),)
+
+
+def over_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, meanwhile: Any = None) -> None:
+    """LLVM: what over_parts says; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
+    y, y_row, start, start_row, x, x_gap, weights, gap, n = arguments
+    tiles, corners = unit_of(builder, INDEX(SIDE)), list(itertools.product(range(rows), range(columns)))
+    of_x, of_weights = range(OF_WEIGHTS + 1 - columns - rows, OF_WEIGHTS + 1 - columns), range(OF_WEIGHTS + 1 - columns, OF_WEIGHTS + 1)
+
+    def corner(place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
+        here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
+        return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
+
+    def step(k: Any, carried: list) -> list:
+        if meanwhile:
+            meanwhile(k)
+        depth = builder.mul(k, INDEX(PARTS * TILE_BYTES))
+        lines, words = (
+            {register: parts_at(builder, builder.gep(a, [builder.add(depth, builder.mul(apart, INDEX(i)))])) for i, register in enumerate(registers)}
+            for a, apart, registers in ((x, x_gap, of_x), (weights, gap, of_weights))
+        )
+        for _ in six_products(tiles, list(range(len(corners))), lines, words):
+            pass
+        return []
+
+    for i, place in enumerate(corners):
+        tiles.load(i, *corner(start, start_row, *place)) if adds else tiles.zero(i)
+    loop(builder, n, 1, [], step)
+    for i, place in enumerate(corners):
+        tiles.store(i, *corner(y, y_row, *place))
+
+
+def over_parts(rows: int, columns: int, adds: bool = True) -> Any:
+    """kernel(y, y_row, start, start_row, x, x_gap, weights, gap, n): rows × columns tiles of y, whose sums begin with what is at `start`, or with 0.
+
+    A loop over n tiles of k; y's rows are y_row numbers apart, and start's; tiles of x x_gap bytes, the strips `gap`.
     """
 
     @intrinsic
-    def kernel(typing_context, y, y_row, start, start_row, x, x_gap, plane, weights, gap, n, more, apart, others, done, each):
+    def kernel(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n):
         def generate(context, builder, signature, arguments):
-            y, y_row, start, start_row, x, x_gap, plane, weights, gap, n, more, apart, others, done, each = arguments
-            tiles, sums = unit_of(builder, INDEX(SIDE)), [(r, c) for r in range(rows) for c in range(columns)]
-            of_x, of_weights = range(OF_WEIGHTS + 1 - columns - rows, OF_WEIGHTS + 1 - columns), range(OF_WEIGHTS + 1 - columns, OF_WEIGHTS + 1)
-
-            def corner(place: Any, row: Any, r: int, c: int) -> Any:
-                return builder.bitcast(builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))]), INT8.as_pointer())
-
-            def word(v: Any, carried: list) -> list:
-                tile, r = builder.lshr(v, INDEX(4)), builder.and_(v, INDEX(SIDE - 1))
-                there = builder.add(builder.mul(tile, INDEX(PARTS * TILE_BYTES)), builder.mul(r, INDEX(4 * SIDE)))
-                for c in range(columns):
-                    place = builder.gep(more, [builder.add(builder.mul(v, INDEX(2 * SIDE)), builder.mul(apart, INDEX(c)))])
-                    words_apart(builder, place, builder.gep(others, [builder.add(there, builder.mul(gap, INDEX(c)))]))
-                return []
-
-            def step(k: Any, carried: list) -> list:
-                here = [
-                    builder.gep(x, [builder.add(builder.mul(builder.mul(k, INDEX(PARTS)), plane), builder.mul(x_gap, INDEX(r)))]) for r in range(rows)
-                ]
-                there = [
-                    builder.gep(weights, [builder.add(builder.mul(k, INDEX(PARTS * TILE_BYTES)), builder.mul(gap, INDEX(c)))]) for c in range(columns)
-                ]
-                if onward:
-                    bounds = [builder.lshr(builder.mul(builder.add(done, builder.add(k, INDEX(i))), each), INDEX(16)) for i in range(2)]
-                    end = builder.mul(n, INDEX(SIDE))
-                    until = builder.select(builder.icmp_signed("<", bounds[1], end), bounds[1], end)
-                    with builder.if_then(builder.icmp_signed("<", bounds[0], until)):
-                        loop(builder, builder.sub(until, bounds[0]), 1, [], lambda v, _: word(builder.add(v, bounds[0]), _))
-                before: tuple[int, int] = -1, -1
-                for a, b in ORDER:
-                    for r in range(rows if a != before[0] else 0):
-                        tiles.load(of_x[r], builder.gep(here[r], [builder.mul(plane, INDEX(a))]))
-                    for c in range(columns if b != before[1] else 0):
-                        tiles.load(of_weights[c], builder.gep(there[c], [INDEX(b * TILE_BYTES)]))
-                    before = a, b
-                    for i, (r, c) in enumerate(sums):
-                        tiles.multiply(PAIRS, i, of_x[r], of_weights[c])
-                return []
-
-            for i, (r, c) in enumerate(sums):
-                tiles.load(i, corner(start, start_row, r, c), builder.mul(start_row, INDEX(4))) if adds else tiles.zero(i)
-            loop(builder, n, 1, [], step)
-            for i, (r, c) in enumerate(sums):
-                tiles.store(i, corner(y, y_row, r, c), builder.mul(y_row, INDEX(4)))
+            over_tiles(builder, rows, columns, adds, arguments)
             return context.get_dummy_value()
 
-        index = types.int64
-        return types.void(y, index, start, index, x, index, index, weights, index, index, more, index, others, index, index), generate
+        return types.void(y, types.int64, start, types.int64, x, types.int64, weights, types.int64, types.int64), generate
 
     return kernel
 
 
-one, four = over_parts(1, 1), over_parts(2, 2, onward=True)
+@intrinsic
+def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, more, apart, others, done, each):
+    """As over_parts(2, 2). While tiles multiply, vectors have time: of the next two strips, `apart`, each step takes each / 2^16 words apart."""
+
+    def generate(context, builder, signature, arguments):
+        *arguments, more, apart, others, done, each = arguments
+        gap, n = arguments[-2:]
+
+        def meanwhile(k: Any) -> None:
+            first, after = (builder.lshr(builder.mul(builder.add(done, builder.add(k, INDEX(i))), each), INDEX(16)) for i in range(2))
+            end = builder.mul(n, INDEX(SIDE))
+            after = builder.select(builder.icmp_signed("<", after, end), after, end)
+
+            def word(i: Any, _: list) -> list:
+                v = builder.add(first, i)
+                tile, r = builder.lshr(v, INDEX(4)), builder.and_(v, INDEX(SIDE - 1))
+                there = builder.add(builder.mul(tile, INDEX(PARTS * TILE_BYTES)), builder.mul(r, INDEX(4 * SIDE)))
+                for c in range(2):
+                    place = builder.gep(more, [builder.add(builder.mul(v, INDEX(2 * SIDE)), builder.mul(apart, INDEX(c)))])
+                    words_apart(builder, place, builder.gep(others, [builder.add(there, builder.mul(gap, INDEX(c)))]))
+                return []
+
+            with builder.if_then(builder.icmp_signed("<", first, after)):
+                loop(builder, builder.sub(after, first), 1, [], word)
+
+        over_tiles(builder, 2, 2, True, arguments, meanwhile)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(y, index, start, index, x, index, weights, index, index, more, index, others, index, index), generate
 
 
 @intrinsic
@@ -307,14 +338,9 @@ def few(typing_context, sums, x, plane, strip, more, this, other, n):
             source = builder.select(builder.icmp_signed("<", after, n), builder.gep(strip, [builder.mul(after, INDEX(SIDE * DEEP))]), more)
             for r in range(SIDE):
                 words_apart(builder, builder.gep(source, [INDEX(r * 2 * SIDE)]), builder.gep(there, [INDEX(r * 4 * SIDE)]))
-            before: tuple[int, int] = -1, -1
-            for a, b in ORDER:
-                if a != before[0]:
-                    tiles.load(OF_X, builder.gep(x, [builder.mul(plane, builder.add(builder.mul(t, INDEX(PARTS)), INDEX(a)))]))
-                if b != before[1]:
-                    tiles.load(OF_WEIGHTS, builder.gep(here, [INDEX(b * TILE_BYTES)]))
-                before = a, b
-                tiles.multiply(PAIRS, 0, OF_X, OF_WEIGHTS)
+            lines = parts_at(builder, builder.gep(x, [builder.mul(plane, builder.mul(t, INDEX(PARTS)))]), plane)
+            for _ in six_products(tiles, [0], {OF_X: lines}, {OF_WEIGHTS: parts_at(builder, here)}):
+                pass
             return [there, here]
 
         tiles.load(0, place)
@@ -323,6 +349,9 @@ def few(typing_context, sums, x, plane, strip, more, this, other, n):
         return context.get_dummy_value()
 
     return types.void(sums, x, types.int64, strip, more, this, other, types.int64), generate
+
+
+one = over_parts(1, 1)
 
 
 # ---- numbers in parts --------------------------------------------------------------------------------------------------------------------
@@ -447,12 +476,12 @@ def words_apart(builder: Any, place: Any, target: Any) -> None:
     both = [builder.gep(place, [INDEX(i * SIDE)]) for i in range(2)]
     for line in both:
         prefetch(builder, builder.gep(line, [INDEX(AHEAD // 4)]), level=2)
-    put_words(builder, *(load(builder, line, VECTOR) for line in both), target)
+    put_words(builder, [load(builder, line, VECTOR) for line in both], target)
 
 
-def put_words(builder: Any, first: Any, second: Any, target: Any) -> None:
+def put_words(builder: Any, both: list, target: Any) -> None:
     """LLVM: two vectors in parts, whose words hold both: a row of a tile, and of the tiles of the other parts."""
-    for i, (lower, upper) in enumerate(zip(parts_of(builder, first), parts_of(builder, second), strict=True)):
+    for i, (lower, upper) in enumerate(zip(*(parts_of(builder, numbers) for numbers in both), strict=True)):
         store(builder, builder.or_(builder.lshr(lower, every(WORDS, 16)), upper), builder.gep(target, [INDEX(i * TILE_BYTES)]))
 
 

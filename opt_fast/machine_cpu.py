@@ -19,7 +19,7 @@ from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
 MANY = 128  # tokens, for which writing a program down is little beside running it
-KEPT = 1 << 27  # bytes of pages and of programs that stay with a model between two calls of generate, at most
+KEPT = 1 << 28  # bytes of pages and of programs that stay with a model between two calls of generate, at most
 AHEAD, TOKENS, AT_ONCE = 8, 128, 1 << 30  # steps, tokens, and bytes of weights, at most, that are read before Python looks: hundredths of a second
 
 

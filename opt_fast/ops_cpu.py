@@ -153,7 +153,8 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     visible = getattr(layout, "visible", None)
-    return attention_cpu.attention_bwd(*map(float32, (dO, q, k, v, O)), L, scale, visible, attention_parts.IN_FLOAT32_BWD)
+    dO, q, k, v, O = map(float32, (dO, q, k, v, O))
+    return attention_cpu.attention_bwd(dO, q, k, v, O, L, scale, visible, attention_parts.IN_FLOAT32_BWD)
 
 
 def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
