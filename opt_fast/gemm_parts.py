@@ -68,10 +68,12 @@ class PackedParts(Packed):
         of_x = max(MOST_ROWS * BLOCK_K, SIDE * math.ceil(self.shape[1] / DEEP) * DEEP)
         return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + DEEP * DEEP)
 
-    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
-        """As Packed.call."""
-        O, I = self.shape
-        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, SHAPES[min(M, SIDE)]]
+    def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
+             adds_to: np.ndarray | None = None) -> tuple[Kernel, list, int]:  # fmt: skip
+        """As Packed.call. y's rows may lie further apart, and what it gets can be added to another array, (M, O)."""
+        (O, I), stream = self.shape, 0 if adds_to is None else adds_to
+        y_row = y.strides[0] // 4 if np.ndim(y) > 1 else O
+        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, y_row, M, O, I, SHAPES[min(M, SIDE)], stream]
         if M <= SIDE:
             parts = min(self.count, get_num_threads() * TASKS_EACH)
             return FEW, [*arguments, parts], parts
@@ -109,7 +111,7 @@ def _few(table: Any) -> None:
     """A task is a part of the strips, which few rows meet: each strip is read from one end to the other."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], floats(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
-    M, O, K, parts = a[9], a[10], a[11], a[13]
+    M, O, K, stream, parts = a[9], a[10], a[11], a[13], a[14]
     square = floats(place)
     corner = at(square, SIDE * DEEP)
     weights = bytes_(place + 4 * (SIDE * DEEP + DEEP * DEEP))
@@ -134,6 +136,8 @@ def _few(table: Any) -> None:
                 few(corner, at(xs, whole * PARTS * plane), plane, square, square, at(weights, rest), at(weights, other), 1)
             copy(corner, SIDE, M, columns, target, y_row)
             finish(target, y_row, M, columns, function)
+            if stream:
+                add(at(floats(stream), s * SIDE), O, M, columns, target, y_row)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -144,7 +148,7 @@ def _matmul(table: Any) -> None:
     which meet all the rows; while they do, the next two are taken apart."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], floats(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
-    M, O, K, most, blocks, parts = a[9], a[10], a[11], a[13], a[14], a[15]
+    M, O, K, stream, most, blocks, parts = a[9], a[10], a[11], a[13], a[14], a[15], a[16]
     square, space = floats(place), 2 * BLOCK_K // DEEP * PARTS * TILE_BYTES  # of two strips
     corner = at(square, SIDE * DEEP)
     weights = bytes_(place + 4 * (SIDE * DEEP + DEEP * DEEP))
@@ -158,7 +162,7 @@ def _matmul(table: Any) -> None:
         for k in range(0, max(K, 1), BLOCK_K):
             n = min(BLOCK_K, K - k)
             tiles = (n + DEEP - 1) // DEEP
-            begins, ends, group, ready, place = k == 0, function if k + BLOCK_K >= K else 0, tiles * PARTS * TILE_BYTES, False, 0
+            begins, ends, group, ready, place = k == 0, k + BLOCK_K >= K, tiles * PARTS * TILE_BYTES, False, 0
             for i in range(first, last, SIDE):
                 rows_apart(at(x, i * row + k * step), row, step, min(SIDE, last - i), n, square, at(xs, (i - first) // SIDE * group), TILE_BYTES)
             for s in range(strips_from, strips_to, 2):
@@ -172,13 +176,17 @@ def _matmul(table: Any) -> None:
                     i = first + g * DEEP
                     rows, target, here = min(DEEP, last - i), at(y, i * y_row + s * SIDE), at(xs, 2 * g * group)
                     if columns == DEEP:
-                        _four(target, y_row, at(bias, s * SIDE), begins, here, these, tiles, rows, corner, ends,
+                        _four(target, y_row, at(bias, s * SIDE), begins, here, these, tiles, rows, corner,
                               at(strips, 2 * K * SIDE), K * SIDE, others, g * tiles, each)  # fmt: skip
                     else:
                         for r in range(0, rows, SIDE):
                             for c in range(0, columns, SIDE):
                                 _one(at(target, r * y_row + c), y_row, at(bias, s * SIDE + c), begins, at(here, r // SIDE * group),
-                                     at(these, c // SIDE * group), tiles, min(SIDE, rows - r), min(SIDE, columns - c), corner, ends)  # fmt: skip
+                                     at(these, c // SIDE * group), tiles, min(SIDE, rows - r), min(SIDE, columns - c), corner)  # fmt: skip
+                    if ends:
+                        finish(target, y_row, rows, columns, function)
+                    if ends and stream:
+                        add(at(floats(stream), i * O + s * SIDE), O, rows, columns, target, y_row)
                 place = space - place
         claim(table, DONE)
         task = claim(table, TASKS)
@@ -186,7 +194,7 @@ def _matmul(table: Any) -> None:
 
 
 @inner
-def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, corner: Any, function: int,
+def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, corner: Any,
           more: Any, apart: int, others: Any, done: int, each: int) -> None:  # fmt: skip
     """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows."""
     whole = rows == DEEP
@@ -201,12 +209,11 @@ def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, til
         four(target, target_row, start, start_row, x, group, weights, group, tiles, more, apart, others, done, each)
         if not whole:
             copy(corner, DEEP, rows, DEEP, y, y_row)
-    finish(y, y_row, rows, DEEP, function)
 
 
 @inner
-def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, columns: int, corner: Any,
-         function: int) -> None:  # fmt: skip
+def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, columns: int,
+         corner: Any) -> None:  # fmt: skip
     """The same for a tile, which may have fewer rows or columns."""
     if begins:
         begin(y, y_row, rows, columns, bias)
@@ -218,7 +225,14 @@ def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tile
         one(target, target_row, target, target_row, x, 0, weights, 0, tiles)
     if not whole:
         copy(corner, SIDE, rows, columns, y, y_row)
-    finish(y, y_row, rows, columns, function)
+
+
+@inner
+def add(x: Any, x_row: int, rows: int, columns: int, y: Any, y_row: int) -> None:
+    """x += y"""
+    for r in range(rows):
+        for c in range(columns):
+            x[r * x_row + c] += y[r * y_row + c]
 
 
 @inner

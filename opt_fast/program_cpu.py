@@ -23,7 +23,8 @@ from opt_fast import gemm_amx
 from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, rows_of, steps, write_call
 from opt_fast.gemm import Packed
 from opt_fast.gemm_amx import PackedTiles, Rounded
-from opt_fast.kernel import ARGUMENTS, DONE, MEMORY, Kernel, address, aligned, at, call, int64s, launch, lines, threads_of_numba, wait
+from opt_fast.gemm_parts import PackedParts
+from opt_fast.kernel import ARGUMENTS, DONE, LINE, MEMORY, Kernel, address, aligned, at, call, int64s, launch, lines, threads_of_numba, wait
 from opt_fast.rowwise import ADD, CHUNK, PICK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
@@ -122,7 +123,10 @@ class Program:
         self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
-        self.ff, self.lse = np.empty((B, F), np.float32), np.empty((B, H), np.float32)
+        self.parts = all(isinstance(p["weight"], PackedParts) for layer in layers for p in matrices(layer))
+        apart = LINE // 4 * self.parts  # these go through tiles by columns, where rows that are 12 kB apart meet in few lines of the cache
+        self.ff = np.empty((B, F + apart), np.float32)[:, :F]
+        self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
         products = [p["weight"].needed for found in (*map(matrices, layers), around) for p in found]
@@ -153,7 +157,7 @@ class Program:
     def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
         """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`.
 
-        Products in tiles take from each other, and from LayerNorm, rows that are rounded already, and add to the stream themselves.
+        Products in tiles take from each other, and from LayerNorm, rows that are rounded already; all in tiles add to the stream themselves.
         """
         (B, D), pre, x, H, Dh = self.x.shape, cfg.do_layer_norm_before, self.x, cfg.num_attention_heads, cfg.head_dim
         (q, k, v, out, fc1, fc2), (norm1, norm2) = matrices(layer), layer_norms(layer)
@@ -167,6 +171,8 @@ class Program:
         def branch(source: Any, p: dict) -> list[Line]:
             if self.tiles:
                 return [linear(source, p, x, adds=True)]
+            if self.parts:
+                return [linear(source, p, self.out, adds_to=x)]
             return [linear(source, p, self.out), (ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True)]
 
         return [
@@ -219,9 +225,10 @@ class Program:
             return *gemm_amx.norm_call(self.x, weight, bias, y), True
         return *norm_call(self.x, weight, bias, y, *self.x.shape), True
 
-    def linear(self, x: Any, p: dict, y: Any, function: str | None = None, after: bool = True, adds: bool = False) -> Line:
+    def linear(self, x: Any, p: dict, y: Any, function: str | None = None, after: bool = True, **adds: Any) -> Line:
         weight, bias = p["weight"], p.get("bias", self.zeros)
-        return *weight.call(x, weight.shape[1], 1, bias, function, y, len(self.x), **({"adds": True} if adds else {})), after
+        row = x.strides[0] // 4 if isinstance(x, np.ndarray) else weight.shape[1]
+        return *weight.call(x, row, 1, bias, function, y, len(self.x), **adds), after
 
     def moving(self) -> list[tuple[int, int]]:
         """The numbers that move on from step to step, by their addresses, and by how much: where the tables' arrays begin, slots, and rows' keys."""
