@@ -70,18 +70,22 @@ as_stored = floats  # keys and values: the kernel has variants
 GROUP = 2 * SIDE  # queries
 BLOCKS = BC // DEEP  # of keys
 GROUPS = BQ // GROUP  # of a block, in the backward pass
-BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts,
+BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts, of which a block of keys has some,
 LINES = PARTS * 4 * SIDE  # and of a row of one
 ABREAST = 4  # tiles of sums of a query that is alone,
 OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # among its eight
+LIMIT = 3.3961775e38  # from here on, rounding to bfloat16 makes infinity
 POWERS = 1.5353362e-4, 1.3398874e-3, 9.618437e-3, 0.055503324, 0.24022648, 0.6931472, 1.0  # as attention_bf16's, within 8e-8
+
+
+assert BQ % GROUP == BC % DEEP == PAGE % DEEP == 0
 
 
 def needed(queries: int, Dh: int) -> int:
     """Numbers of memory that a task of so many queries needs."""
     deep, wide, groups = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE), math.ceil(queries / GROUP)
     tiles = BC // SIDE * deep + BLOCKS * (wide + 2) + groups * 2 * deep
-    return 2 * BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + GROUP + 8 * SIDE + SIDE * DEEP + (wide + ABREAST) * SIDE * SIDE
+    return 2 * BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + GROUP + 8 * SIDE + SIDE * DEEP
 
 
 def shapes_of_one() -> np.ndarray:
@@ -156,7 +160,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                 if not finite(v, places[last // PAGE] + head + last % PAGE * step + d):
                     clear(bytes_(values), j, d)
         begin = max(0, key - past) // GROUP  # the first queries that see this tile
-        for g in range(begin - 1, groups):
+        for g in range(begin - 1, groups):  # before the first there is nothing to soften; its scores are made
             gap, this, other = deep * BLOCK, at(scores, g % 2 * BC * GROUP), at(scores, (g + 1) % 2 * BC * GROUP)
             following = blocks_seen(g + 1, past - key, tile, count) if g + 1 < groups else 0
             limit = past + g * GROUP + 1 - key  # the group's first query sees so many keys of the tile
@@ -218,10 +222,12 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
     acc = floats(place)
     m = at(acc, (wide + ABREAST - 1) // ABREAST * ABREAST * SIDE * SIDE)
     l, scores = at(m, 1), at(m, SIDE)
-    square = at(scores, BC + ABREAST * SIDE)
+    square = at(scores, BC)
     weights = bytes_of(at(square, SIDE * DEEP))
     query = at(weights, (BLOCKS + SIDE) * LINES)
-    lines = at(query, (deep + SIDE) * LINES)  # of some values
+    lines = at(
+        query, (deep + SIDE) * LINES
+    )  # of some keys, or values; after rows of weights and of the query, room for tiles of 16, as emulated ones are
     m[0], l[0] = -np.inf, 0
     for d in range(wide * SIDE):
         acc[d // SIDE * SIDE * SIDE + d % SIDE] = 0
@@ -247,7 +253,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
             else:
                 weigh_values(at(acc, t * SIDE * SIDE), v, here, head + t * SIDE, step, tile, weights, lines)
                 t += 1
-    part = np.float32(1) / l[0]
+    part = np.float32(1) / l[0] if l[0] != 0 else np.float32(0)
     for d in range(Dh):
         O[d] = acc[d // SIDE * SIDE * SIDE + d % SIDE] * part
     L[0] = m[0] + math.log(l[0])
@@ -268,9 +274,10 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
         def apart(unit: Any, t: Any, target: Any) -> None:
             first, d = builder.mul(unit, INDEX(SIDE)), builder.mul(t, INDEX(DEEP))
             whole = builder.icmp_signed("<", builder.add(d, INDEX(SIDE)), Dh)
+            second = builder.select(whole, builder.add(d, INDEX(SIDE)), d)
             rows, later = (rows_from(builder, row_of(builder, a, places, head, step, first), step, builder.sub(n, first), SIDE) for a in (k, v))
             for r, row in enumerate(rows):
-                both = [builder.gep(row, [builder.add(d, INDEX(half * SIDE))]) for half in range(2)]
+                both = [builder.gep(row, [offset]) for offset in (d, second)]  # in the last 16 numbers of a row, twice the same
                 for half, place in enumerate(both):
                     prefetch(builder, builder.gep(place, [builder.mul(step, INDEX(SIDE))]))
                     prefetch(builder, builder.gep(later[r], [builder.add(d, INDEX(half * SIDE))]), level=2)
@@ -471,7 +478,7 @@ def _backward(table: Any) -> None:
                         add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_strips), gap, count - g, wide - d)
             copy(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
             copy(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
-        for t in range(groups * GROUP):
+        for t in range(groups * GROUP):  # divided by nothing
             lse[t] = 1
         origin = (b * T * H + h) * Dh
         write_rows(dq_sums, T, lse, Dh, at(dq, origin), step, square)
@@ -505,7 +512,10 @@ def add_strips(sums: Any, row: int, x: Any, weights: Any, gap: int, n: int, colu
 
 @inner
 def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, rows: Any) -> None:
-    """n rows, whole groups, as columns: pairs of d; and as rows, pairs of which make words, GROUPS tiles for each 16 of d, zeros beyond n."""
+    """n rows as columns: pairs of d, beyond n the last again; and as rows, two of which make words, GROUPS tiles for each 16 of d, zeros beyond n.
+
+    So what columns have too many counts for nothing where it meets rows: its weights are those of a query that there is.
+    """
     deep = (Dh + DEEP - 1) // DEEP
     for i in range(0, (n + GROUP - 1) // GROUP * GROUP, SIDE):
         pack_queries(at(x, min(i, n - 1) * step), step, max(1, min(SIDE, n - i)), Dh, np.float32(1), square, at(columns, i // SIDE * deep * BLOCK))
@@ -540,7 +550,7 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
 
     def generate(context, builder, signature, arguments):
         scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs = arguments
-        places = [INDEX(c) for c in range(0, GROUP, SIDE)]
+        places, zero = [INDEX(c) for c in range(0, GROUP, SIDE)], every(VECTOR, 0.0)
         sums, differences = ([load(builder, builder.gep(a, [place]), VECTOR) for place in places] for a in (lse, D))
 
         def pair(j: Any, _: list) -> list:
@@ -551,6 +561,7 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
                 of_scores, of_dP = ([load(builder, builder.gep(a, [builder.add(row, place)]), VECTOR) for place in places] for a in (scores, dP))
                 P = [weight_of(builder, score, total) for score, total in zip(of_scores, sums, strict=True)]
                 dS = [builder.fmul(p, builder.fsub(d, less)) for p, d, less in zip(P, of_dP, differences, strict=True)]
+                dS = [builder.select(builder.fcmp_ordered("==", p, zero), zero, d) for p, d in zip(P, dS, strict=True)]  # also where d is NaN
                 tile = builder.mul(builder.lshr(key, INDEX(4)), INDEX(GROUPS * BLOCK))
                 line = builder.add(tile, builder.mul(builder.and_(key, INDEX(SIDE - 1)), INDEX(4 * SIDE)))
                 for numbers, rows in ((P, P_rows), (dS, dS_rows)):
@@ -643,9 +654,8 @@ def clear(values: Any, j: int, d: int) -> None:
 
 @inner
 def finite(numbers: Any, i: int) -> bool:
-    """Neither infinite nor NaN."""
-    number = float32_at(numbers, i)
-    return number - number == 0
+    """Neither infinite, nor NaN, nor so large that its first part is."""
+    return abs(float32_at(numbers, i)) < np.float32(LIMIT)
 
 
 @inner
@@ -662,7 +672,7 @@ def all_finite(rows: Any, step: int, n: int, Dh: int) -> bool:
 
 @intrinsic
 def differences(typing_context, rows, step, n, d):
-    """The sum of x - x over n rows of d numbers, whole vectors: 0, or NaN."""
+    """The sum of x - x over n rows of d numbers, whole vectors, by their first parts: 0, or NaN."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, d = arguments
@@ -672,7 +682,8 @@ def differences(typing_context, rows, step, n, d):
 
             def some(i: Any, sums: list) -> list:
                 numbers = widened(builder, builder.gep(here, [i]), VECTOR, signature.args[0].dtype, TILE)
-                return [builder.fadd(sums[0], builder.fsub(numbers, numbers))]
+                first = builder.bitcast(parts_of(builder, numbers)[0], VECTOR)
+                return [builder.fadd(sums[0], builder.fsub(first, first))]
 
             return loop(builder, d, SIDE, carried, some)
 

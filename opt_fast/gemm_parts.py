@@ -3,7 +3,7 @@
 x = x0 + x1 + x2 to the last bit: 8 bits of 24 each. Of x · w, x1 · w2, x2 · w1 and x2 · w2 are left out, some 2^-25 of it, less than float32 rounds
 off by itself. Six instructions for tiles of bfloat16 still take half the time of float32's own, and sums of fewer, longer terms round less often:
 errors are like those of products in float32 (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype").
-What differs: infinite numbers become NaN, and parts below 1.2e-38 are taken as 0.
+What differs: infinite numbers, and those from 3.3961775e38 on, become NaN, and parts below 1.2e-38 are taken as 0.
 
 Weights stay float32 in memory, as strips of 16 columns, (P, I, 16). A block of a strip is taken apart when it is needed, and met by all rows of a
 task, or where rows are few by these while memory sends the next. A result depends on its own row and column alone: it begins with the bias, and for
@@ -53,7 +53,7 @@ from opt_fast.rowwise import FUNCTIONS
 PARTS = 3
 ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
 DEEP = 2 * SIDE  # numbers of k that tiles hold
-MOST_ROWS, ENOUGH = 256, 128  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
+MOST_ROWS, ENOUGH = 256, 96  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
 TASKS_EACH = 3  # for each thread, where there is one block of rows
 
 
@@ -64,7 +64,7 @@ class PackedParts(Packed):
 
     @property
     def needed(self) -> int:
-        """Numbers of memory that a thread needs for a product: parts of x and of two strips, a square of numbers, and a tile."""
+        """Numbers of memory that a thread needs for a product: parts of x and of two strips, twice, a tile of numbers, and two by two of sums."""
         of_x = max(MOST_ROWS * BLOCK_K, SIDE * math.ceil(self.shape[1] / DEEP) * DEEP)
         return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + DEEP * DEEP)
 
@@ -101,7 +101,8 @@ def shares(M: int, strips: int) -> tuple[int, int, int]:
         blocks = math.ceil(blocks / threads) * threads
     rows = math.ceil(M / blocks / DEEP) * DEEP
     blocks = math.ceil(M / rows)
-    return rows, blocks, 1 if blocks % threads == 0 else min(math.ceil(strips / 2), threads * TASKS_EACH)
+    parts = 1 if blocks % threads == 0 else threads * TASKS_EACH if blocks == 1 else math.ceil(threads / blocks)
+    return rows, blocks, min(parts, math.ceil(strips / 2))
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
@@ -162,12 +163,12 @@ def _matmul(table: Any) -> None:
         for k in range(0, max(K, 1), BLOCK_K):
             n = min(BLOCK_K, K - k)
             tiles = (n + DEEP - 1) // DEEP
-            begins, ends, group, ready, place = k == 0, k + BLOCK_K >= K, tiles * PARTS * TILE_BYTES, False, 0
+            begins, ends, group, ready, half = k == 0, k + BLOCK_K >= K, tiles * PARTS * TILE_BYTES, False, 0
             for i in range(first, last, SIDE):
                 rows_apart(at(x, i * row + k * step), row, step, min(SIDE, last - i), n, square, at(xs, (i - first) // SIDE * group), TILE_BYTES)
             for s in range(strips_from, strips_to, 2):
                 strips, columns = at(panels, (s * K + k) * SIDE), min(DEEP, O - s * SIDE)
-                these, others = at(weights, place), at(weights, space - place)
+                these, others = at(weights, half), at(weights, space - half)
                 if not ready:
                     strips_apart(strips, K * SIDE, min(2, strips_to - s), n, square, these)
                 ready = columns == DEEP and n == tiles * DEEP and s + 4 <= strips_to and O - s * SIDE >= 2 * DEEP
@@ -187,7 +188,7 @@ def _matmul(table: Any) -> None:
                         finish(target, y_row, rows, columns, function)
                     if ends and stream:
                         add(at(floats(stream), i * O + s * SIDE), O, rows, columns, target, y_row)
-                place = space - place
+                half = space - half
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -196,7 +197,10 @@ def _matmul(table: Any) -> None:
 @inner
 def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, corner: Any,
           more: Any, apart: int, others: Any, done: int, each: int) -> None:  # fmt: skip
-    """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows."""
+    """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows.
+
+    The last five are as `four` wants them.
+    """
     whole = rows == DEEP
     target, target_row = (y, y_row) if whole else (corner, DEEP)
     if not whole and not begins:

@@ -38,7 +38,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 LANES = 16  # sums are kept side by side, on every processor
 LINE = 64  # bytes of the cache that are read together
-PIECE = 1 << 26  # bytes of memory that many weights share
+PIECE, LARGEST = 1 << 26, 1 << 28  # bytes of memory that many weights share, and that are kept at most for those that are packed for one use
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
 KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
@@ -215,15 +215,36 @@ def side_by_side() -> Iterator[None]:
         del _local.piece
 
 
+@contextmanager
+def for_one_use() -> Iterator[None]:
+    """Inside, a weight's memory is that of the one before, which is not used any more: fresh memory costs as much as packing into it."""
+    _local.once = getattr(_local, "kept", np.empty(0, np.uint8))
+    try:
+        yield
+    finally:
+        _local.kept = _local.once if _local.once.size <= LARGEST else np.empty(0, np.uint8)
+        del _local.once
+
+
 def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """As `aligned`."""
+    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
+    if hasattr(_local, "once"):
+        if _local.once.size < size + LINE:
+            _local.once = np.empty(size + LINE, np.uint8)
+        return begun_at_a_line(_local.once, size)[0].view(dtype).reshape(shape)
     if not hasattr(_local, "piece"):
         return aligned(shape, dtype)
-    size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
     if _local.piece.size < size + LINE:
         _local.piece = np.empty(max(PIECE, size + LINE), np.uint8)
     found, _local.piece = begun_at_a_line(_local.piece, size)
     return found.view(dtype).reshape(shape)
+
+
+def give_back() -> None:
+    """Has the C library return to the system what was freed: else it keeps arrays of some MB for itself, for a whole model some hundred MB."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
+        trim(0)
 
 
 def workspace(size: int) -> np.ndarray:

@@ -60,7 +60,10 @@ def pack(params: dict, release: bool = False) -> dict:
 
     whole = "embed_tokens" in params and isinstance(params["layers"], list)  # layers that are read from disk come and go one by one
     with kernel.side_by_side() if whole else nullcontext():
-        return engine.Params(packed(params, ""))
+        found = engine.Params(packed(params, ""))
+    if whole and release:
+        kernel.give_back()
+    return found
 
 
 def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> Packed:
@@ -87,13 +90,16 @@ def linear(
 def _linear(x: np.ndarray, function: str | None, weight: Any, bias: np.ndarray | None = None, scale: np.ndarray | None = None,
             columns: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     if not isinstance(weight, Packed):
-        weight = pack_matrix(weight, scale, columns)
+        with kernel.for_one_use():
+            weight = pack_matrix(weight, scale, columns)
     return gemm.matmul(float32(x).reshape(-1, x.shape[-1]), weight, bias, function).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As opt_np.ops.matmul.  a: (M, K);  b: (K, N)  ->  (M, N)"""
-    return gemm.matmul(float32(np.asarray(a)), pack_matrix(float32(np.asarray(b)).T))
+    with kernel.for_one_use():
+        weight = pack_matrix(float32(np.asarray(b)).T)
+    return gemm.matmul(float32(np.asarray(a)), weight)
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None) -> np.ndarray:
