@@ -396,6 +396,29 @@ def hide(typing_context, scores, queries):
     return types.void(scores, types.int64), generate
 
 
+def raised(builder: Any, width: int, scores: Any, n: Any, m: Any, acc: Any, d: Any, weight_of: Any) -> tuple[Any, Any, Any]:
+    """LLVM: 16 queries' maxima under scores of n keys, `width` apart; these, or 0 where none was seen; by what older sums, d rows of acc, shrank."""
+
+    def row(base: Any, k: Any, r: int = 0) -> Any:
+        return builder.gep(base, [builder.add(builder.mul(k, INDEX(width)), INDEX(r * width))])
+
+    def highest_of(k: Any, carried: list) -> list:
+        return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
+
+    before = load(builder, m, VECTOR)
+    found = loop(builder, n, 4, [before] * 4, highest_of)  # four keys at a time do not wait for each other
+    highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
+    shown = seen_yet(builder, highest)
+    shrink = weight_of(builder, before, shown)
+
+    def shrunk(k: Any, _: list) -> list:
+        store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
+        return []
+
+    loop(builder, d, 1, [], shrunk)
+    return highest, shown, shrink
+
+
 @intrinsic
 def soften(typing_context, scores, n, m, l, acc, d):
     """Scores of n keys become weights, in pairs of keys, under the queries' new maxima; older sums, `d` rows of acc, shrink."""
@@ -403,24 +426,10 @@ def soften(typing_context, scores, n, m, l, acc, d):
     def generate(context, builder, signature, arguments):
         scores, n, m, l, acc, d = arguments
         count = 4  # keys at a time: as many sums that do not wait for each other
+        highest, shown, shrink = raised(builder, SIDE, scores, n, m, acc, d, weight_of)
 
         def row(base: Any, k: Any, r: int = 0) -> Any:
             return builder.gep(base, [builder.add(builder.mul(k, INDEX(SIDE)), INDEX(r * SIDE))])
-
-        def highest_of(k: Any, carried: list) -> list:
-            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
-
-        before = load(builder, m, VECTOR)
-        found = loop(builder, n, count, [before] * count, highest_of)
-        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
-        shown = seen_yet(builder, highest)
-        shrink = weight_of(builder, before, shown)
-
-        def shrunk(k: Any, _: list) -> list:
-            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
-            return []
-
-        loop(builder, d, 1, [], shrunk)
 
         def weights(k: Any, carried: list) -> list:
             numbers = [weight_of(builder, load(builder, row(scores, k, r), VECTOR), shown) for r in range(count)]

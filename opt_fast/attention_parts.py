@@ -18,7 +18,7 @@ from ml_dtypes import bfloat16
 from numba import types
 
 from opt_fast import attention_cpu
-from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, seen_yet, softening_one, weighing_by
+from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, raised, softening_one, weighing_by
 from opt_fast.attention_cpu import BC, BQ, Backward, Forward, by_dtype, float32_at
 from opt_fast.gemm import BITS, TILE, widened
 from opt_fast.gemm_amx import (
@@ -56,7 +56,6 @@ from opt_fast.kernel import (
     inner,
     int64s,
     intrinsic,
-    larger,
     load,
     loop,
     prefetch,
@@ -714,24 +713,7 @@ def raise_maximum(typing_context, scores, n, m, l, acc, d, highest):
 
     def generate(context, builder, signature, arguments):
         scores, n, m, l, acc, d, place = arguments
-
-        def row(base: Any, k: Any, r: int = 0) -> Any:
-            return builder.gep(base, [builder.add(builder.mul(k, INDEX(GROUP)), INDEX(r * GROUP))])
-
-        def highest_of(k: Any, carried: list) -> list:
-            return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
-
-        before = load(builder, m, VECTOR)
-        found = loop(builder, n, 4, [before] * 4, highest_of)
-        highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
-        shown = seen_yet(builder, highest)
-        shrink = weight_of(builder, before, shown)
-
-        def shrunk(k: Any, _: list) -> list:
-            store(builder, builder.fmul(load(builder, row(acc, k), VECTOR), shrink), row(acc, k))
-            return []
-
-        loop(builder, d, 1, [], shrunk)
+        highest, shown, shrink = raised(builder, GROUP, scores, n, m, acc, d, weight_of)
         for number, target in ((builder.fmul(load(builder, l, VECTOR), shrink), l), (highest, m), (shown, place)):
             store(builder, number, target)
         return context.get_dummy_value()
