@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 
 from opt_fast.attention_cpu import BC, LOWEST, Forward, by_dtype, float32_at
-from opt_fast.gemm import EMULATED, TILE, pair_products
+from opt_fast.gemm import EMULATED, TILE, copy_tile, pair_products
 from opt_fast.gemm_amx import (
     HALVES,
     INDEX,
@@ -37,7 +37,6 @@ from opt_fast.gemm_amx import (
     WORDS,
     configure,
     halves_at,
-    instruction,
     over_tiles,
     release,
     round_row,
@@ -62,6 +61,7 @@ from opt_fast.kernel import (
     float_of,
     floats,
     inner,
+    instruction,
     int64s,
     intrinsic,
     larger,
@@ -154,25 +154,37 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             seen = min(tile, limit + min(SIDE, count - g * SIDE) - 1)
             blocks, sums = (seen + PAIR - 1) // PAIR, at(acc, g * wide * SIDE * SIDE)
             score(scores, bytes_(keys), deep * TILE_BYTES, bytes_(queries + g * deep * TILE_BYTES), deep, (seen + SIDE - 1) // SIDE)
-            for j in range(max(0, min(limit, seen)), blocks * PAIR):
-                hide(at(scores, j * SIDE), j - limit + 1 if j < tile else SIDE)
-            for j in range(seen if hides else 0):
-                if not shown[j]:
-                    hide(at(scores, j * SIDE), SIDE)
+            hide_unseen(scores, SIDE, limit, seen, tile, blocks * PAIR, shown, hides)
             soften(scores, blocks * PAIR, at(m, g * SIDE), at(l, g * SIDE), sums, wide * SIDE)
             weigh(sums, bytes_(values), BLOCKS * TILE_BYTES, bytes_of(scores), blocks, wide)
-    for g in range(groups):
-        rows = min(SIDE, count - g * SIDE)
+    write_rows(acc, SIDE, count, l, Dh, O, H * Dh, line)
+    for i in range(count):
+        L[i * H] = m[i] + math.log(l[i])
+
+
+@inner
+def hide_unseen(scores: Any, apart: int, limit: int, seen: int, tile: int, n: int, shown: Any, hides: int) -> None:
+    """Hides from 16 queries, the first of which sees `limit` keys of a tile, those that they do not see: of n keys' scores, `apart`, of which the
+    last query sees fewer than `seen` or as many."""
+    for j in range(max(0, min(limit, seen)), n):
+        hide(at(scores, j * apart), j - limit + 1 if j < tile else SIDE)
+    for j in range(seen if hides else 0):
+        if not shown[j]:
+            hide(at(scores, j * apart), SIDE)
+
+
+@inner
+def write_rows(sums: Any, group: int, n: int, l: Any, Dh: int, rows: Any, step: int, line: Any) -> None:
+    """n queries' sums, which are columns, one group of queries after the other, divided by their l, as rows."""
+    wide = (Dh + SIDE - 1) // SIDE
+    for i in range(0, n, SIDE):
+        some, here = min(SIDE, n - i), at(sums, i // group * wide * SIDE * group + i % group)
         for t in range(wide):
-            columns, sums, corner = min(SIDE, Dh - t * SIDE), at(acc, (g * wide + t) * SIDE * SIDE), at(O, g * SIDE * H * Dh + t * SIDE)
-            whole = rows == columns == SIDE
-            divide(sums, SIDE, at(l, g * SIDE), corner if whole else line, H * Dh if whole else SIDE)
+            columns, corner = min(SIDE, Dh - t * SIDE), at(rows, i * step + t * SIDE)
+            whole = some == columns == SIDE
+            divide(at(here, t * SIDE * group), group, at(l, i), corner if whole else line, step if whole else SIDE)
             if not whole:
-                for r in range(rows):
-                    for d in range(columns):
-                        corner[r * H * Dh + d] = line[r * SIDE + d]
-        for r in range(rows):
-            L[(g * SIDE + r) * H] = m[g * SIDE + r] + math.log(l[g * SIDE + r])
+                copy_tile(line, SIDE, some, columns, corner, step)
 
 
 @inner
@@ -314,19 +326,6 @@ def pack_keys(k: Any, step: int, n: int, Dh: int, keys: Any, line: Any) -> None:
 
 
 @inner
-def pack_queries(q: Any, step: int, n: int, Dh: int, scale: Any, queries: Any, line: Any) -> None:
-    """16 queries, times `scale`, as tiles of 16 pairs of d by 16 queries; of the last again where they are fewer."""
-    for t in range((Dh + PAIR - 1) // PAIR):
-        source, apart = at(q, t * PAIR), step
-        if (t + 1) * PAIR > Dh:
-            for r in range(n):
-                for d in range(PAIR):
-                    line[r * PAIR + d] = source[r * step + d] if t * PAIR + d < Dh else np.float32(0)
-            source, apart = line, PAIR
-        pack_turned(source, apart, n, scale, at(queries, t * TILE_BYTES))
-
-
-@inner
 def pack_values(v: Any, step: int, n: int, Dh: int, values: Any, line: Any) -> None:
     """n values as tiles of 16 numbers of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; beyond n the last again, for which weights are 0."""
     for j in range(0, n, PAIR):
@@ -357,6 +356,26 @@ def pack_turned(typing_context, rows, step, n, scale, tile):
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, types.int64, types.float32, tile), generate
+
+
+def packing_queries(name: str, pack: Any, size: int) -> Any:
+    """A kernel over the d of 16 queries, by one for 32 numbers of them, whose tile takes so many bytes. Named as over_all's."""
+
+    def kernel(q: Any, step: int, n: int, Dh: int, scale: Any, queries: Any, line: Any) -> None:
+        for t in range((Dh + PAIR - 1) // PAIR):
+            source, apart = at(q, t * PAIR), step
+            if (t + 1) * PAIR > Dh:
+                for r in range(n):
+                    for d in range(PAIR):
+                        line[r * PAIR + d] = source[r * step + d] if t * PAIR + d < Dh else np.float32(0)
+                source, apart = line, PAIR
+            pack(source, apart, n, scale, at(queries, t * size))
+
+    kernel.__name__ = kernel.__qualname__ = name
+    return inner(kernel)
+
+
+pack_queries = packing_queries("pack_queries", pack_turned, TILE_BYTES)
 
 
 def side_by_side(builder: Any, low: Any, high: Any) -> Any:
@@ -753,10 +772,10 @@ def flush(typing_context):
             return INDEX(0)
         word = builder.alloca(SINGLE)
         place = builder.bitcast(word, ir.IntType(8).as_pointer())
-        instruction(builder, "sse.stmxcsr", place)
+        instruction(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), place)
         before = builder.load(word)
         builder.store(builder.or_(before, SINGLE(FLUSH)), word)
-        instruction(builder, "sse.ldmxcsr", place)
+        instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
         return builder.zext(before, INDEX)
 
     return types.int64(), generate
@@ -770,7 +789,7 @@ def restore(typing_context, before):
         if EMULATED not in (UNIT, TILE.pairs):
             word = builder.alloca(SINGLE)
             builder.store(builder.trunc(arguments[0], SINGLE), word)
-            instruction(builder, "sse.ldmxcsr", builder.bitcast(word, ir.IntType(8).as_pointer()))
+            instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(word, ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -18,9 +18,9 @@ from ml_dtypes import bfloat16
 from numba import types
 
 from opt_fast import attention_cpu
-from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, divide, hide, raised, softening_one, weighing_by
+from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, hide_unseen, packing_queries, raised, softening_one, weighing_by, write_rows
 from opt_fast.attention_cpu import BC, BQ, Backward, Forward, by_dtype, float32_at
-from opt_fast.gemm import BITS, TILE, widened
+from opt_fast.gemm import BITS, TILE, copy_tile, widened
 from opt_fast.gemm_amx import (
     INDEX,
     INT8,
@@ -36,7 +36,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     unit_of,
 )
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, copy, over_parts, parts_at, parts_of, put_words, row_apart, six_products, turn, upper_halves
+from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_at, parts_of, put_row, put_words, row_apart, six_products, turn
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -75,7 +75,6 @@ ABREAST = 4  # tiles of sums of a query that is alone,
 OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # among its eight
 LIMIT = 3.3961775e38  # from here on, rounding to bfloat16 makes infinity
 POWERS = 1.5353362e-4, 1.3398874e-3, 9.618437e-3, 0.055503324, 0.24022648, 0.6931472, 1.0  # as attention_bf16's, within 8e-8
-
 
 assert BQ % GROUP == BC % DEEP == PAGE % DEEP == 0
 
@@ -141,7 +140,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             acc[i * wide * SIDE + d] = 0
     for i in range(0, groups * GROUP, SIDE):
         some = max(1, min(SIDE, count - i))
-        pack_queries(at(q, min(i, count - 1) * H * Dh), H * Dh, some, Dh, scale, square, bytes_(queries + i // SIDE * deep * BLOCK))
+        pack_queries(at(q, min(i, count - 1) * H * Dh), H * Dh, some, Dh, scale, bytes_(queries + i // SIDE * deep * BLOCK), square)
     for key in range(0, past + count, BC):
         tile, shown, broken = min(BC, past + count - key), at(mask, key), False
         for j in range(0, tile, PAGE):
@@ -158,59 +157,35 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             for d in range(Dh):
                 if not finite(v, places[last // PAGE] + head + last % PAGE * step + d):
                     clear(bytes_(values), j, d)
-        begin = max(0, key - past) // GROUP  # the first queries that see this tile
-        for g in range(begin - 1, groups):  # before the first there is nothing to soften; its scores are made
+        seen, blocks = 0, 0
+        # from the group before the first that sees this tile: it has nothing to soften, but makes that one's scores
+        for g in range(max(0, key - past) // GROUP - 1, groups):
             gap, this, other = deep * BLOCK, at(scores, g % 2 * BC * GROUP), at(scores, (g + 1) % 2 * BC * GROUP)
-            following = blocks_seen(g + 1, past - key, tile, count) if g + 1 < groups else 0
-            limit = past + g * GROUP + 1 - key  # the group's first query sees so many keys of the tile
-            seen, sums = min(tile, limit + min(GROUP, count - g * GROUP) - 1), at(acc, g * wide * SIDE * GROUP)
-            blocks = blocks_seen(g, past - key, tile, count) if g >= begin else 0
+            limit, sums = past + g * GROUP + 1 - key, at(acc, g * wide * SIDE * GROUP)  # the group's first query sees so many keys of the tile
+            seen_next = min(tile, limit + GROUP - 1 + min(GROUP, count - (g + 1) * GROUP)) if g + 1 < groups else 0
+            blocks_next = (seen_next + DEEP - 1) // DEEP
             for c in range(2 if blocks else 0):
                 column, before, lane = at(this, c * SIDE), c * SIDE, g * GROUP + c * SIDE
-                for j in range(max(0, min(limit, seen)), blocks * DEEP):
-                    hide(at(column, j * GROUP), j - limit + 1 - before if j < tile else SIDE)
-                for j in range(seen if hides else 0):
-                    if not shown[j]:
-                        hide(at(column, j * GROUP), SIDE)
+                hide_unseen(column, GROUP, limit + before, seen, tile, blocks * DEEP, shown, hides)
                 raise_maximum(column, blocks * DEEP, at(m, lane), at(l, lane), at(sums, before), wide * SIDE, at(highest, before))
             for i in range(2 * 4 * SIDE):
                 totals[i] = 0
             soften_and_score(this, 2 * blocks, highest, totals, bytes_(weights), other, bytes_(keys), gap, bytes_(queries + 2 * (g + 1) * gap), deep,
-                             following * deep)  # fmt: skip
-            if not blocks:
-                continue
-            for i in range(GROUP):
-                four = at(totals, i // SIDE * 4 * SIDE + i % SIDE)
-                l[g * GROUP + i] += (four[0] + four[SIDE]) + (four[2 * SIDE] + four[3 * SIDE])
-            add_products(sums, GROUP, wide, bytes_(values), BLOCKS * BLOCK, bytes_(weights), BLOCKS * BLOCK, blocks)
+                             blocks_next * deep)  # fmt: skip
+            if blocks:
+                for i in range(GROUP):
+                    four = at(totals, i // SIDE * 4 * SIDE + i % SIDE)
+                    l[g * GROUP + i] += (four[0] + four[SIDE]) + (four[2 * SIDE] + four[3 * SIDE])
+                add_products(sums, GROUP, wide, bytes_(values), BLOCKS * BLOCK, bytes_(weights), BLOCKS * BLOCK, blocks)
             for j in range(seen if broken else 0):
                 for d in range(0 if hides and not shown[j] else Dh):
                     if not finite(v, places[(key + j) // PAGE] + head + (key + j) % PAGE * step + d):
                         for lane in range(max(0, j - limit + 1), GROUP):
                             sums[d * GROUP + lane] = np.nan
-    write_rows(acc, count, l, Dh, O, H * Dh, square)
+            seen, blocks = seen_next, blocks_next
+    write_rows(acc, GROUP, count, l, Dh, O, H * Dh, square)
     for i in range(count):
         L[i * H] = m[i] + math.log(l[i])
-
-
-@inner
-def blocks_seen(g: int, past: int, tile: int, count: int) -> int:
-    """Blocks of a tile of keys that a group of queries sees some of; the tile's first key is seen by query -past, and those after."""
-    return (min(tile, past + min((g + 1) * GROUP, count)) + DEEP - 1) // DEEP
-
-
-@inner
-def write_rows(sums: Any, n: int, l: Any, Dh: int, rows: Any, step: int, square: Any) -> None:
-    """n queries' sums, group by group of columns, divided by their l, as rows."""
-    wide = (Dh + SIDE - 1) // SIDE
-    for i in range(0, n, SIDE):
-        some, group = min(SIDE, n - i), at(sums, i // GROUP * wide * SIDE * GROUP + i % GROUP)
-        for t in range(wide):
-            columns, corner = min(SIDE, Dh - t * SIDE), at(rows, i * step + t * SIDE)
-            whole = some == columns == SIDE
-            divide(at(group, t * SIDE * GROUP), GROUP, at(l, i), corner if whole else square, step if whole else SIDE)
-            if not whole:
-                copy(square, SIDE, some, columns, corner, step)
 
 
 @inner
@@ -224,9 +199,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
     square = at(scores, BC)
     weights = bytes_of(at(square, SIDE * DEEP))
     query = at(weights, (BLOCKS + SIDE) * LINES)
-    lines = at(
-        query, (deep + SIDE) * LINES
-    )  # of some keys, or values; after rows of weights and of the query, room for tiles of 16, as emulated ones are
+    lines = at(query, (deep + SIDE) * LINES)  # of some keys, or values; rows of weights and of the query have room for 16, as emulated tiles do
     m[0], l[0] = -np.inf, 0
     for d in range(wide * SIDE):
         acc[d // SIDE * SIDE * SIDE + d % SIDE] = 0
@@ -282,8 +255,7 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
                     prefetch(builder, builder.gep(later[r], [builder.add(d, INDEX(half * SIDE))]), level=2)
                 numbers = [widened(builder, place, VECTOR, signature.args[1].dtype, TILE) for place in both]
                 numbers[1] = builder.select(whole, numbers[1], every(VECTOR, 0.0))
-                for i, words in enumerate(zip(*(parts_of(builder, number) for number in numbers), strict=True)):
-                    store(builder, upper_halves(builder, *words), builder.gep(target, [INDEX(i * TILE_BYTES + r * 4 * SIDE)]))
+                put_row(builder, numbers, builder.gep(target, [INDEX(r * 4 * SIDE)]))
 
         def step_of(_: Any, carried: list) -> list:
             unit, t, this, other = carried
@@ -435,10 +407,8 @@ def _backward(table: Any) -> None:
             pack_values(at(k, place_of_keys), step, n, Dh, square, bytes_(keys_t))
             for j in range(BC):
                 if j >= n or (hides and not shown[j]):
-                    for i in range(deep * PARTS):
-                        for byte in range(4 * SIDE):
-                            line = (j // SIDE * deep * PARTS + i) * TILE_BYTES + j % SIDE * 4 * SIDE + byte
-                            bytes_(keys)[line] = bytes_(values)[line] = 0
+                    clear_row(bytes_(keys), j, deep)
+                    clear_row(bytes_(values), j, deep)
                     for d in range(width):
                         clear(bytes_(keys_t), j, d)
             for j in range(BC * width):
@@ -447,23 +417,17 @@ def _backward(table: Any) -> None:
                 origin = ((b * T + first) * H + h) * Dh
                 pack_block(at(q, origin), step, min(BQ, T - first), Dh, square, bytes_(q_t), bytes_(q_rows))
                 pack_block(at(dO, origin), step, min(BQ, T - first), Dh, square, bytes_(dO_t), bytes_(dO_rows))
-                limit, count = (
-                    past + first + 1 - key,
-                    (min(BQ, T - first) + GROUP - 1) // GROUP,
-                )  # the block's first query sees so many keys of the tile
+                count = (min(BQ, T - first) + GROUP - 1) // GROUP
+                limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
                 for g in range(max(0, -limit + 1) // GROUP, count):
                     seen, lane = min(n, limit + (g + 1) * GROUP - 1), first + g * GROUP
                     blocks, gap, sums = (seen + DEEP - 1) // DEEP, deep * BLOCK, at(dq_sums, lane * width)
                     for j in range(blocks):
                         s, ds = at(scores, j * DEEP * GROUP), at(dP, j * DEEP * GROUP)
-                        score(s, GROUP, s, 0, bytes_(keys + 2 * j * gap), gap, bytes_(q_t + 2 * g * gap), gap, deep)  # fmt: skip
-                        score(ds, GROUP, ds, 0, bytes_(values + 2 * j * gap), gap, bytes_(dO_t + 2 * g * gap), gap, deep)  # fmt: skip
+                        score(s, GROUP, s, 0, bytes_(keys + 2 * j * gap), gap, bytes_(q_t + 2 * g * gap), gap, deep)
+                        score(ds, GROUP, ds, 0, bytes_(values + 2 * j * gap), gap, bytes_(dO_t + 2 * g * gap), gap, deep)
                     for c in range(0, GROUP, SIDE):
-                        for j in range(max(0, min(limit + g * GROUP, seen)), blocks * DEEP):
-                            hide(at(scores, j * GROUP + c), j - limit - g * GROUP + 1 - c if j < n else SIDE)
-                        for j in range(seen if hides else 0):
-                            if not shown[j]:
-                                hide(at(scores, j * GROUP + c), SIDE)
+                        hide_unseen(at(scores, c), GROUP, limit + g * GROUP + c, seen, n, blocks * DEEP, shown, hides)
                     gradients(scores, dP, at(lse, lane), at(D, lane), blocks * DEEP, bytes_(P_rows + g * BLOCK), bytes_(dS_rows + g * BLOCK),
                               bytes_(dS_pairs))  # fmt: skip
                     add_products(sums, GROUP, wide, bytes_(keys_t), BLOCKS * BLOCK, bytes_(dS_pairs), BLOCKS * BLOCK, blocks)
@@ -471,16 +435,16 @@ def _backward(table: Any) -> None:
                     g = max(0, j - limit + 1) // GROUP  # from the first queries that see these keys
                     for d in range(0, wide, 2):
                         corner, rows = j * width + d * SIDE, j // SIDE * GROUPS + g
-                        dO_strips, q_strips, gap = (dO_rows + (d * GROUPS + g) * BLOCK, q_rows + (d * GROUPS + g) * BLOCK, GROUPS * BLOCK)
+                        strips, gap = (d * GROUPS + g) * BLOCK, GROUPS * BLOCK
                         P_here, dS_here = bytes_(P_rows + rows * BLOCK), bytes_(dS_rows + rows * BLOCK)
-                        add_strips(at(dv_sums, corner), width, P_here, bytes_(dO_strips), gap, count - g, wide - d)
-                        add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_strips), gap, count - g, wide - d)
-            copy(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
-            copy(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
+                        add_strips(at(dv_sums, corner), width, P_here, bytes_(dO_rows + strips), gap, count - g, wide - d)
+                        add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_rows + strips), gap, count - g, wide - d)
+            copy_tile(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
+            copy_tile(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
         for t in range(groups * GROUP):  # divided by nothing
             lse[t] = 1
         origin = (b * T * H + h) * Dh
-        write_rows(dq_sums, T, lse, Dh, at(dq, origin), step, square)
+        write_rows(dq_sums, GROUP, T, lse, Dh, at(dq, origin), step, square)
         for t in range(T):
             for d in range(Dh):
                 dq[origin + t * step + d] *= scale
@@ -517,7 +481,7 @@ def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, ro
     """
     deep = (Dh + DEEP - 1) // DEEP
     for i in range(0, (n + GROUP - 1) // GROUP * GROUP, SIDE):
-        pack_queries(at(x, min(i, n - 1) * step), step, max(1, min(SIDE, n - i)), Dh, np.float32(1), square, at(columns, i // SIDE * deep * BLOCK))
+        pack_queries(at(x, min(i, n - 1) * step), step, max(1, min(SIDE, n - i)), Dh, np.float32(1), at(columns, i // SIDE * deep * BLOCK), square)
     for g in range(0, n, GROUP):
         for t in range((Dh + SIDE - 1) // SIDE):
             source, apart, some = at(x, g * step + t * SIDE), step, min(GROUP, n - g)
@@ -525,7 +489,7 @@ def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, ro
                 for r in range(GROUP):
                     for d in range(SIDE):
                         square[r * SIDE + d] = source[r * step + d] if r < some and t * SIDE + d < Dh else np.float32(0)
-                source, apart, some = square, SIDE, GROUP
+                source, apart = square, SIDE
             values_apart(source, apart, at(rows, (t * GROUPS + g // GROUP) * BLOCK))
 
 
@@ -564,8 +528,7 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
                 tile = builder.mul(builder.lshr(key, INDEX(4)), INDEX(GROUPS * BLOCK))
                 line = builder.add(tile, builder.mul(builder.and_(key, INDEX(SIDE - 1)), INDEX(4 * SIDE)))
                 for numbers, rows in ((P, P_rows), (dS, dS_rows)):
-                    for i, words in enumerate(zip(*(parts_of(builder, number) for number in numbers), strict=True)):
-                        store(builder, upper_halves(builder, *words), builder.gep(rows, [builder.add(line, INDEX(i * TILE_BYTES))]))
+                    put_row(builder, numbers, builder.gep(rows, [line]))
                 found.append(dS)
             tile = builder.mul(builder.lshr(j, INDEX(5)), INDEX(BLOCK))
             line = builder.add(tile, builder.mul(builder.and_(j, INDEX(DEEP - 1)), INDEX(2 * SIDE)))
@@ -580,19 +543,6 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------------------------------
-
-
-@inner
-def pack_queries(q: Any, step: int, n: int, Dh: int, scale: Any, square: Any, queries: Any) -> None:
-    """16 queries, times `scale`, as tiles of 16 pairs of d by 16 queries; of the last again where they are fewer."""
-    for t in range((Dh + DEEP - 1) // DEEP):
-        source, apart = at(q, t * DEEP), step
-        if (t + 1) * DEEP > Dh:
-            for r in range(n):
-                for d in range(DEEP):
-                    square[r * DEEP + d] = source[r * step + d] if t * DEEP + d < Dh else np.float32(0)
-            source, apart = square, DEEP
-        queries_apart(source, apart, n, scale, at(queries, t * BLOCK))
 
 
 @intrinsic
@@ -610,6 +560,9 @@ def queries_apart(typing_context, rows, step, n, scale, tile):
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, types.int64, types.float32, tile), generate
+
+
+pack_queries = packing_queries("pack_queries_apart", queries_apart, BLOCK)
 
 
 @inner
@@ -649,6 +602,14 @@ def clear(values: Any, j: int, d: int) -> None:
     for part in range(PARTS):
         place = ((d // SIDE * BLOCKS + j // DEEP) * PARTS + part) * TILE_BYTES + d % SIDE * 4 * SIDE + j % DEEP * 2
         values[place] = values[place + 1] = 0
+
+
+@inner
+def clear_row(keys: Any, j: int, deep: int) -> None:
+    """The same of the j-th key."""
+    for tile in range(deep * PARTS):
+        for byte in range(4 * SIDE):
+            keys[(j // SIDE * deep * PARTS + tile) * TILE_BYTES + j % SIDE * 4 * SIDE + byte] = 0
 
 
 @inner

@@ -36,6 +36,7 @@ from opt_fast.kernel import (
     floats,
     for_weights,
     inner,
+    instruction,
     int16s,
     int32s,
     int64s,
@@ -92,7 +93,7 @@ ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not
 AHEAD = 4096  # bytes: so far ahead of their use weights are asked for, into the second-level cache, where rows are few
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
 as_stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
-PARTS = 3  # tasks for each thread, where there is one block of rows
+TASKS_EACH = 3  # for each thread, where there is one block of rows
 BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
 PAIRS = np.dtype(np.int32)  # two bfloat16
 STORED = {bits: dtype for dtype, bits in BITS.items()} | {PAIRS: np.dtype(bfloat16)}
@@ -208,17 +209,12 @@ def cut(panels: int, M: int) -> tuple[int, int, int]:
     threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
     blocks = math.ceil(M / most)
     if blocks == 1:
-        return most, 1, min(math.ceil(panels / ABREAST), threads * PARTS)
+        return most, 1, min(math.ceil(panels / ABREAST), threads * TASKS_EACH)
     shared = math.ceil(blocks / threads) * threads  # so many would be as much work for each thread
     each, alike = (math.ceil(M / count / ROWS) * ROWS for count in (shared, blocks))
     if each > most * 7 // 8 and math.ceil(M / each) % threads == 0:
         return each, math.ceil(M / each), 1
     return alike, math.ceil(M / alike), min(math.ceil(panels / ABREAST), threads)
-
-
-def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b.  a: (M, K);  b: (K, N)  ->  (M, N)"""
-    return matmul(a, pack(b.T))
 
 
 def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
@@ -362,6 +358,14 @@ def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
 
 
 @inner
+def copy_tile(source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int) -> None:
+    """rows × columns numbers to another place."""
+    for r in range(rows):
+        for c in range(columns):
+            target[r * target_row + c] = source[r * source_row + c]
+
+
+@inner
 def pack_tile(x: Any, row: int, step: int, rows: int, n: int, scale: Any, xs: Any) -> None:
     """xs[j, r] = scale · x[r · row + j · step]; of the last row again where there are fewer than ROWS."""
     whole = n // TILE.width * TILE.width if step == 1 else 0
@@ -427,9 +431,7 @@ def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, c
     whole = rows == ROWS and columns == COLUMNS
     target, stride = (y, y_row) if whole else (scratch, ABREAST * COLUMNS)
     if not whole:
-        for r in range(rows):
-            for c in range(columns):
-                scratch[r * stride + c] = y[r * y_row + c]
+        copy_tile(y, y_row, rows, columns, scratch, stride)
     if n == 0:  # a weight without columns
         pass
     elif rows > FEW:
@@ -439,9 +441,7 @@ def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, c
     else:
         one(target, stride, x, panel, gap, n)
     if not whole:
-        for r in range(rows):
-            for c in range(columns):
-                y[r * y_row + c] = scratch[r * stride + c]
+        copy_tile(scratch, stride, rows, columns, y, y_row)
     finish(y, y_row, rows, columns, function)
 
 
@@ -528,8 +528,7 @@ def pair_products(builder: Any, a: Any, b: Any, c: Any, tile: Tile) -> Any:
     words = ir.VectorType(ir.IntType(32), tile.width)
     a, b = builder.bitcast(a, words), builder.bitcast(b, words)
     if tile.pairs != EMULATED:  # LLVM takes words for pairs, as it once declared them itself
-        function = builder.module.globals.get(tile.pairs) or ir.Function(builder.module, ir.FunctionType(c.type, [c.type, words, words]), tile.pairs)
-        return builder.call(function, [c, a, b])
+        return instruction(builder, tile.pairs, c.type, c, a, b)
     upper_a, upper_b = (builder.bitcast(builder.and_(pair, every(words, 0xFFFF0000)), c.type) for pair in (a, b))
     lower_a, lower_b = (builder.bitcast(builder.shl(pair, every(words, 16)), c.type) for pair in (a, b))
     return multiply_add(builder, lower_a, lower_b, multiply_add(builder, upper_a, upper_b, c, tile.fused), tile.fused)

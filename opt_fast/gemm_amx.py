@@ -45,6 +45,7 @@ from opt_fast.kernel import (
     floats,
     for_weights,
     inner,
+    instruction,
     int8s,
     intrinsic,
     lines,
@@ -439,8 +440,8 @@ def rounded(builder: Any, numbers: Any) -> Any:
     """A vector of float32 as bfloat16; a subnormal one may become 0, which it is to a product of tiles."""
     if EMULATED in (UNIT, TILE.pairs):
         return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), HALVES)
-    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"  # LLVM takes 16-bit words for bfloat16, as it once declared them itself
-    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(HALVES, [VECTOR]), name), [numbers])
+    # LLVM takes 16-bit words for bfloat16, as it once declared them itself
+    return instruction(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", HALVES, numbers)
 
 
 @intrinsic
@@ -503,19 +504,13 @@ def _norm(table: Any) -> None:
 # ---- tiles -------------------------------------------------------------------------------------------------------------------------------
 
 
-def instruction(builder: Any, name: str, *arguments: Any) -> None:
-    name = f"llvm.x86.{name}"
-    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
-
-
 @intrinsic
 def configure(typing_context, shapes):
     """Gives the thread's tiles their shapes."""
 
     def generate(context, builder, signature, arguments):
         if UNIT not in ("", EMULATED):  # attention_bf16.py asks, with tiles or without
-            instruction(builder, "ldtilecfg", arguments[0])
+            instruction(builder, "llvm.x86.ldtilecfg", ir.VoidType(), arguments[0])
         return context.get_dummy_value()
 
     return types.void(shapes), generate
@@ -527,7 +522,7 @@ def release(typing_context):
 
     def generate(context, builder, signature, arguments):
         if UNIT not in ("", EMULATED):
-            instruction(builder, "tilerelease")
+            instruction(builder, "llvm.x86.tilerelease", ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -540,17 +535,17 @@ class Tiles:
         self.builder, self.depth = builder, depth
 
     def zero(self, tile: int) -> None:
-        instruction(self.builder, "tilezero", INT8(tile))
+        instruction(self.builder, "llvm.x86.tilezero", ir.VoidType(), INT8(tile))
 
     def load(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
         """Rows of so many words, which is the tile's shape, so many bytes apart."""
-        instruction(self.builder, "tileloadd64", INT8(tile), place, step)
+        instruction(self.builder, "llvm.x86.tileloadd64", ir.VoidType(), INT8(tile), place, step)
 
     def store(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
-        instruction(self.builder, "tilestored64", INT8(tile), place, step)
+        instruction(self.builder, "llvm.x86.tilestored64", ir.VoidType(), INT8(tile), place, step)
 
     def multiply(self, name: str, total: int, a: int, b: int) -> None:
-        instruction(self.builder, name, INT8(total), INT8(a), INT8(b))
+        instruction(self.builder, f"llvm.x86.{name}", ir.VoidType(), INT8(total), INT8(a), INT8(b))
 
 
 class EmulatedTiles(Tiles):
@@ -685,10 +680,7 @@ def meet(builder: Any, x: Any, weights: Any, total: Any) -> Any:
     """LLVM: the total and the products of four bytes of x, without a sign, and four with one."""
     if UNIT == EMULATED:
         return quads(builder, x, weights, total, True)
-    name = "llvm.x86.avx512.vpdpbusd.512"
-    return builder.call(
-        builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(WORDS, [WORDS] * 3), name), [total, x, weights]
-    )
+    return instruction(builder, "llvm.x86.avx512.vpdpbusd.512", WORDS, total, x, weights)
 
 
 def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:

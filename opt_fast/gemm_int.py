@@ -41,6 +41,7 @@ from opt_fast.kernel import (
     floats,
     for_weights,
     inner,
+    instruction,
     int16s,
     int32s,
     int64s,
@@ -441,10 +442,7 @@ PAIR_INSTRUCTION = pair_instruction()
 def products(builder: Any, a: Any, b: Any) -> Any:
     """a[2i] · b[2i] + a[2i + 1] · b[2i + 1], in 32 bits."""
     if PAIR_INSTRUCTION:
-        function = builder.module.globals.get(PAIR_INSTRUCTION) or ir.Function(
-            builder.module, ir.FunctionType(INTS, [PAIRS, PAIRS]), PAIR_INSTRUCTION
-        )
-        return builder.call(function, [a, b])
+        return instruction(builder, PAIR_INSTRUCTION, INTS, a, b)
     a, b = builder.bitcast(a, INTS), builder.bitcast(b, INTS)
     low = builder.mul(*(builder.ashr(builder.shl(x, every(INTS, 16)), every(INTS, 16)) for x in (a, b)))
     return builder.add(low, builder.mul(*(builder.ashr(x, every(INTS, 16)) for x in (a, b))))

@@ -21,7 +21,7 @@ import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, types
 
-from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TILE, Packed, _pack, begin, finish, flat, widened
+from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TASKS_EACH, TILE, Packed, _pack, begin, copy_tile, finish, flat, widened
 from opt_fast.gemm_amx import INDEX, INT8, OF_WEIGHTS, OF_X, PAIRS, SHAPES, SIDE, SINGLE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, unit_of
 from opt_fast.kernel import (
     ARGUMENTS,
@@ -38,6 +38,7 @@ from opt_fast.kernel import (
     floats,
     for_weights,
     inner,
+    instruction,
     intrinsic,
     lines,
     load,
@@ -50,11 +51,10 @@ from opt_fast.kernel import (
 )
 from opt_fast.rowwise import FUNCTIONS
 
-PARTS = 3
+PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, unless it is said otherwise
 ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
 DEEP = 2 * SIDE  # numbers of k that tiles hold
 MOST_ROWS, ENOUGH = 256, 96  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
-TASKS_EACH = 3  # for each thread, where there is one block of rows
 
 
 class PackedParts(Packed):
@@ -135,7 +135,7 @@ def _few(table: Any) -> None:
                 rest, other = 2 * PARTS * TILE_BYTES, 3 * PARTS * TILE_BYTES
                 strips_apart(at(strip, whole * DEEP * SIDE), 0, 1, K - whole * DEEP, square, at(weights, rest))
                 few(corner, at(xs, whole * PARTS * plane), plane, square, square, at(weights, rest), at(weights, other), 1)
-            copy(corner, SIDE, M, columns, target, y_row)
+            copy_tile(corner, SIDE, M, columns, target, y_row)
             finish(target, y_row, M, columns, function)
             if stream:
                 add(at(floats(stream), s * SIDE), O, M, columns, target, y_row)
@@ -204,7 +204,7 @@ def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, til
     whole = rows == DEEP
     target, target_row = (y, y_row) if whole else (corner, DEEP)
     if not whole and not begins:
-        copy(y, y_row, rows, DEEP, corner, DEEP)
+        copy_tile(y, y_row, rows, DEEP, corner, DEEP)
     if tiles == 0:
         begin(y, y_row, rows, DEEP, bias)
     else:
@@ -212,7 +212,7 @@ def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, til
         group = tiles * PARTS * TILE_BYTES
         four(target, target_row, start, start_row, x, group, weights, group, tiles, more, apart, others, done, each)
         if not whole:
-            copy(corner, DEEP, rows, DEEP, y, y_row)
+            copy_tile(corner, DEEP, rows, DEEP, y, y_row)
 
 
 @inner
@@ -224,11 +224,11 @@ def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tile
     whole = rows == SIDE and columns == SIDE
     target, target_row = (y, y_row) if whole else (corner, SIDE)
     if not whole:
-        copy(y, y_row, rows, columns, corner, SIDE)
+        copy_tile(y, y_row, rows, columns, corner, SIDE)
     if tiles:
         one(target, target_row, target, target_row, x, 0, weights, 0, tiles)
     if not whole:
-        copy(corner, SIDE, rows, columns, y, y_row)
+        copy_tile(corner, SIDE, rows, columns, y, y_row)
 
 
 @inner
@@ -237,13 +237,6 @@ def add(x: Any, x_row: int, rows: int, columns: int, y: Any, y_row: int) -> None
     for r in range(rows):
         for c in range(columns):
             x[r * x_row + c] += y[r * y_row + c]
-
-
-@inner
-def copy(source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int) -> None:
-    for r in range(rows):
-        for c in range(columns):
-            target[r * target_row + c] = source[r * source_row + c]
 
 
 def six_products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[int, Any]) -> Iterator[None]:
@@ -259,12 +252,12 @@ def six_products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dic
         yield
 
 
-def parts_at(builder: Any, place: Any, plane: Any = None) -> Any:
+def parts_at(builder: Any, place: Any, plane: Any = PLANE) -> Any:
     """LLVM: where the parts of a tile are, so many bytes apart."""
-    return lambda part: (builder.gep(place, [builder.mul(INDEX(TILE_BYTES) if plane is None else plane, INDEX(part))]),)
+    return lambda part: (builder.gep(place, [builder.mul(plane, INDEX(part))]),)
 
 
-def over_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, meanwhile: Any = None) -> None:
+def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, meanwhile: Any = None) -> None:
     """LLVM: what over_parts says; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
     y, y_row, start, start_row, x, x_gap, weights, gap, n = arguments
     tiles, corners = unit_of(builder, INDEX(SIDE)), list(itertools.product(range(rows), range(columns)))
@@ -302,7 +295,7 @@ def over_parts(rows: int, columns: int, adds: bool = True) -> Any:
     @intrinsic
     def kernel(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n):
         def generate(context, builder, signature, arguments):
-            over_tiles(builder, rows, columns, adds, arguments)
+            multiply_tiles(builder, rows, columns, adds, arguments)
             return context.get_dummy_value()
 
         return types.void(y, types.int64, start, types.int64, x, types.int64, weights, types.int64, types.int64), generate
@@ -335,7 +328,7 @@ def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, 
             with builder.if_then(builder.icmp_signed("<", first, after)):
                 loop(builder, builder.sub(after, first), 1, [], word)
 
-        over_tiles(builder, 2, 2, True, arguments, meanwhile)
+        multiply_tiles(builder, 2, 2, True, arguments, meanwhile)
         return context.get_dummy_value()
 
     index = types.int64
@@ -419,9 +412,7 @@ def row_apart(typing_context, x, n, ahead, target, plane):
             both = [builder.gep(here, [INDEX(half * SIDE)]) for half in range(2)]
             for place in both:
                 prefetch(builder, builder.gep(place, [ahead]), level=2)
-            numbers = (parts_of(builder, widened(builder, place, VECTOR, signature.args[0].dtype, TILE)) for place in both)
-            for i, words in enumerate(zip(*numbers, strict=True)):
-                store(builder, upper_halves(builder, *words), builder.gep(there, [builder.mul(plane, INDEX(i))]))
+            put_row(builder, [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in both], there, plane)
             return []
 
         loop(builder, n, 1, [], body)
@@ -430,14 +421,19 @@ def row_apart(typing_context, x, n, ahead, target, plane):
     return types.void(x, types.int64, types.int64, target, types.int64), generate
 
 
+def put_row(builder: Any, both: list, target: Any, plane: Any = PLANE) -> None:
+    """LLVM: two vectors in parts, one after the other: a row of a tile, and of those of the other parts, so many bytes apart."""
+    for i, words in enumerate(zip(*(parts_of(builder, numbers) for numbers in both), strict=True)):
+        store(builder, upper_halves(builder, *words), builder.gep(target, [builder.mul(plane, INDEX(i))]))
+
+
 def upper_halves(builder: Any, first: Any, second: Any) -> Any:
     """LLVM: the upper halves of two vectors of words, one vector after the other; the lower ones are 0."""
     if UNIT == EMULATED:
         both = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(SINGLE, DEEP), list(range(DEEP))))
         return builder.trunc(builder.lshr(both, every(both.type, 16)), ir.VectorType(ir.IntType(16), DEEP))
-    name, kind = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(ir.IntType(16), DEEP)  # exact here, but that subnormal numbers become 0
-    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(kind, [VECTOR] * 2), name)
-    return builder.call(function, [builder.bitcast(second, VECTOR), builder.bitcast(first, VECTOR)])
+    numbers = (builder.bitcast(words, VECTOR) for words in (second, first))  # exact here, but that subnormal numbers become 0
+    return instruction(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(ir.IntType(16), DEEP), *numbers)
 
 
 @intrinsic

@@ -411,12 +411,16 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
+def instruction(builder: Any, name: str, returned: Any, *arguments: Any) -> Any:
+    """LLVM: calls what it has under this name."""
+    kind = ir.FunctionType(returned, [argument.type for argument in arguments])
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+
 def prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
     """LLVM: asks for the memory there, where the processor by itself would do so too late: to this level of the cache."""
     byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, single, single, single])
-    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(pointer, byte), single(0), single(4 - level), single(1)])
+    instruction(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, byte), single(0), single(4 - level), single(1))
 
 
 def every(vector: Any, value: float) -> Any:
@@ -434,9 +438,7 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any, fused: bool) -> Any:
     """a · b + c, rounded once where the processor can."""
     if not fused:
         return builder.fadd(builder.fmul(a, b), c)
-    name = f"llvm.fma.v{a.type.count}f32"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
-    return builder.call(function, [a, b, c])
+    return instruction(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any, list], list]) -> list:
