@@ -36,7 +36,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     unit_of,
 )
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_at, parts_of, put_row, put_words, row_apart, six_products, turn
+from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_at, parts_of, products, put_row, put_words, row_apart, turn
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -268,7 +268,7 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
                 tiles.zero(OF_SCORES)
             there = builder.gep(query, [builder.mul(t, INDEX(LINES))])
             columns = {OF_QUERY: lambda part: (builder.gep(there, [INDEX(part * 4 * SIDE)]), INDEX(4), 1)}
-            for _ in six_products(tiles, [OF_SCORES], {OF_LINES: parts_at(builder, this)}, columns):
+            for _ in products(tiles, [OF_SCORES], {OF_LINES: parts_at(builder, this)}, columns):
                 pass
             with builder.if_then(ends):
                 tiles.store(OF_SCORES, builder.bitcast(builder.gep(scores, [builder.mul(unit, INDEX(SIDE))]), INT8.as_pointer()), INDEX(4), words=1)
@@ -718,7 +718,7 @@ def soften_and_score(typing_context, scores, chunks, highest, totals, weights, a
             rows = [builder.gep(keys, [builder.add(builder.mul(builder.add(first, INDEX(r)), gap), depth)]) for r in range(2)]
             columns = [builder.gep(queries, [builder.add(builder.mul(gap, INDEX(c)), depth)]) for c in range(2)]
             lines, words = ({first + i: parts_at(builder, a) for i, a in enumerate(places)} for first, places in ((4, rows), (6, columns)))
-            yield from six_products(tiles, list(range(4)), lines, words)
+            yield from products(tiles, list(range(4)), lines, words)
             with builder.if_then(builder.icmp_signed("==", builder.add(t, INDEX(1)), deep)):
                 corner = builder.mul(block, INDEX(DEEP * GROUP))
                 for n, (r, c) in enumerate(sums):

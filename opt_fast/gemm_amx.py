@@ -203,16 +203,16 @@ def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
     return rows, blocks, 1 if blocks >= threads else min(count, math.ceil(threads * few / blocks))
 
 
-def tile_shapes(rows: int, depth: int = SIDE, columns: int = SIDE) -> np.ndarray:
+def tile_shapes(rows: int, depth: int = SIDE, columns: int = SIDE, weights: int = 1) -> np.ndarray:
     """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles.
 
-    All have `rows` rows but the weights' own, which has `depth`, as many as x's have words, and like the sums `columns`: fewer are multiplied sooner.
+    All have `rows` rows but the weights' own, the last, which have `depth`, as many as x's have words, and like the sums `columns`: fewer are
+    multiplied sooner.
     """
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
-    shapes[16:32].view(np.uint16)[:] = [4 * columns] * OF_X_LOWER + [4 * depth] * 2 + [4 * columns]
-    shapes[48:56] = rows
-    shapes[48 + OF_WEIGHTS] = depth
+    shapes[16:32].view(np.uint16)[:] = [4 * columns] * OF_X_LOWER + [4 * depth] * (3 - weights) + [4 * columns] * weights
+    shapes[48:56] = [rows] * (8 - weights) + [depth] * weights
     return shapes
 
 

@@ -5,9 +5,11 @@ off by itself. Six instructions for tiles of bfloat16 still take half the time o
 errors are like those of products in float32 (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype").
 What differs: infinite numbers, and those from 3.3961775e38 on, become NaN, and parts below 1.2e-38 are taken as 0.
 
-Weights stay float32 in memory, as strips of 16 columns, (P, I, 16). A block of a strip is taken apart when it is needed, and met by all rows of a
-task, or where rows are few by these while memory sends the next. A result depends on its own row and column alone: it begins with the bias, and for
-32 numbers of k after the other the six products are added, in one order, however many rows go in together and however the work is cut.
+A float16 is the sum of two bfloat16, to the last bit: where weights are float16, five products count, all but x2 · w1.
+
+Weights stay as they are in memory, as strips of 16 columns, (P, I, 16). A block of a strip is taken apart when it is needed, and met by all rows of
+a task, or where rows are few by these while memory sends the next. A result depends on its own row and column alone: it begins with the bias, and
+for 32 numbers of k after the other the products are added, in one order, however many rows go in together and however the work is cut.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import get_num_threads, types
 
-from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TASKS_EACH, TILE, Packed, _pack, begin, copy_tile, finish, flat, widened
-from opt_fast.gemm_amx import INDEX, INT8, OF_WEIGHTS, OF_X, PAIRS, SHAPES, SIDE, SINGLE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, unit_of
+from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TASKS_EACH, TILE, Packed, _pack, as_stored, begin, copy_tile, finish, flat, widened
+from opt_fast.gemm_amx import INDEX, INT8, OF_WEIGHTS, PAIRS, SIDE, SINGLE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, tile_shapes, unit_of
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
     DONE,
+    LINE,
     MEMORY,
     TASKS,
     THREADS,
@@ -39,9 +42,9 @@ from opt_fast.kernel import (
     for_weights,
     inner,
     instruction,
+    int16s,
     intrinsic,
     lines,
-    load,
     loop,
     prefetch,
     rows_from,
@@ -52,13 +55,18 @@ from opt_fast.kernel import (
 from opt_fast.rowwise import FUNCTIONS
 
 PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, unless it is said otherwise
+PARTS_OF_HALF = 2  # of a float16
 ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
 DEEP = 2 * SIDE  # numbers of k that tiles hold
+ABREAST, few = 1, cast(Any, None)  # strips that few rows meet at a time, and what multiplies them: the kernel's variants have their own
+OF_LINES, OF_STRIPS = 5, (6, 7)  # tiles of x and of strips, where rows are few
+TILES_AHEAD = 6  # so many are asked for before they are taken apart, where two strips are read at a time
+SHAPES = [tile_shapes(rows, weights=len(OF_STRIPS)) for rows in range(SIDE + 1)]
 MOST_ROWS, ENOUGH = 256, 96  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
 
 
 class PackedParts(Packed):
-    """A float32 weight (O, I) as strips (P, I, 16) for products in tiles: panels[p, i, c] is weight[16p + c, i], zeros beyond O."""
+    """A float32 or float16 weight (O, I) as strips (P, I, 16) for products in tiles: panels[p, i, c] is weight[16p + c, i], zeros beyond O."""
 
     width = SIDE
 
@@ -75,21 +83,21 @@ class PackedParts(Packed):
         y_row = y.strides[0] // 4 if np.ndim(y) > 1 else O
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, y_row, M, O, I, SHAPES[min(M, SIDE)], stream]
         if M <= SIDE:
-            parts = min(self.count, get_num_threads() * TASKS_EACH)
-            return FEW, [*arguments, parts], parts
+            parts = min(math.ceil(self.count / 2), get_num_threads() * TASKS_EACH)
+            return FEW[self.panels.dtype.str], [*arguments, parts], parts
         most, blocks, parts = shares(M, self.count)
-        return MATMUL, [*arguments, most, blocks, parts], blocks * parts
+        return MATMUL[self.panels.dtype.str], [*arguments, most, blocks, parts], blocks * parts
 
     def __repr__(self) -> str:
-        return f"PackedParts({self.shape})"
+        return f"PackedParts({self.shape}, {self.dtype})"
 
 
 def pack(weight: np.ndarray) -> PackedParts:
-    """The weight's strips.  weight: (O, I)"""
-    (O, I), (numbers, row, step) = weight.shape, flat(np.asarray(weight, np.float32))
-    panels = for_weights((math.ceil(O / SIDE), I, SIDE), np.float32)
+    """The weight's strips, in its own dtype: float32 or float16.  weight: (O, I)"""
+    (O, I), (numbers, row, step) = weight.shape, flat(weight if weight.dtype == np.float16 else np.asarray(weight, np.float32))
+    panels = for_weights((math.ceil(O / SIDE), I, SIDE), numbers.dtype)
     if panels.size:
-        PACK(numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
+        PACK[numbers.dtype.str](numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
     return PackedParts(panels, (O, I))
 
 
@@ -109,38 +117,54 @@ def shares(M: int, strips: int) -> tuple[int, int, int]:
 
 
 def _few(table: Any) -> None:
-    """A task is a part of the strips, which few rows meet: each strip is read from one end to the other."""
+    """A task is a part of the strips, which few rows meet: one or two at a time are read from one end to the other.
+
+    While a thread meets strips, it takes the first tiles of those that come next apart, of its next task too. What strips gave is written when the
+    next have been met: who asks for sums at once waits for them.
+    """
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
-    x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], floats(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
+    x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], as_stored(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, stream, parts = a[9], a[10], a[11], a[13], a[14]
-    square = floats(place)
-    corner = at(square, SIDE * DEEP)
-    weights = bytes_(place + 4 * (SIDE * DEEP + DEEP * DEEP))
-    xs, plane, whole = at(weights, 4 * PARTS * TILE_BYTES), M * 4 * SIDE, K // DEEP
+    square, numbers, space = floats(place), as_stored(place), ABREAST * PARTS * TILE_BYTES
+    corners, groups = at(square, SIDE * DEEP), (P + ABREAST - 1) // ABREAST
+    weights = bytes_(place + 4 * 3 * SIDE * DEEP)
+    xs, plane, whole = at(weights, 4 * space), M * 4 * SIDE, K // DEEP
     configure(bytes_(a[12]))
-    task = claim(table, TASKS)
-    while task < parts:
+    task, before, met, ended = claim(table, TASKS), -1, 0, False
+    s = groups * task // parts * ABREAST
+    if task < parts:
         rows_apart(x, row, step, M, K, square, xs, plane)
-        first, last, done = P * task // parts, P * (task + 1) // parts, 0
         if whole:
-            tiles_apart(at(panels, first * K * SIDE), 1, weights)
-        for s in range(first, last):
-            strip, columns, target = at(panels, s * K * SIDE), min(SIDE, O - s * SIDE), at(y, s * SIDE)
-            begin(corner, SIDE, M, columns, at(bias, s * SIDE))
+            strips_apart(at(panels, s * K * SIDE), K * SIDE, min(ABREAST, P - s), DEEP, numbers, weights)
+    while task < parts or before >= 0:
+        corner, other = at(corners, met % 2 * SIDE * DEEP), at(corners, (met + 1) % 2 * SIDE * DEEP)
+        then, after = task, s + ABREAST
+        if task < parts:
+            if after >= min(P, groups * (task + 1) // parts * ABREAST):
+                then = claim(table, TASKS)
+                after = groups * then // parts * ABREAST if then < parts else s
+            strips, count, columns = at(panels, s * K * SIDE), min(ABREAST, P - s), min(ABREAST * SIDE, O - s * SIDE)
+            start, start_row = at(bias, s * SIDE), 0
+            if columns < ABREAST * SIDE or whole == 0:
+                begin(corner, DEEP, M, columns, start)
+                start, start_row = corner, DEEP
             if whole:
-                this, other = done % 2 * PARTS * TILE_BYTES, (done + 1) % 2 * PARTS * TILE_BYTES
-                few(corner, xs, plane, strip, at(strip, K * SIDE if s + 1 < last else 0), at(weights, this), at(weights, other), whole)
-                done += whole
+                these, others = at(weights, met * whole % 2 * space), at(weights, (met * whole + 1) % 2 * space)
+                few(corner, start, start_row, xs, plane, strips, at(panels, after * K * SIDE), K * SIDE, count, P - after, these, others, whole)
             if whole * DEEP < K:
-                rest, other = 2 * PARTS * TILE_BYTES, 3 * PARTS * TILE_BYTES
-                strips_apart(at(strip, whole * DEEP * SIDE), 0, 1, K - whole * DEEP, square, at(weights, rest))
-                few(corner, at(xs, whole * PARTS * plane), plane, square, square, at(weights, rest), at(weights, other), 1)
-            copy_tile(corner, SIDE, M, columns, target, y_row)
+                these, others = at(weights, 2 * space), at(weights, 3 * space)
+                strips_apart(at(strips, whole * DEEP * SIDE), K * SIDE, count, K - whole * DEEP, numbers, these)
+                few(corner, corner, DEEP, at(xs, whole * PARTS * plane), plane, numbers, numbers, 0, 1, 1, these, others, 1)
+        if before >= 0:
+            columns, target = min(ABREAST * SIDE, O - before * SIDE), at(y, before * SIDE)
+            copy_tile(other, DEEP, M, columns, target, y_row)
             finish(target, y_row, M, columns, function)
             if stream:
-                add(at(floats(stream), s * SIDE), O, M, columns, target, y_row)
-        claim(table, DONE)
-        task = claim(table, TASKS)
+                add(at(floats(stream), before * SIDE), O, M, columns, target, y_row)
+            if ended:
+                claim(table, DONE)
+        before, ended = s if task < parts else -1, then != task
+        task, s, met = then, after, met + 1
     release()
 
 
@@ -148,9 +172,9 @@ def _matmul(table: Any) -> None:
     """A task is a block of rows and a part of the strips. Block of k after block of k, x's rows are taken apart, then two strips after the other,
     which meet all the rows; while they do, the next two are taken apart."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
-    x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], floats(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
+    x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], as_stored(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, stream, most, blocks, parts = a[9], a[10], a[11], a[13], a[14], a[15], a[16]
-    square, space = floats(place), 2 * BLOCK_K // DEEP * PARTS * TILE_BYTES  # of two strips
+    square, numbers, space = floats(place), as_stored(place), 2 * BLOCK_K // DEEP * PARTS * TILE_BYTES  # of two strips
     corner = at(square, SIDE * DEEP)
     weights = bytes_(place + 4 * (SIDE * DEEP + DEEP * DEEP))
     xs = at(weights, 2 * space)
@@ -170,20 +194,14 @@ def _matmul(table: Any) -> None:
                 strips, columns = at(panels, (s * K + k) * SIDE), min(DEEP, O - s * SIDE)
                 these, others = at(weights, half), at(weights, space - half)
                 if not ready:
-                    strips_apart(strips, K * SIDE, min(2, strips_to - s), n, square, these)
+                    strips_apart(strips, K * SIDE, min(2, strips_to - s), n, numbers, these)
                 ready = columns == DEEP and n == tiles * DEEP and s + 4 <= strips_to and O - s * SIDE >= 2 * DEEP
                 each = ((SIDE << 16) + groups - 1) // groups if ready else 0
                 for g in range(groups):
                     i = first + g * DEEP
                     rows, target, here = min(DEEP, last - i), at(y, i * y_row + s * SIDE), at(xs, 2 * g * group)
-                    if columns == DEEP:
-                        _four(target, y_row, at(bias, s * SIDE), begins, here, these, tiles, rows, corner,
-                              at(strips, 2 * K * SIDE), K * SIDE, others, g * tiles, each)  # fmt: skip
-                    else:
-                        for r in range(0, rows, SIDE):
-                            for c in range(0, columns, SIDE):
-                                _one(at(target, r * y_row + c), y_row, at(bias, s * SIDE + c), begins, at(here, r // SIDE * group),
-                                     at(these, c // SIDE * group), tiles, min(SIDE, rows - r), min(SIDE, columns - c), corner)  # fmt: skip
+                    _four(target, y_row, at(bias, s * SIDE), begins, here, these, tiles, rows, columns, corner,
+                          at(strips, 2 * K * SIDE), K * SIDE, others, g * tiles, each)  # fmt: skip
                     if ends:
                         finish(target, y_row, rows, columns, function)
                     if ends and stream:
@@ -195,40 +213,26 @@ def _matmul(table: Any) -> None:
 
 
 @inner
-def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, corner: Any,
+def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, columns: int, corner: Any,
           more: Any, apart: int, others: Any, done: int, each: int) -> None:  # fmt: skip
-    """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows.
+    """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows or columns.
 
     The last five are as `four` wants them.
     """
-    whole = rows == DEEP
+    whole = rows == DEEP and columns == DEEP
     target, target_row = (y, y_row) if whole else (corner, DEEP)
-    if not whole and not begins:
-        copy_tile(y, y_row, rows, DEEP, corner, DEEP)
     if tiles == 0:
-        begin(y, y_row, rows, DEEP, bias)
+        begin(y, y_row, rows, columns, bias)
     else:
-        start, start_row = (bias, 0) if begins else (target, target_row)
+        if not whole and begins:
+            begin(corner, DEEP, rows, columns, bias)
+        elif not whole:
+            copy_tile(y, y_row, rows, columns, corner, DEEP)
+        start, start_row = (bias, 0) if begins and whole else (target, target_row)
         group = tiles * PARTS * TILE_BYTES
         four(target, target_row, start, start_row, x, group, weights, group, tiles, more, apart, others, done, each)
         if not whole:
-            copy_tile(corner, DEEP, rows, DEEP, y, y_row)
-
-
-@inner
-def _one(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, columns: int,
-         corner: Any) -> None:  # fmt: skip
-    """The same for a tile, which may have fewer rows or columns."""
-    if begins:
-        begin(y, y_row, rows, columns, bias)
-    whole = rows == SIDE and columns == SIDE
-    target, target_row = (y, y_row) if whole else (corner, SIDE)
-    if not whole:
-        copy_tile(y, y_row, rows, columns, corner, SIDE)
-    if tiles:
-        one(target, target_row, target, target_row, x, 0, weights, 0, tiles)
-    if not whole:
-        copy_tile(corner, SIDE, rows, columns, y, y_row)
+            copy_tile(corner, DEEP, rows, columns, y, y_row)
 
 
 @inner
@@ -239,10 +243,23 @@ def add(x: Any, x_row: int, rows: int, columns: int, y: Any, y_row: int) -> None
             x[r * x_row + c] += y[r * y_row + c]
 
 
-def six_products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[int, Any]) -> Iterator[None]:
-    """LLVM, in six steps: adds to tiles of sums the products of tiles of x and of a weight, given by registers and by what loads a part there."""
+def ahead(stored: Any) -> Any:
+    """LLVM: so many numbers ahead of their use weights are asked for."""
+    return INDEX(AHEAD // (stored.bitwidth // 8))
+
+
+def in_parts(stored: Any) -> int:
+    """How many bfloat16 a number is the sum of, to the last bit."""
+    return PARTS if stored == types.float32 else PARTS_OF_HALF
+
+
+def products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[int, Any], parts: int = PARTS) -> Iterator[None]:
+    """LLVM, in six steps, or in five for weights of two parts: adds to tiles of sums the products of tiles of x and of a weight.
+
+    These are given by registers and by what loads a part there.
+    """
     before: tuple[int, int] = -1, -1
-    for a, b in ORDER:
+    for a, b in (both for both in ORDER if both[1] < parts):
         for part, was, side in ((a, before[0], rows), (b, before[1], columns)):
             for register, fetched in side.items() if part != was else ():
                 tiles.load(register, *fetched(part))
@@ -257,8 +274,8 @@ def parts_at(builder: Any, place: Any, plane: Any = PLANE) -> Any:
     return lambda part: (builder.gep(place, [builder.mul(plane, INDEX(part))]),)
 
 
-def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, meanwhile: Any = None) -> None:
-    """LLVM: what over_parts says; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
+def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, parts: int = PARTS, meanwhile: Any = None) -> None:
+    """LLVM: what over_parts says, over so many parts of a weight; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
     y, y_row, start, start_row, x, x_gap, weights, gap, n = arguments
     tiles, corners = unit_of(builder, INDEX(SIDE)), list(itertools.product(range(rows), range(columns)))
     of_x, of_weights = range(OF_WEIGHTS + 1 - columns - rows, OF_WEIGHTS + 1 - columns), range(OF_WEIGHTS + 1 - columns, OF_WEIGHTS + 1)
@@ -275,7 +292,7 @@ def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments:
             {register: parts_at(builder, builder.gep(a, [builder.add(depth, builder.mul(apart, INDEX(i)))])) for i, register in enumerate(registers)}
             for a, apart, registers in ((x, x_gap, of_x), (weights, gap, of_weights))
         )
-        for _ in six_products(tiles, list(range(len(corners))), lines, words):
+        for _ in products(tiles, list(range(len(corners))), lines, words, parts):
             pass
         return []
 
@@ -309,7 +326,7 @@ def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, 
 
     def generate(context, builder, signature, arguments):
         *arguments, more, apart, others, done, each = arguments
-        gap, n = arguments[-2:]
+        (gap, n), stored = arguments[-2:], signature.args[9].dtype
 
         def meanwhile(k: Any) -> None:
             first, after = (builder.lshr(builder.mul(builder.add(done, builder.add(k, INDEX(i))), each), INDEX(16)) for i in range(2))
@@ -322,61 +339,96 @@ def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, 
                 there = builder.add(builder.mul(tile, INDEX(PARTS * TILE_BYTES)), builder.mul(r, INDEX(4 * SIDE)))
                 for c in range(2):
                     place = builder.gep(more, [builder.add(builder.mul(v, INDEX(2 * SIDE)), builder.mul(apart, INDEX(c)))])
-                    words_apart(builder, place, builder.gep(others, [builder.add(there, builder.mul(gap, INDEX(c)))]))
+                    target = builder.gep(others, [builder.add(there, builder.mul(gap, INDEX(c)))])
+                    words_apart(builder, place, builder.gep(place, [ahead(stored)]), stored, target)
                 return []
 
             with builder.if_then(builder.icmp_signed("<", first, after)):
                 loop(builder, builder.sub(after, first), 1, [], word)
 
-        multiply_tiles(builder, 2, 2, True, arguments, meanwhile)
+        multiply_tiles(builder, 2, 2, True, arguments, in_parts(stored), meanwhile)
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(y, index, start, index, x, index, weights, index, index, more, index, others, index, index), generate
 
 
-@intrinsic
-def few(typing_context, sums, x, plane, strip, more, this, other, n):
-    """Adds the products of n tiles of a strip to a tile of sums: each is taken apart while the one before multiplies; then one more."""
+def over_few(count: int, among: bool) -> Any:
+    """kernel(sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n): n tiles of one or two strips, and x's tiles.
 
-    def generate(context, builder, signature, arguments):
-        sums, x, plane, strip, more, this, other, n = arguments
-        tiles, place = unit_of(builder, INDEX(SIDE)), builder.bitcast(sums, INT8.as_pointer())
+    Sums lie side by side, of DEEP numbers in a row, and begin with what is at `start`. While a tile of `these` multiplies, the next is taken apart
+    into `others`, before its products or among them; with the last tile, the first of `more`, the strips that come next. Strips are so far `apart`;
+    where only one is left, or will be left then, it is met twice.
+    """
 
-        def step(t: Any, carried: list) -> list:
-            here, there = carried
-            after = builder.add(t, INDEX(1))
-            source = builder.select(builder.icmp_signed("<", after, n), builder.gep(strip, [builder.mul(after, INDEX(SIDE * DEEP))]), more)
-            for r in range(SIDE):
-                words_apart(builder, builder.gep(source, [INDEX(r * 2 * SIDE)]), builder.gep(there, [INDEX(r * 4 * SIDE)]))
-            lines = parts_at(builder, builder.gep(x, [builder.mul(plane, builder.mul(t, INDEX(PARTS)))]), plane)
-            for _ in six_products(tiles, [0], {OF_X: lines}, {OF_WEIGHTS: parts_at(builder, here)}):
-                pass
-            return [there, here]
+    @intrinsic
+    def kernel(typing_context, sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n):
+        def generate(context, builder, signature, arguments):
+            few_tiles(builder, count, among, signature.args[5].dtype, arguments)
+            return context.get_dummy_value()
 
-        tiles.load(0, place)
-        loop(builder, n, 1, [this, other], step)
-        tiles.store(0, place)
-        return context.get_dummy_value()
+        index = types.int64
+        return types.void(sums, start, index, x, index, strips, more, index, index, index, these, others, index), generate
 
-    return types.void(sums, x, types.int64, strip, more, this, other, types.int64), generate
+    return kernel
 
 
-one = over_parts(1, 1)
+def few_tiles(builder: Any, count: int, among: bool, stored: Any, arguments: list) -> None:
+    """LLVM: what over_few says."""
+    sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n = arguments
+    tiles, parts, size = unit_of(builder, INDEX(SIDE)), in_parts(stored), INDEX(SIDE * DEEP)
+    rows, steps = list(itertools.product(range(SIDE), range(count))), sum(part < parts for _, part in ORDER)
+    gap, gap_then = (builder.select(builder.icmp_signed(">", some, INDEX(1)), apart, INDEX(0)) for some in (left, left_then))
+
+    def beside(place: Any, t: Any) -> list:
+        return [place, builder.gep(place, [builder.select(builder.icmp_signed("<", t, n), gap, gap_then)])]
+
+    def step(t: Any, carried: list) -> list:
+        here, there, asked = carried
+        after, later = builder.add(t, INDEX(1)), builder.add(t, INDEX(1 + TILES_AHEAD))
+        following = builder.gep(strips, [builder.mul(after, size)])
+        sources = beside(builder.select(builder.icmp_signed("<", after, n), following, more), after)
+        asked = builder.select(builder.icmp_signed("==", later, n), more, builder.gep(asked, [size]))
+        wanted = beside(asked, later) if count > 1 else [builder.gep(sources[0], [ahead(stored)])]
+        lines = parts_at(builder, builder.gep(x, [builder.mul(plane, builder.mul(t, INDEX(PARTS)))]), plane)
+        words = {register: parts_at(builder, builder.gep(here, [INDEX(c * PARTS * TILE_BYTES)])) for c, register in enumerate(OF_STRIPS[:count])}
+
+        def take_apart(some: list) -> None:
+            for r, c in some:
+                target = builder.gep(there, [INDEX(c * PARTS * TILE_BYTES + r * 4 * SIDE)])
+                source, later = (builder.gep(places[c], [INDEX(r * DEEP)]) for places in (sources, wanted))
+                words_apart(builder, source, later, stored, target)
+
+        take_apart([] if among else rows)
+        for i, _ in enumerate(products(tiles, list(range(count)), {OF_LINES: lines}, words, parts)):
+            take_apart(rows[len(rows) * i // steps : len(rows) * (i + 1) // steps] if among else [])
+        return [there, here, asked]
+
+    def tile(place: Any, c: int) -> Any:
+        return builder.bitcast(builder.gep(place, [INDEX(c * SIDE)]), INT8.as_pointer())
+
+    for c in range(count):
+        tiles.load(c, tile(start, c), builder.mul(start_row, INDEX(4)))
+    loop(builder, n, 1, [these, others, builder.gep(strips, [INDEX(TILES_AHEAD * SIDE * DEEP)])], step)
+    for c in range(count):
+        tiles.store(c, tile(sums, c), INDEX(4 * DEEP))
 
 
 # ---- numbers in parts --------------------------------------------------------------------------------------------------------------------
 
 
-def parts_of(builder: Any, numbers: Any) -> list:
-    """LLVM: three vectors of float32, in words, that a vector of float32 is the sum of; their lower halves are 0.
+def parts_of(builder: Any, numbers: Any, count: int = PARTS) -> list:
+    """LLVM: three vectors of float32, in words, that a vector of float32 is the sum of, or two for what was float16; their lower halves are 0.
 
     The first is rounded to the nearest, so that what is left has either sign, and what products leave out of that adds up to nothing.
     """
     found = []
-    for i in range(PARTS):
+    for i in range(count):
         word = builder.bitcast(numbers, WORDS)
-        word = builder.and_(builder.add(word, every(WORDS, 0x8000)) if i == 0 else word, every(WORDS, 0xFFFF0000))
+        if count == PARTS and i == 0:
+            word = builder.add(word, every(WORDS, 0x8000))
+        if count == PARTS or i == 0:
+            word = builder.and_(word, every(WORDS, 0xFFFF0000))
         numbers = builder.fsub(numbers, builder.bitcast(word, VECTOR))
         found.append(word)
     return found
@@ -461,8 +513,9 @@ def strips_apart(strips: Any, apart: int, count: int, n: int, square: Any, weigh
         if whole:
             tiles_apart(strip, whole, at(weights, c * gap))
         if whole * DEEP < n:
-            for j in range(SIDE * DEEP):
-                square[j] = strip[whole * DEEP * SIDE + j] if whole * DEEP * SIDE + j < n * SIDE else np.float32(0)
+            for i in range(SIDE * DEEP):
+                square[i] = 0
+            copy_tile(at(strip, whole * DEEP * SIDE), SIDE, n - whole * DEEP, SIDE, square, SIDE)
             tiles_apart(square, 1, at(weights, c * gap + whole * PARTS * TILE_BYTES))
 
 
@@ -471,12 +524,13 @@ def tiles_apart(typing_context, strip, n, weights):
     """n tiles of a strip in parts."""
 
     def generate(context, builder, signature, arguments):
-        strip, n, weights = arguments
+        (strip, n, weights), stored = arguments, signature.args[0].dtype
 
         def body(k: Any, carried: list) -> list:
             here, there = builder.gep(strip, [builder.mul(k, INDEX(SIDE * DEEP))]), builder.gep(weights, [builder.mul(k, INDEX(PARTS * TILE_BYTES))])
             for r in range(SIDE):
-                words_apart(builder, builder.gep(here, [INDEX(r * 2 * SIDE)]), builder.gep(there, [INDEX(r * 4 * SIDE)]))
+                place, target = builder.gep(here, [INDEX(r * 2 * SIDE)]), builder.gep(there, [INDEX(r * 4 * SIDE)])
+                words_apart(builder, place, builder.gep(place, [ahead(stored)]), stored, target)
             return []
 
         loop(builder, n, 1, [], body)
@@ -485,18 +539,27 @@ def tiles_apart(typing_context, strip, n, weights):
     return types.void(strip, types.int64, weights), generate
 
 
-def words_apart(builder: Any, place: Any, target: Any) -> None:
+def words_apart(builder: Any, place: Any, asked: Any, stored: Any, target: Any) -> None:
     """LLVM: two neighbours of k of a strip in parts: a row of a tile. What comes later is asked for."""
-    both = [builder.gep(place, [INDEX(i * SIDE)]) for i in range(2)]
-    for line in both:
-        prefetch(builder, builder.gep(line, [INDEX(AHEAD // 4)]), level=2)
-    put_words(builder, [load(builder, line, VECTOR) for line in both], target)
+    both = [[builder.gep(there, [INDEX(i * SIDE)]) for i in range(2)] for there in (place, asked)]
+    for line in both[1][: 2 * SIDE * stored.bitwidth // 8 // LINE]:
+        prefetch(builder, line, level=2)
+    put_words(builder, [widened(builder, line, VECTOR, stored, TILE) for line in both[0]], target, in_parts(stored))
 
 
-def put_words(builder: Any, both: list, target: Any) -> None:
+def put_words(builder: Any, both: list, target: Any, parts: int = PARTS) -> None:
     """LLVM: two vectors in parts, whose words hold both: a row of a tile, and of the tiles of the other parts."""
-    for i, (lower, upper) in enumerate(zip(*(parts_of(builder, numbers) for numbers in both), strict=True)):
+    for i, (lower, upper) in enumerate(zip(*(parts_of(builder, numbers, parts) for numbers in both), strict=True)):
         store(builder, builder.or_(builder.lshr(lower, every(WORDS, 16)), upper), builder.gep(target, [INDEX(i * TILE_BYTES)]))
 
 
-PACK, FEW, MATMUL = variant(_pack, "strips", COLUMNS=SIDE, as_stored=floats), Kernel(_few), Kernel(_matmul)
+# How Numba sees stored numbers; strips that few rows meet at a time, and whether these are taken apart among the products or before them: one of
+# float16 would wait for its own sums, two of float32 or products in between for memory.
+STORED = {"<f4": ("float32", floats, 1, False), "<i2": ("float16", int16s, 2, True)}
+PACK, FEW, MATMUL = (
+    {
+        dtype: variant(function, f"{name}_strips", COLUMNS=SIDE, as_stored=pointers, ABREAST=abreast, few=over_few(abreast, among))
+        for dtype, (name, pointers, abreast, among) in STORED.items()
+    }
+    for function in (_pack, _few, _matmul)
+)

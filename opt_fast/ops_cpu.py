@@ -30,7 +30,7 @@ adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global
 
 def description() -> str:
     """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
-    products = "tiles of bfloat16 and int8 (AMX), float32 in three parts, " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
+    products = "tiles of bfloat16 and int8 (AMX), float32 and float16 in parts, " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
     return f"{TILE.name} vectors of {TILE.width} float32, {products}{get_num_threads()} threads"
 
 
@@ -71,7 +71,7 @@ def pack_matrix(weight: np.ndarray, scale: np.ndarray | None = None, columns: np
     if gemm_amx.UNIT and weight.dtype in (np.int8, bfloat16):
         return PackedTiles(weight, scale, columns)
     if scale is None:
-        return gemm.pack(weight) if not gemm_amx.UNIT or weight.dtype == np.float16 else gemm_parts.pack(weight)
+        return (gemm_parts if gemm_amx.UNIT else gemm).pack(weight)
     return (PackedNibbles if gemm_amx.UNIT and weight.dtype == np.uint8 else PackedIntegers)(weight, scale, columns)
 
 

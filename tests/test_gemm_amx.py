@@ -91,28 +91,33 @@ for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), 
     np.testing.assert_array_equal(gemm.matmul(x, packed, bias, "relu" if M == 37 else None), y)
     found[f"{M} {I} {O} int4"] = y
 
-# float32: as right as products in float32, in tiles of three parts; with few rows, with many, and where blocks, rows, strips and tiles are not whole
+# float32, and weights in float16: as right as products in float32, in tiles of three parts and of two; with few rows, with many, and where blocks,
+# rows, strips and tiles are not whole
 gemm_parts.MOST_ROWS, gemm_parts.ENOUGH = 96, 64
 for M, I, O, turned in ((1, 1, 1, False), (1, 100, 50, True), (5, 64, 33, False), (16, 400, 20, True), (17, 33, 32, False), (70, 420, 66, True),
                         (250, 40, 70, False), (3, 0, 5, False)):
-    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((M, I), (O, I), O))
+    x, weights, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((M, I), (O, I), O))
     x[0] *= 1000
-    given = np.asfortranarray(x) if turned else x
-    packed = pickle.loads(pickle.dumps(gemm_parts.pack(np.asfortranarray(weight) if turned else weight)))
-    assert (packed.shape, packed.dtype, packed.nbytes) == ((O, I), np.float32, -(-O // 16) * 16 * I * 4) and (np.asarray(packed) == weight).all()
-    ids = np.array([[0, O - 1, O // 2]])
-    assert (packed.rows(ids) == weight[ids]).all()
-    y = gemm.matmul(given, packed, bias, "relu" if M == 70 else None)
-    expected = x.astype(float) @ weight.T + bias
-    allowed = (np.abs(x).astype(float) @ np.abs(weight).T + np.abs(bias)) * np.finfo(np.float32).eps * 4
-    assert (np.abs(y - (np.maximum(expected, 0) if M == 70 else expected)) <= allowed).all(), (M, I, O)
-    for rows in ([0], [M - 1], list(range(M // 2, M)), [M - 1, 0, M // 2]):
-        assert (gemm.matmul(given[rows], packed, bias, "relu" if M == 70 else None) == y[rows]).all()
-    assert (gemm.matmul(given, gemm_parts.pack(weight[:1]), bias[:1], "relu" if M == 70 else None) == y[:, :1]).all()  # nor do other columns matter
-    numba.set_num_threads(1)
-    assert (gemm.matmul(given, packed, bias, "relu" if M == 70 else None) == y).all()
-    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-    found[f"{M} {I} {O} float32"] = y
+    given, function = np.asfortranarray(x) if turned else x, "relu" if M == 70 else None
+    for weight in (weights, weights.astype(np.float16)):
+        packed = pickle.loads(pickle.dumps(gemm_parts.pack(np.asfortranarray(weight) if turned else weight)))
+        assert (packed.shape, packed.dtype, packed.nbytes) == ((O, I), weight.dtype, -(-O // 16) * 16 * I * weight.itemsize)
+        ids = np.array([[0, O - 1, O // 2]])
+        assert (np.asarray(packed) == weight).all() and packed.rows(ids).dtype == np.float32 and (packed.rows(ids) == weight[ids]).all()
+        y = gemm.matmul(given, packed, bias, function)
+        expected = x.astype(float) @ weight.T.astype(float) + bias
+        allowed = (np.abs(x).astype(float) @ np.abs(weight).T.astype(float) + np.abs(bias)) * np.finfo(np.float32).eps * 4
+        assert (np.abs(y - (np.maximum(expected, 0) if function else expected)) <= allowed).all(), (M, I, O)
+        for rows in ([0], [M - 1], list(range(M // 2, M)), [M - 1, 0, M // 2]):
+            assert (gemm.matmul(given[rows], packed, bias, function) == y[rows]).all()
+        assert (gemm.matmul(given, gemm_parts.pack(weight[:1]), bias[:1], function) == y[:, :1]).all()  # nor do other columns matter
+        numba.set_num_threads(1)
+        assert (gemm.matmul(given, packed, bias, function) == y).all()
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+        found[f"{M} {I} {O} {weight.dtype}"] = y
+weight = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 32)
+weight = weight[np.isfinite(weight).all(1)]  # every float16 there is: in two parts to the last bit
+assert (gemm.matmul(np.eye(32, dtype=np.float32), gemm_parts.pack(weight)) == weight.T).all()
 for size in (1e-30, 1e-36, 1e-38, 3e38):  # parts that are no normal numbers, and the largest there are
     x, weight = (rng.random((20, 40)) * size).astype(np.float32), rng.random((33, 40)).astype(np.float32) / 40
     expected = x.astype(float) @ weight.T.astype(float)
@@ -158,7 +163,7 @@ cfg = small.config(num_hidden_layers=1, max_position_embeddings=300)
 params, ids = small.params(cfg), small.ids(cfg, 2, 23)
 mask = np.ones_like(ids)
 mask[0, :7] = 0
-kinds = {"bfloat16": PackedTiles, "int8": PackedTiles, "int4": PackedNibbles, "float32": gemm_parts.PackedParts}
+kinds = {"bfloat16": PackedTiles, "int8": PackedTiles, "int4": PackedNibbles, "float32": gemm_parts.PackedParts, "float16": gemm_parts.PackedParts}
 for dtype, kind in kinds.items():
     tree = small.cast(params, dtype) if "float" in dtype else quantize.quantized(params, cfg, dtype)[0]
     packed = ops_cpu.pack(tree)
@@ -177,13 +182,13 @@ for dtype, kind in kinds.items():
     assert (model.forward(tree, ids, cfg, attention_mask=mask, ops=ops_cpu)[mask == 1] == logits[mask == 1]).all()  # packed at each use
     lm, long = OPTForCausalLM(tree, cfg, backend="cpu"), small.ids(cfg, 1, 140)  # long enough to be read by a program
     engine = Engine(lm)
-    stored, way = (np.float32, attention_parts.IN_PARTS) if dtype == "float32" else (np.uint16, attention_bf16.IN_BFLOAT16)
+    stored, way = (np.float32, attention_parts.IN_PARTS) if dtype in ("float32", "float16") else (np.uint16, attention_bf16.IN_BFLOAT16)
     assert engine.pool.dtype == stored and machine_cpu.Machine(packed, cfg, engine.pool).way is way
     handles = [engine.submit(long, max_new_tokens=4), engine.submit(ids[1:, :9], max_new_tokens=3)]
     assert (engine.result(handles[0]) == lm.generate(long, max_new_tokens=4)).all()
     assert (engine.result(handles[1]) == lm.generate(ids[1:, :9], max_new_tokens=3)).all()
     found[dtype] = logits
-    if dtype in ("int4", "float32"):
+    if dtype in ("int4", "float32", "float16"):
         continue
     # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
     wide = {"hidden_size": 400, "num_attention_heads": 10, "ffn_dim": 810}
