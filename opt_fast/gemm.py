@@ -126,9 +126,8 @@ class Packed:
     def nbytes(self) -> int:
         return self.panels.nbytes
 
-    @property
-    def needed(self) -> int:
-        """Numbers of memory that a thread needs for a product."""
+    def needed(self, M: int) -> int:
+        """Numbers of memory that a thread needs for a product of so many rows."""
         return NEEDED
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -195,7 +194,7 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
     if y.size:
         start = np.zeros(O, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
         kernel, arguments, tasks = weight.call(*flat(np.asarray(x, np.float32)), start, function, y, len(x))
-        kernel(*arguments, tasks=tasks, scratch=weight.needed)
+        kernel(*arguments, tasks=tasks, scratch=weight.needed(len(x)))
     return y
 
 

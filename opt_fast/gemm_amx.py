@@ -157,11 +157,10 @@ class PackedTiles(Packed):
     def tiles(self) -> int:
         return self.panels.shape[1]
 
-    @property
-    def needed(self) -> int:
+    def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs: x's block, a row, and sums."""
-        I = self.shape[1]
-        return lines(rounded_size(rows_at_once(I), I, self.stored) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
+        rows, *_ = shares(M, self.shape[1], self.count)
+        return lines(rounded_size(rows, self.shape[1], self.stored) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
 
     def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip

@@ -30,7 +30,6 @@ from opt_fast.gemm_amx import (
     release,
     round_block,
     rounded_size,
-    rows_at_once,
     shares,
     tile_shapes,
     tiles_of,
@@ -80,12 +79,11 @@ class PackedNibbles(PackedIntegers):
         """Panels that are unpacked together."""
         return max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
 
-    @property
-    def needed(self) -> int:
+    def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, and x's block."""
-        I = self.shape[1]
+        I, (rows, *_) = self.shape[1], shares(M, self.shape[1], self.count)
         panels = self.abreast * COLUMNS * (SIDE + math.ceil(I / self.group) + self.tiles * SIDE)
-        return max(super().needed, lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows_at_once(I), I, np.int8)))
+        return max(super().needed(M), lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows, I, np.int8)))
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As PackedIntegers.call."""

@@ -70,10 +70,9 @@ class PackedParts(Packed):
 
     width = SIDE
 
-    @property
-    def needed(self) -> int:
+    def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs for a product: parts of x and of two strips, twice, a tile of numbers, and two by two of sums."""
-        of_x = max(MOST_ROWS * BLOCK_K, SIDE * math.ceil(self.shape[1] / DEEP) * DEEP)
+        of_x = (M * math.ceil(self.shape[1] / DEEP) + SIDE) * DEEP if M <= SIDE else MOST_ROWS * BLOCK_K  # emulated, tiles are read whole
         return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + DEEP * DEEP)
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,

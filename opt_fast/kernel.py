@@ -236,6 +236,7 @@ def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     if not hasattr(_local, "piece"):
         return aligned(shape, dtype)
     if _local.piece.size < size + LINE:
+        give_back()  # lest the piece be of memory that was used before: what is left of the last one is then no memory at all
         _local.piece = np.empty(max(PIECE, size + LINE), np.uint8)
     found, _local.piece = begun_at_a_line(_local.piece, size)
     return found.view(dtype).reshape(shape)

@@ -129,7 +129,7 @@ class Program:
         self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
-        products = [p["weight"].needed for found in (*map(matrices, layers), around) for p in found]
+        products = [p["weight"].needed(B) for found in (*map(matrices, layers), around) for p in found]
         scratch = lines(max(way.needed(B, cfg.head_dim), *products))
         self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
         self.tiles = in_tiles(layers)
