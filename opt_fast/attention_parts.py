@@ -36,7 +36,7 @@ from opt_fast.gemm_amx import (
     tile_shapes,
     unit_of,
 )
-from opt_fast.gemm_parts import DEEP, ORDER, PARTS, over_parts, parts_at, parts_of, products, put_row, put_words, row_apart, turn
+from opt_fast.gemm_parts import DEEP, LINES, ORDER, PARTS, over_parts, parts_at, parts_of, products, put_row, put_words, row_apart, turn
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -69,8 +69,7 @@ as_stored = floats  # keys and values: the kernel has variants
 GROUP = 2 * SIDE  # queries
 BLOCKS = BC // DEEP  # of keys
 GROUPS = BQ // GROUP  # of a block, in the backward pass
-BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts, of which a block of keys has some,
-LINES = PARTS * 4 * SIDE  # and of a row of one
+BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts, of which a block of keys has some
 ABREAST = 4  # tiles of sums of a query that is alone,
 OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # among its eight
 LIMIT = 3.3961775e38  # from here on, rounding to bfloat16 makes infinity
@@ -206,7 +205,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
     for d in range(deep * DEEP):
         square[d % DEEP] = q[d] * scale if d < Dh else np.float32(0)
         if d % DEEP == DEEP - 1:
-            row_apart(square, 1, 0, at(query, d // DEEP * LINES), 4 * SIDE)
+            row_apart(square, 1, 0, at(query, d // DEEP * LINES), 4 * SIDE, 0)
     for key in range(0, S, BC):
         tile = min(BC, S - key)
         here = at(places, key // PAGE)
@@ -572,11 +571,11 @@ def pack_keys(k: Any, step: int, n: int, Dh: int, square: Any, keys: Any) -> Non
     for j in range(n):
         target = at(keys, j // SIDE * deep * BLOCK + j % SIDE * 4 * SIDE)
         if whole:
-            row_apart(at(k, j * step), whole, 4 * step, target, TILE_BYTES)
+            row_apart(at(k, j * step), whole, 4 * step, target, TILE_BYTES, BLOCK)
         if whole < deep:
             for d in range(DEEP):
                 square[d] = float32_at(k, j * step + whole * DEEP + d) if whole * DEEP + d < Dh else np.float32(0)
-            row_apart(square, 1, 0, at(target, whole * BLOCK), TILE_BYTES)
+            row_apart(square, 1, 0, at(target, whole * BLOCK), TILE_BYTES, 0)
 
 
 @inner
@@ -593,7 +592,7 @@ def pack_values(v: Any, step: int, n: int, Dh: int, square: Any, values: Any) ->
                     for i in range(DEEP):
                         square[r * DEEP + i] = float32_at(source, min(i, some - 1) * step + r) if t * SIDE + r < Dh else np.float32(0)
             for r in range(SIDE):
-                row_apart(at(square, r * DEEP), 1, 0, at(target, r * 4 * SIDE), TILE_BYTES)
+                row_apart(at(square, r * DEEP), 1, 0, at(target, r * 4 * SIDE), TILE_BYTES, 0)
 
 
 @inner

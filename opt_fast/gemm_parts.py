@@ -54,15 +54,17 @@ from opt_fast.kernel import (
 )
 from opt_fast.rowwise import FUNCTIONS
 
-PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, unless it is said otherwise
+PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, or where few rows are met side by side,
+LINES = PARTS * 4 * SIDE  # bytes of a row of a tile
 PARTS_OF_HALF = 2  # of a float16
 ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
 DEEP = 2 * SIDE  # numbers of k that tiles hold
-ABREAST, few = 1, cast(Any, None)  # strips that few rows meet at a time, and what multiplies them: the kernel's variants have their own
-OF_LINES, OF_STRIPS = 5, (6, 7)  # tiles of x and of strips, where rows are few
+TALL, ABREAST, few = 1, 1, cast(Any, None)  # tiles of few rows and of strips that meet at a time, and how: the kernel's variants have their own
+OF_LINES, OF_STRIPS = (5, 4), (6, 7)  # tiles of x and of strips, where rows are few
 TILES_AHEAD = 6  # so many are asked for before they are taken apart, where two strips are read at a time
 SHAPES = [tile_shapes(rows, weights=len(OF_STRIPS)) for rows in range(SIDE + 1)]
 MOST_ROWS, ENOUGH = 256, 96  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
+FEW_ROWS, FEW_NUMBERS = 96, 1 << 18  # few rows are no more, and have no more: their parts stay in that cache whole
 
 
 class PackedParts(Packed):
@@ -72,8 +74,9 @@ class PackedParts(Packed):
 
     def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs for a product: parts of x and of two strips, twice, a tile of numbers, and two by two of sums."""
-        of_x = (M * math.ceil(self.shape[1] / DEEP) + SIDE) * DEEP if M <= SIDE else MOST_ROWS * BLOCK_K  # emulated, tiles are read whole
-        return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + DEEP * DEEP)
+        rows, tiles = M if M <= SIDE else math.ceil(M / DEEP) * DEEP, math.ceil(self.shape[1] / DEEP)
+        of_x = (rows * tiles + SIDE) * DEEP if is_few(M, self.shape[1]) else MOST_ROWS * BLOCK_K  # emulated, tiles are read whole
+        return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + 2 * DEEP * DEEP)
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds_to: np.ndarray | None = None) -> tuple[Kernel, list, int]:  # fmt: skip
@@ -81,9 +84,9 @@ class PackedParts(Packed):
         (O, I), stream = self.shape, 0 if adds_to is None else adds_to
         y_row = y.strides[0] // 4 if np.ndim(y) > 1 else O
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, y_row, M, O, I, SHAPES[min(M, SIDE)], stream]
-        if M <= SIDE:
+        if is_few(M, I):
             parts = min(math.ceil(self.count / 2), get_num_threads() * TASKS_EACH)
-            return FEW[self.panels.dtype.str], [*arguments, parts], parts
+            return (FEW if M <= SIDE else SOME)[self.panels.dtype.str], [*arguments, parts], parts
         most, blocks, parts = shares(M, self.count)
         return MATMUL[self.panels.dtype.str], [*arguments, most, blocks, parts], blocks * parts
 
@@ -98,6 +101,11 @@ def pack(weight: np.ndarray) -> PackedParts:
     if panels.size:
         PACK[numbers.dtype.str](numbers, row, step, O, I, panels, len(panels), tasks=len(panels))
     return PackedParts(panels, (O, I))
+
+
+def is_few(M: int, I: int) -> bool:
+    """Whether so many rows are met by strips as memory sends these, rather than taken in blocks."""
+    return M <= SIDE or (M <= FEW_ROWS and M * I <= FEW_NUMBERS)
 
 
 def shares(M: int, strips: int) -> tuple[int, int, int]:
@@ -116,7 +124,7 @@ def shares(M: int, strips: int) -> tuple[int, int, int]:
 
 
 def _few(table: Any) -> None:
-    """A task is a part of the strips, which few rows meet: one or two at a time are read from one end to the other.
+    """A task is a part of the strips, which few rows meet, all of them: one or two strips at a time are read from one end to the other.
 
     While a thread meets strips, it takes the first tiles of those that come next apart, of its next task too. What strips gave is written when the
     next have been met: who asks for sums at once waits for them.
@@ -124,46 +132,50 @@ def _few(table: Any) -> None:
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], as_stored(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, stream, parts = a[9], a[10], a[11], a[13], a[14]
-    square, numbers, space = floats(place), as_stored(place), ABREAST * PARTS * TILE_BYTES
+    square, numbers, space, high, wide = floats(place), as_stored(place), ABREAST * PARTS * TILE_BYTES, TALL * SIDE, ABREAST * SIDE
     corners, groups = at(square, SIDE * DEEP), (P + ABREAST - 1) // ABREAST
-    weights = bytes_(place + 4 * 3 * SIDE * DEEP)
-    xs, plane, whole = at(weights, 4 * space), M * 4 * SIDE, K // DEEP
+    weights = bytes_(place + 4 * (SIDE * DEEP + 2 * DEEP * DEEP))
+    xs, tile, whole = at(weights, 4 * space), min(M, high) * LINES, K // DEEP  # bytes of a tile's rows, parts of a row side by side,
+    tall = (K + DEEP - 1) // DEEP * tile  # and of all tiles of so many rows as are met at a time
     configure(bytes_(a[12]))
-    task, before, met, ended = claim(table, TASKS), -1, 0, False
+    task, i, before, line, met, ended = claim(table, TASKS), 0, -1, 0, 0, False
     s = groups * task // parts * ABREAST
     if task < parts:
-        rows_apart(x, row, step, M, K, square, xs, plane)
+        for r in range(0, M, SIDE):
+            rows_apart(at(x, r * row), row, step, min(SIDE, M - r), K, square, at(xs, r // high * tall + r % high * LINES), LINES, 4 * SIDE, tile)
         if whole:
             strips_apart(at(panels, s * K * SIDE), K * SIDE, min(ABREAST, P - s), DEEP, numbers, weights)
     while task < parts or before >= 0:
-        corner, other = at(corners, met % 2 * SIDE * DEEP), at(corners, (met + 1) % 2 * SIDE * DEEP)
-        then, after = task, s + ABREAST
+        corner, other = at(corners, met % 2 * DEEP * DEEP), at(corners, (met + 1) % 2 * DEEP * DEEP)
+        then, after, below = task, s, i + high
         if task < parts:
-            if after >= min(P, groups * (task + 1) // parts * ABREAST):
-                then = claim(table, TASKS)
-                after = groups * then // parts * ABREAST if then < parts else s
-            strips, count, columns = at(panels, s * K * SIDE), min(ABREAST, P - s), min(ABREAST * SIDE, O - s * SIDE)
+            if below >= M:
+                after, below = s + ABREAST, 0
+                if after >= min(P, groups * (task + 1) // parts * ABREAST):
+                    then = claim(table, TASKS)
+                    after = groups * then // parts * ABREAST if then < parts else s
+            strips, count, columns, here = at(panels, s * K * SIDE), min(ABREAST, P - s), min(wide, O - s * SIDE), at(xs, i // high * tall)
             start, start_row = at(bias, s * SIDE), 0
-            if columns < ABREAST * SIDE or whole == 0:
-                begin(corner, DEEP, M, columns, start)
+            if columns < wide or whole == 0:
+                begin(corner, DEEP, min(high, M - i), columns, start)
                 start, start_row = corner, DEEP
             if whole:
                 these, others = at(weights, met * whole % 2 * space), at(weights, (met * whole + 1) % 2 * space)
-                few(corner, start, start_row, xs, plane, strips, at(panels, after * K * SIDE), K * SIDE, count, P - after, these, others, whole)
+                few(corner, start, start_row, here, tile, strips, at(panels, after * K * SIDE), K * SIDE, count, P - after, these, others, whole)
             if whole * DEEP < K:
                 these, others = at(weights, 2 * space), at(weights, 3 * space)
                 strips_apart(at(strips, whole * DEEP * SIDE), K * SIDE, count, K - whole * DEEP, numbers, these)
-                few(corner, corner, DEEP, at(xs, whole * PARTS * plane), plane, numbers, numbers, 0, 1, 1, these, others, 1)
+                few(corner, corner, DEEP, at(here, whole * tile), tile, numbers, numbers, 0, 1, 1, these, others, 1)
         if before >= 0:
-            columns, target = min(ABREAST * SIDE, O - before * SIDE), at(y, before * SIDE)
-            copy_tile(other, DEEP, M, columns, target, y_row)
-            finish(target, y_row, M, columns, function)
+            rows, columns, target = min(high, M - line), min(wide, O - before * SIDE), at(y, line * y_row + before * SIDE)
+            copy_tile(other, DEEP, rows, columns, target, y_row)
+            finish(target, y_row, rows, columns, function)
             if stream:
-                add(at(floats(stream), before * SIDE), O, M, columns, target, y_row)
+                add(at(floats(stream), line * O + before * SIDE), O, rows, columns, target, y_row)
             if ended:
                 claim(table, DONE)
-        before, ended = s if task < parts else -1, then != task
-        task, s, met = then, after, met + 1
+        before, line, ended = s if task < parts else -1, i, then != task
+        task, s, i, met = then, after, below, met + 1
     release()
 
 
@@ -188,7 +200,8 @@ def _matmul(table: Any) -> None:
             tiles = (n + DEEP - 1) // DEEP
             begins, ends, group, ready, half = k == 0, k + BLOCK_K >= K, tiles * PARTS * TILE_BYTES, False, 0
             for i in range(first, last, SIDE):
-                rows_apart(at(x, i * row + k * step), row, step, min(SIDE, last - i), n, square, at(xs, (i - first) // SIDE * group), TILE_BYTES)
+                rows_apart(at(x, i * row + k * step), row, step, min(SIDE, last - i), n, square, at(xs, (i - first) // SIDE * group), 4 * SIDE,
+                           TILE_BYTES, PARTS * TILE_BYTES)  # fmt: skip
             for s in range(strips_from, strips_to, 2):
                 strips, columns = at(panels, (s * K + k) * SIDE), min(DEEP, O - s * SIDE)
                 these, others = at(weights, half), at(weights, space - half)
@@ -268,9 +281,14 @@ def products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[in
         yield
 
 
-def parts_at(builder: Any, place: Any, plane: Any = PLANE) -> Any:
-    """LLVM: where the parts of a tile are, so many bytes apart."""
-    return lambda part: (builder.gep(place, [builder.mul(plane, INDEX(part))]),)
+def parts_at(builder: Any, place: Any) -> Any:
+    """LLVM: where the parts of a tile are."""
+    return lambda part: (builder.gep(place, [INDEX(part * TILE_BYTES)]),)
+
+
+def lines_at(builder: Any, place: Any) -> Any:
+    """The same where they are parts of rows, side by side."""
+    return lambda part: (builder.gep(place, [INDEX(part * 4 * SIDE)]), INDEX(LINES))
 
 
 def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, parts: int = PARTS, meanwhile: Any = None) -> None:
@@ -352,8 +370,8 @@ def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, 
     return types.void(y, index, start, index, x, index, weights, index, index, more, index, others, index, index), generate
 
 
-def over_few(count: int, among: bool) -> Any:
-    """kernel(sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n): n tiles of one or two strips, and x's tiles.
+def over_few(tall: int, count: int, among: bool) -> Any:
+    """kernel(sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n): n tiles of one or two strips, and x's, `tall`.
 
     Sums lie side by side, of DEEP numbers in a row, and begin with what is at `start`. While a tile of `these` multiplies, the next is taken apart
     into `others`, before its products or among them; with the last tile, the first of `more`, the strips that come next. Strips are so far `apart`;
@@ -361,9 +379,9 @@ def over_few(count: int, among: bool) -> Any:
     """
 
     @intrinsic
-    def kernel(typing_context, sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n):
+    def kernel(typing_context, sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n):
         def generate(context, builder, signature, arguments):
-            few_tiles(builder, count, among, signature.args[5].dtype, arguments)
+            few_tiles(builder, tall, count, among, signature.args[5].dtype, arguments)
             return context.get_dummy_value()
 
         index = types.int64
@@ -372,11 +390,12 @@ def over_few(count: int, among: bool) -> Any:
     return kernel
 
 
-def few_tiles(builder: Any, count: int, among: bool, stored: Any, arguments: list) -> None:
+def few_tiles(builder: Any, tall: int, count: int, among: bool, stored: Any, arguments: list) -> None:
     """LLVM: what over_few says."""
-    sums, start, start_row, x, plane, strips, more, apart, left, left_then, these, others, n = arguments
+    sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n = arguments
     tiles, parts, size = unit_of(builder, INDEX(SIDE)), in_parts(stored), INDEX(SIDE * DEEP)
     rows, steps = list(itertools.product(range(SIDE), range(count))), sum(part < parts for _, part in ORDER)
+    corners = list(itertools.product(range(tall), range(count)))
     gap, gap_then = (builder.select(builder.icmp_signed(">", some, INDEX(1)), apart, INDEX(0)) for some in (left, left_then))
 
     def beside(place: Any, t: Any) -> list:
@@ -389,7 +408,8 @@ def few_tiles(builder: Any, count: int, among: bool, stored: Any, arguments: lis
         sources = beside(builder.select(builder.icmp_signed("<", after, n), following, more), after)
         asked = builder.select(builder.icmp_signed("==", later, n), more, builder.gep(asked, [size]))
         wanted = beside(asked, later) if count > 1 else [builder.gep(sources[0], [ahead(stored)])]
-        lines = parts_at(builder, builder.gep(x, [builder.mul(plane, builder.mul(t, INDEX(PARTS)))]), plane)
+        line = builder.gep(x, [builder.mul(tile, t)])
+        lines = {register: lines_at(builder, builder.gep(line, [INDEX(r * SIDE * LINES)])) for r, register in enumerate(OF_LINES[:tall])}
         words = {register: parts_at(builder, builder.gep(here, [INDEX(c * PARTS * TILE_BYTES)])) for c, register in enumerate(OF_STRIPS[:count])}
 
         def take_apart(some: list) -> None:
@@ -399,18 +419,19 @@ def few_tiles(builder: Any, count: int, among: bool, stored: Any, arguments: lis
                 words_apart(builder, source, later, stored, target)
 
         take_apart([] if among else rows)
-        for i, _ in enumerate(products(tiles, list(range(count)), {OF_LINES: lines}, words, parts)):
+        for i, _ in enumerate(products(tiles, list(range(len(corners))), lines, words, parts)):
             take_apart(rows[len(rows) * i // steps : len(rows) * (i + 1) // steps] if among else [])
         return [there, here, asked]
 
-    def tile(place: Any, c: int) -> Any:
-        return builder.bitcast(builder.gep(place, [INDEX(c * SIDE)]), INT8.as_pointer())
+    def corner(place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
+        here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
+        return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
 
-    for c in range(count):
-        tiles.load(c, tile(start, c), builder.mul(start_row, INDEX(4)))
+    for i, (r, c) in enumerate(corners):
+        tiles.load(i, *corner(start, start_row, r, c))
     loop(builder, n, 1, [these, others, builder.gep(strips, [INDEX(TILES_AHEAD * SIDE * DEEP)])], step)
-    for c in range(count):
-        tiles.store(c, tile(sums, c), INDEX(4 * DEEP))
+    for i, (r, c) in enumerate(corners):
+        tiles.store(i, *corner(sums, INDEX(DEEP), r, c))
 
 
 # ---- numbers in parts --------------------------------------------------------------------------------------------------------------------
@@ -434,12 +455,13 @@ def parts_of(builder: Any, numbers: Any, count: int = PARTS) -> list:
 
 
 @inner
-def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: Any, plane: int) -> None:
-    """Up to 16 rows of n numbers in parts: tile after tile of k, part after part, row after row; by way of a square where they do not lie so."""
+def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: Any, line: int, part: int, tile: int) -> None:
+    """Up to 16 rows of n numbers in parts; in bytes, rows are a line apart, parts a part, and tiles of k a tile. By way of a square where they do not
+    lie so."""
     whole = n // DEEP if step == 1 else 0
     if whole:
         for r in range(rows):
-            row_apart(at(x, r * row), whole, 2 * row, at(xs, r * 4 * SIDE), plane)
+            row_apart(at(x, r * row), whole, 2 * row, at(xs, r * line), part, tile)
     for k in range(whole * DEEP, n, DEEP):
         if row == 1 and rows == SIDE and k + DEEP <= n:
             turn(at(x, k * step), step, DEEP, square)
@@ -448,34 +470,34 @@ def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: 
                 for j in range(DEEP):
                     square[r * DEEP + j] = x[r * row + (k + j) * step] if k + j < n else np.float32(0)
         for r in range(rows):
-            row_apart(at(square, r * DEEP), 1, 0, at(xs, k // DEEP * PARTS * plane + r * 4 * SIDE), plane)
+            row_apart(at(square, r * DEEP), 1, 0, at(xs, k // DEEP * tile + r * line), part, 0)
 
 
 @intrinsic
-def row_apart(typing_context, x, n, ahead, target, plane):
+def row_apart(typing_context, x, n, ahead, target, part, tile):
     """n times 32 numbers in parts: a row of each tile. Numbers so far ahead are asked for."""
 
     def generate(context, builder, signature, arguments):
-        x, n, ahead, target, plane = arguments
+        x, n, ahead, target, part, tile = arguments
 
         def body(k: Any, carried: list) -> list:
-            here, there = builder.gep(x, [builder.mul(k, INDEX(DEEP))]), builder.gep(target, [builder.mul(builder.mul(k, plane), INDEX(PARTS))])
+            here, there = builder.gep(x, [builder.mul(k, INDEX(DEEP))]), builder.gep(target, [builder.mul(k, tile)])
             both = [builder.gep(here, [INDEX(half * SIDE)]) for half in range(2)]
             for place in both:
                 prefetch(builder, builder.gep(place, [ahead]), level=2)
-            put_row(builder, [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in both], there, plane)
+            put_row(builder, [widened(builder, place, VECTOR, signature.args[0].dtype, TILE) for place in both], there, part)
             return []
 
         loop(builder, n, 1, [], body)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, types.int64, target, types.int64), generate
+    return types.void(x, types.int64, types.int64, target, types.int64, types.int64), generate
 
 
-def put_row(builder: Any, both: list, target: Any, plane: Any = PLANE) -> None:
+def put_row(builder: Any, both: list, target: Any, part: Any = PLANE) -> None:
     """LLVM: two vectors in parts, one after the other: a row of a tile, and of those of the other parts, so many bytes apart."""
     for i, words in enumerate(zip(*(parts_of(builder, numbers) for numbers in both), strict=True)):
-        store(builder, upper_halves(builder, *words), builder.gep(target, [builder.mul(plane, INDEX(i))]))
+        store(builder, upper_halves(builder, *words), builder.gep(target, [builder.mul(part, INDEX(i))]))
 
 
 def upper_halves(builder: Any, first: Any, second: Any) -> Any:
@@ -552,13 +574,19 @@ def put_words(builder: Any, both: list, target: Any, parts: int = PARTS) -> None
         store(builder, builder.or_(builder.lshr(lower, every(WORDS, 16)), upper), builder.gep(target, [INDEX(i * TILE_BYTES)]))
 
 
-# How Numba sees stored numbers; strips that few rows meet at a time, and whether these are taken apart among the products or before them: one of
+# How Numba sees stored numbers; strips that up to 16 rows meet at a time, and whether these are taken apart among the products or before them: one of
 # float16 would wait for its own sums, two of float32 or products in between for memory.
 STORED = {"<f4": ("float32", floats, 1, False), "<i2": ("float16", int16s, 2, True)}
-PACK, FEW, MATMUL = (
-    {
-        dtype: variant(function, f"{name}_strips", COLUMNS=SIDE, as_stored=pointers, ABREAST=abreast, few=over_few(abreast, among))
-        for dtype, (name, pointers, abreast, among) in STORED.items()
-    }
-    for function in (_pack, _few, _matmul)
-)
+
+
+def variants(function: Any, name: str, tall: int = 1) -> dict[str, Kernel]:
+    """The kernel for each way in which weights are stored, where two tiles of rows are met at a time with two strips."""
+    found = {}
+    for dtype, (stored, pointers, abreast, among) in STORED.items():
+        count, among = (abreast, among) if tall == 1 else (2, True)
+        meanings = {"as_stored": pointers, "TALL": tall, "ABREAST": count, "few": over_few(tall, count, among)}
+        found[dtype] = variant(function, f"{stored}_{name}", COLUMNS=SIDE, **meanings)
+    return found
+
+
+PACK, MATMUL, FEW, SOME = variants(_pack, "strips"), variants(_matmul, "strips"), variants(_few, "strips"), variants(_few, "strips_of_some", tall=2)

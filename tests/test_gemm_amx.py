@@ -93,9 +93,9 @@ for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), 
 
 # float32, and weights in float16: as right as products in float32, in tiles of three parts and of two; with few rows, with many, and where blocks,
 # rows, strips and tiles are not whole
-gemm_parts.MOST_ROWS, gemm_parts.ENOUGH = 96, 64
-for M, I, O, turned in ((1, 1, 1, False), (1, 100, 50, True), (5, 64, 33, False), (16, 400, 20, True), (17, 33, 32, False), (70, 420, 66, True),
-                        (250, 40, 70, False), (3, 0, 5, False)):
+gemm_parts.MOST_ROWS, gemm_parts.ENOUGH, gemm_parts.FEW_ROWS = 96, 64, 48
+for M, I, O, turned in ((1, 1, 1, False), (1, 100, 50, True), (5, 64, 33, False), (16, 400, 20, True), (17, 33, 32, False), (45, 100, 70, True),
+                        (70, 420, 66, True), (250, 40, 70, False), (3, 0, 5, False)):
     x, weights, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((M, I), (O, I), O))
     x[0] *= 1000
     given, function = np.asfortranarray(x) if turned else x, "relu" if M == 70 else None
