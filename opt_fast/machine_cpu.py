@@ -18,7 +18,6 @@ from opt_np import model
 from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
-MANY = 128  # tokens, for which writing a program down is little beside running it
 KEPT = 1 << 28  # bytes of pages and of programs that stay with a model between two calls of generate, at most
 AHEAD, TOKENS, AT_ONCE = 8, 128, 1 << 30  # steps, tokens, and bytes of weights, at most, that are read before Python looks: hundredths of a second
 
@@ -47,7 +46,7 @@ class Machine:
         self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_parts.way_for(params)
         self.threads, self.leaves = get_num_threads(), leaves(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
-        self.reading: Any = None  # a program for as many tokens of prompts as were last read at once
+        self.reading: Any = None  # a program for as many tokens of texts as were last read at once
 
     def serves(self, params: dict, cfg: OPTConfig) -> bool:
         """Whether these are still the parameters, the config and the threads that programs were written for."""
@@ -75,7 +74,7 @@ class Machine:
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
         x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
-        if len(ids) >= MANY and self.has_programs:
+        if self.has_programs:
             x = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
         else:
             x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]

@@ -129,9 +129,10 @@ class Program:
         self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
-        products = [p["weight"].needed(B) for found in (*map(matrices, layers), around) for p in found]
-        scratch = lines(max(way.needed(B, cfg.head_dim), *products))
-        self.memory = aligned((3, self.threads * scratch), np.float32)  # of their own for q, k and v, in which threads are at the same time
+        needed = [p["weight"].needed(B) for found in (*map(matrices, layers), around) for p in found]
+        of_k, of_v = (max((matrices(layer)[i]["weight"].needed(B) for layer in layers), default=0) for i in (1, 2))
+        scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *needed), of_k, of_v)]  # threads are in q, in k and in v at the same time
+        self.memory = [aligned(self.threads * n, np.float32) for n in scratch]
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
         blocks = [self.block(layer, cfg) for layer in layers]
@@ -143,14 +144,14 @@ class Program:
         self.blocks = self.tables[first : first + len(layers) * K].reshape(len(layers), K, WIDTH)
         place = 0
         for table, (_, arguments, _, after) in zip(self.tables, kernels, strict=True):
-            filled = Kernel.table(arguments, self.memory[place], scratch)
+            filled = Kernel.table(arguments, self.memory[place], scratch[place])
             table[: len(filled)] = filled
             place = 0 if after else place + 1
         self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
         self.attends = self.list[first + self.writing + 1 : first + len(layers) * K : K, 1]  # its tasks
         self.moves = np.array(self.moving() if params else np.empty((0, 2)), np.int64)
         run, _, enter = threads_of_numba()
-        one = np.array(Kernel.table([self.list, len(kernels), self.tables], self.memory, 0), np.int64)
+        one = np.array(Kernel.table([self.list, len(kernels), self.tables], self.memory[0], 0), np.int64)
         self.kept = one, np.array([self.threads], np.int64), np.array([PROGRAM.address, address(one)], np.int64)
         self.call = run, enter, *self.kept[1:]
 
@@ -248,7 +249,7 @@ class Program:
     def nbytes(self) -> int:
         """Of its buffers."""
         rounded = [r.memory for r in self.rounded.values()]
-        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, self.memory, *rounded))
+        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, *self.memory, *rounded))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
         """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)

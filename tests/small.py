@@ -78,9 +78,10 @@ def writes_without_a_task(program: Any) -> bool:
     """Whether a kernel of opt_fast's program writes to a thread's memory where others have taken all tasks: it may be theirs."""
     from opt_fast.kernel import MEMORY, TASKS, address
 
-    program.memory[:] = 7
+    for memory in program.memory:
+        memory[:] = 7
     for (kernel, tasks, _), table in zip(program.list, program.tables.copy(), strict=True):
         table[:MEMORY] = 0
         table[TASKS] = tasks
         ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(int(kernel))(address(table))
-    return bool((program.memory != 7).any())
+    return any((memory != 7).any() for memory in program.memory)

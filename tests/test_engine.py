@@ -182,15 +182,10 @@ def test_numbers_are_stored_in_16_bits_as_numpy_rounds_them(name, bits):
 # ---- one reader --------------------------------------------------------------------------------------------------------------------------
 
 
-@given(data=st.data(), dtype=st.sampled_from(["float32", "float16", "bfloat16"]), program=st.sampled_from(["none", "for steps", "for all"]))
+@given(data=st.data(), dtype=st.sampled_from(["float32", "float16", "bfloat16"]), program=st.booleans())
 @settings(max_examples=25)
 def test_rows_over_pages_have_the_bits_that_they_have_alone(data, dtype, program):
     """Any batch, cut anywhere, forked and reordered; 16-bit keys and values have the same bits among themselves."""
-    with mock.patch.object(machine_cpu, "MANY", 1 if program == "for all" else machine_cpu.MANY):
-        _rows_have_the_bits_that_they_have_alone(data, dtype, program != "none")
-
-
-def _rows_have_the_bits_that_they_have_alone(data, dtype, program):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     N, T = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 9, PAGE, PAGE + 1, 2 * PAGE + 3]))
     ids = rng.integers(4, CFG.vocab_size, (N, T))
@@ -456,13 +451,13 @@ def test_a_machine_serves_again_until_parameters_config_or_threads_are_others():
 
 def test_large_buffers_and_pages_do_not_stay(monkeypatch):
     ours = OPTForCausalLM(small.params(CFG), CFG, backend="cpu")
-    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
     assert ours.params.idle[0].reading is not None
     monkeypatch.setattr(machine_cpu, "KEPT", ours.params.idle[0].pool.nbytes)
-    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
     assert ours.params.idle[0].reading is None
     monkeypatch.setattr(machine_cpu, "KEPT", 100)
-    ours.generate(prompt(machine_cpu.MANY), max_new_tokens=3, **NO_EOS)
+    ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
     assert ours.params.idle == []
 
 
@@ -633,7 +628,7 @@ def test_what_goes_wrong_in_one_request_is_told_there_alone():
     np.testing.assert_array_equal(e.result(good), LM.generate([[5, 6]], max_new_tokens=5, **NO_EOS))
 
 
-@pytest.mark.parametrize(("place", "name"), [(ops_cpu, "mlp"), (Machine, "logits")])
+@pytest.mark.parametrize(("place", "name"), [(Program, "run"), (Machine, "logits")])
 @pytest.mark.parametrize("options", [{}, {"penalty_alpha": 0.6, "top_k": 3}], ids=str)
 def test_a_pass_that_fails_can_be_repeated(place, name, options, monkeypatch):
     """No page is known, and no row has moved on, before all numbers are there."""
