@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 
 from opt_fast.attention_cpu import BC, LOWEST, Forward, by_dtype, float32_at
-from opt_fast.gemm import EMULATED, TILE, copy_tile, pair_products
+from opt_fast.gemm import TILE, copy_tile, pair_products
 from opt_fast.gemm_amx import (
     HALVES,
     INDEX,
@@ -36,9 +36,11 @@ from opt_fast.gemm_amx import (
     VECTOR,
     WORDS,
     configure,
+    flush,
     halves_at,
     over_tiles,
     release,
+    restore,
     round_row,
     rounded,
     tile_shapes,
@@ -61,7 +63,6 @@ from opt_fast.kernel import (
     float_of,
     floats,
     inner,
-    instruction,
     int64s,
     intrinsic,
     larger,
@@ -83,7 +84,6 @@ BLOCKS = BC // PAIR  # of keys
 LINE_SIZE = PAIR * SIDE  # of what is copied beside, where heads are no whole tiles
 POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # of 2ᶠ: 3e-6 is the least relative error in |f| ≤ 1/2 of those that are 1 at 0, where a
 # bfloat16 has 4e-3
-FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 
 assert BC % PAIR == PAGE % PAIR == 0
 
@@ -758,41 +758,6 @@ def weighing(vectors: int) -> Any:
 
 
 weigh_side, weigh_vector = weighing(4), weighing(1)
-
-
-# ---- subnormal numbers -------------------------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def flush(typing_context):
-    """From here on subnormal numbers are 0 in this thread; returns what `restore` wants."""
-
-    def generate(context, builder, signature, arguments):
-        if EMULATED in (UNIT, TILE.pairs):  # on any processor
-            return INDEX(0)
-        word = builder.alloca(SINGLE)
-        place = builder.bitcast(word, ir.IntType(8).as_pointer())
-        instruction(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), place)
-        before = builder.load(word)
-        builder.store(builder.or_(before, SINGLE(FLUSH)), word)
-        instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
-        return builder.zext(before, INDEX)
-
-    return types.int64(), generate
-
-
-@intrinsic
-def restore(typing_context, before):
-    """As it was."""
-
-    def generate(context, builder, signature, arguments):
-        if EMULATED not in (UNIT, TILE.pairs):
-            word = builder.alloca(SINGLE)
-            builder.store(builder.trunc(arguments[0], SINGLE), word)
-            instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(word, ir.IntType(8).as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
 
 
 IN_BFLOAT16 = Forward(

@@ -67,6 +67,7 @@ ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows
 # by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
+FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
 CHUNK = 32  # strips, at most: their sums do, too
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
@@ -271,6 +272,10 @@ def _matmul(table: Any) -> None:
                             else:
                                 bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles)
                             add_scaled(target, start, start_row, apart, at(scale, s * SIDE), size, rows)
+                        elif M == 1:
+                            before = flush()
+                            lone_pairs(target, start, here, at(weights, s * strip), tiles)
+                            restore(before)
                         elif rows > SIDE:
                             two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
                         else:
@@ -583,21 +588,17 @@ class EmulatedTiles(Tiles):
             def step(k: Any, carried: list) -> list:
                 word = broadcast(self.builder, self.builder.load(self.builder.bitcast(self.place(a, m, k), SINGLE.as_pointer())), WORDS)
                 line = load(self.builder, self.place(b, k), WORDS)
-                return self.pairs(word, line, carried) if sums == 2 else [quads(self.builder, word, line, carried[0], name == BYTES_OF[1])]
+                if sums == 2:
+                    return add_pairs(self.builder, word, line, carried)
+                return [quads(self.builder, word, line, carried[0], name == BYTES_OF[1])]
 
             carried = loop(self.builder, self.depth, 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
             place, add = self.place(total, m), self.builder.fadd if sums == 2 else self.builder.add
-            found = add(*carried) if sums == 2 else carried[0]
+            found = add(*carried) if sums == 2 else carried[0]  # the sums of pairs are added to each other, and then to what there was
             store(self.builder, add(load(self.builder, place, found.type), found), place)
             return []
 
         loop(self.builder, INDEX(SIDE), 1, [], row)
-
-    def pairs(self, a: Any, b: Any, sums: list) -> list:
-        """Sums of the first numbers of pairs, and of the second, each rounded once; they are added to each other, and then to what there was."""
-        halves = [[self.builder.shl(x, every(WORDS, 16)), self.builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
-        both = [[self.builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
-        return [multiply_add(self.builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
 
 
 def unit_of(builder: Any, depth: Any) -> Tiles:
@@ -641,6 +642,71 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
         return types.void(sums, start, types.int64, x, types.int64, strip, types.int64), generate
 
     return kernel
+
+
+@intrinsic
+def lone_pairs(typing_context, y, start, x, strip, n):
+    """As `one`, for one row, in vectors. They take subnormal numbers as tiles do between `flush` and `restore`."""
+
+    def generate(context, builder, signature, arguments):
+        y, start, x, strip, n = arguments
+
+        def tile(t: Any, carried: list) -> list:
+            offset, sums = builder.mul(t, INDEX(TILE_BYTES)), [every(VECTOR, 0)] * 2
+            weights, words = (builder.gep(place, [offset]) for place in (strip, x))
+            for r in range(SIDE):
+                line = builder.gep(weights, [INDEX(r * LINE)])
+                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]), level=2)
+                word = builder.load(builder.bitcast(builder.gep(words, [INDEX(4 * r)]), SINGLE.as_pointer()))
+                sums = add_pairs(builder, broadcast(builder, word, WORDS), load(builder, line, WORDS), sums)
+            return [builder.fadd(carried[0], builder.fadd(*sums))]
+
+        (total,) = loop(builder, n, 1, [load(builder, start, VECTOR)], tile)
+        store(builder, total, y)
+        return context.get_dummy_value()
+
+    return types.void(y, start, x, strip, types.int64), generate
+
+
+def add_pairs(builder: Any, a: Any, b: Any, sums: list) -> list:
+    """LLVM: sums of the products of the first numbers of pairs, and of the second, each rounded once."""
+    halves = [[builder.shl(x, every(WORDS, 16)), builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
+    both = [[builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
+    return [multiply_add(builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
+
+
+@intrinsic
+def flush(typing_context):
+    """From here on subnormal numbers are 0 in this thread; returns what `restore` wants."""
+
+    def generate(context, builder, signature, arguments):
+        if EMULATED in (UNIT, TILE.pairs):  # on any processor
+            return INDEX(0)
+        with builder.goto_entry_block():
+            word = builder.alloca(SINGLE)
+        place = builder.bitcast(word, INT8.as_pointer())
+        instruction(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), place)
+        before = builder.load(word)
+        builder.store(builder.or_(before, SINGLE(FLUSH)), word)
+        instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
+        return builder.zext(before, INDEX)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def restore(typing_context, before):
+    """As it was."""
+
+    def generate(context, builder, signature, arguments):
+        if EMULATED not in (UNIT, TILE.pairs):
+            with builder.goto_entry_block():
+                word = builder.alloca(SINGLE)
+            builder.store(builder.trunc(arguments[0], SINGLE), word)
+            instruction(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(word, INT8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic

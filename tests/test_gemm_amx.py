@@ -129,6 +129,13 @@ for rows in (slice(0, 3), slice(0, 40)):
     y = gemm.matmul(x[rows], gemm_parts.pack(np.ones((5, 70), np.float32)))
     assert np.isnan(y[1]).all() and (len(y) == 3 or np.isnan(y[33]).all()) and (np.delete(y, [1, 33][: 1 + (len(y) > 3)], 0) == 70).all()
 
+# subnormal numbers are 0 to a row that is alone, as they are to tiles
+for size in (1e-19, 1e-38):
+    x, weight, bias = (size * rng.normal(size=shape).astype(np.float32) for shape in ((3, 70), (40, 70), 40))
+    for packed in (PackedTiles(weight.astype(bfloat16)), gemm_parts.pack(weight), gemm_parts.pack(rng.normal(size=(40, 70)).astype(np.float16))):
+        y = gemm.matmul(x, packed, bias)
+        assert all((gemm.matmul(x[i : i + 1], packed, bias) == y[i]).all() for i in range(3)), (size, packed)
+
 # what is not a number stays in its row
 for broken in (np.inf, -np.inf, np.nan):
     x = np.ones((3, 70), np.float32)
