@@ -54,8 +54,8 @@ from opt_fast.kernel import (
 )
 from opt_fast.rowwise import FUNCTIONS
 
-PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, or where few rows are met side by side,
-LINES = PARTS * 4 * SIDE  # bytes of a row of a tile
+PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, unless it is said otherwise
+LINES = PARTS * 4 * SIDE  # bytes of a row of a tile in parts, which lie side by side where rows are few
 PARTS_OF_HALF = 2  # of a float16
 ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
 DEEP = 2 * SIDE  # numbers of k that tiles hold
@@ -73,7 +73,7 @@ class PackedParts(Packed):
     width = SIDE
 
     def needed(self, M: int) -> int:
-        """Numbers of memory that a thread needs for a product: parts of x and of two strips, twice, a tile of numbers, and two by two of sums."""
+        """Numbers of memory that a thread needs for a product: parts of x, of two strips, twice, a tile of numbers, and two by two of sums, twice."""
         rows, tiles = M if M <= SIDE else math.ceil(M / DEEP) * DEEP, math.ceil(self.shape[1] / DEEP)
         of_x = (rows * tiles + SIDE) * DEEP if is_few(M, self.shape[1]) else MOST_ROWS * BLOCK_K  # emulated, tiles are read whole
         return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + 2 * DEEP * DEEP)
