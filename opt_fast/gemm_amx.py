@@ -67,9 +67,9 @@ ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows
 # by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
-FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
 CHUNK = 32  # strips, at most: their sums do, too
+FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
@@ -645,37 +645,6 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
 
 
 @intrinsic
-def lone_pairs(typing_context, y, start, x, strip, n):
-    """As `one`, for one row, in vectors. They take subnormal numbers as tiles do between `flush` and `restore`."""
-
-    def generate(context, builder, signature, arguments):
-        y, start, x, strip, n = arguments
-
-        def tile(t: Any, carried: list) -> list:
-            offset, sums = builder.mul(t, INDEX(TILE_BYTES)), [every(VECTOR, 0)] * 2
-            weights, words = (builder.gep(place, [offset]) for place in (strip, x))
-            for r in range(SIDE):
-                line = builder.gep(weights, [INDEX(r * LINE)])
-                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]), level=2)
-                word = builder.load(builder.bitcast(builder.gep(words, [INDEX(4 * r)]), SINGLE.as_pointer()))
-                sums = add_pairs(builder, broadcast(builder, word, WORDS), load(builder, line, WORDS), sums)
-            return [builder.fadd(carried[0], builder.fadd(*sums))]
-
-        (total,) = loop(builder, n, 1, [load(builder, start, VECTOR)], tile)
-        store(builder, total, y)
-        return context.get_dummy_value()
-
-    return types.void(y, start, x, strip, types.int64), generate
-
-
-def add_pairs(builder: Any, a: Any, b: Any, sums: list) -> list:
-    """LLVM: sums of the products of the first numbers of pairs, and of the second, each rounded once."""
-    halves = [[builder.shl(x, every(WORDS, 16)), builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
-    both = [[builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
-    return [multiply_add(builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
-
-
-@intrinsic
 def flush(typing_context):
     """From here on subnormal numbers are 0 in this thread; returns what `restore` wants."""
 
@@ -707,6 +676,37 @@ def restore(typing_context, before):
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def lone_pairs(typing_context, y, start, x, strip, n):
+    """As `one`, for one row, in vectors. They take subnormal numbers as tiles do between `flush` and `restore`."""
+
+    def generate(context, builder, signature, arguments):
+        y, start, x, strip, n = arguments
+
+        def tile(t: Any, carried: list) -> list:
+            offset, sums = builder.mul(t, INDEX(TILE_BYTES)), [every(VECTOR, 0)] * 2
+            weights, words = (builder.gep(place, [offset]) for place in (strip, x))
+            for r in range(SIDE):
+                line = builder.gep(weights, [INDEX(r * LINE)])
+                prefetch(builder, builder.gep(line, [INDEX(AHEAD)]), level=2)
+                word = builder.load(builder.bitcast(builder.gep(words, [INDEX(4 * r)]), SINGLE.as_pointer()))
+                sums = add_pairs(builder, broadcast(builder, word, WORDS), load(builder, line, WORDS), sums)
+            return [builder.fadd(carried[0], builder.fadd(*sums))]
+
+        (total,) = loop(builder, n, 1, [load(builder, start, VECTOR)], tile)
+        store(builder, total, y)
+        return context.get_dummy_value()
+
+    return types.void(y, start, x, strip, types.int64), generate
+
+
+def add_pairs(builder: Any, a: Any, b: Any, sums: list) -> list:
+    """LLVM: sums of the products of the first numbers of pairs, and of the second, each rounded once."""
+    halves = [[builder.shl(x, every(WORDS, 16)), builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
+    both = [[builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
+    return [multiply_add(builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
 
 
 @intrinsic

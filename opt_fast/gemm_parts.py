@@ -291,15 +291,17 @@ def lines_at(builder: Any, place: Any) -> Any:
     return lambda part: (builder.gep(place, [INDEX(part * 4 * SIDE)]), INDEX(LINES))
 
 
+def corner_at(builder: Any, place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
+    """LLVM: where a tile of numbers begins, r and c tiles from `place`, and how far its rows lie apart, in bytes; `row` is so in numbers."""
+    here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
+    return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
+
+
 def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, parts: int = PARTS, meanwhile: Any = None) -> None:
     """LLVM: what over_parts says, over so many parts of a weight; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
     y, y_row, start, start_row, x, x_gap, weights, gap, n = arguments
     tiles, corners = unit_of(builder, INDEX(SIDE)), list(itertools.product(range(rows), range(columns)))
     of_x, of_weights = range(OF_WEIGHTS + 1 - columns - rows, OF_WEIGHTS + 1 - columns), range(OF_WEIGHTS + 1 - columns, OF_WEIGHTS + 1)
-
-    def corner(place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
-        here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
-        return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
 
     def step(k: Any, carried: list) -> list:
         if meanwhile:
@@ -314,10 +316,10 @@ def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments:
         return []
 
     for i, place in enumerate(corners):
-        tiles.load(i, *corner(start, start_row, *place)) if adds else tiles.zero(i)
+        tiles.load(i, *corner_at(builder, start, start_row, *place)) if adds else tiles.zero(i)
     loop(builder, n, 1, [], step)
     for i, place in enumerate(corners):
-        tiles.store(i, *corner(y, y_row, *place))
+        tiles.store(i, *corner_at(builder, y, y_row, *place))
 
 
 def over_parts(rows: int, columns: int, adds: bool = True) -> Any:
@@ -423,15 +425,11 @@ def few_tiles(builder: Any, tall: int, count: int, among: bool, stored: Any, arg
             take_apart(rows[len(rows) * i // steps : len(rows) * (i + 1) // steps] if among else [])
         return [there, here, asked]
 
-    def corner(place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
-        here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
-        return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
-
-    for i, (r, c) in enumerate(corners):
-        tiles.load(i, *corner(start, start_row, r, c))
+    for i, place in enumerate(corners):
+        tiles.load(i, *corner_at(builder, start, start_row, *place))
     loop(builder, n, 1, [these, others, builder.gep(strips, [INDEX(TILES_AHEAD * SIDE * DEEP)])], step)
-    for i, (r, c) in enumerate(corners):
-        tiles.store(i, *corner(sums, INDEX(DEEP), r, c))
+    for i, place in enumerate(corners):
+        tiles.store(i, *corner_at(builder, sums, INDEX(DEEP), *place))
 
 
 # ---- numbers in parts --------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ it begins with looking up the tokens and ends with picking the best ones, and wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -129,9 +130,9 @@ class Program:
         self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
-        needed = [p["weight"].needed(B) for found in (*map(matrices, layers), around) for p in found]
-        of_k, of_v = (max((matrices(layer)[i]["weight"].needed(B) for layer in layers), default=0) for i in (1, 2))
-        scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *needed), of_k, of_v)]  # threads are in q, in k and in v at the same time
+        needed = [[p["weight"].needed(B) for p in found] for found in (*map(matrices, layers), around)]
+        of_k, of_v = (max(sizes[i] for sizes in needed[:-1]) for i in (1, 2))  # their own, for threads are in q, in k and in v at the same time
+        scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *itertools.chain(*needed)), of_k, of_v)]
         self.memory = [aligned(self.threads * n, np.float32) for n in scratch]
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
