@@ -46,7 +46,7 @@ class Machine:
         self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_parts.way_for(params)
         self.threads, self.leaves = get_num_threads(), leaves(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
-        self.reading: Any = None  # a program for as many tokens of texts as were last read at once
+        self.reading: dict[bool, program_cpu.Program] = {}  # two, for as many tokens of texts as were last read at once
 
     def serves(self, params: dict, cfg: OPTConfig) -> bool:
         """Whether these are still the parameters, the config and the threads that programs were written for."""
@@ -57,9 +57,8 @@ class Machine:
     def rests(self) -> bool:
         """Forgets all texts. Whether it may serve again."""
         self.pool.clear()
-        programs = [*self.programs.values(), *([self.reading] if self.reading else [])]
-        if self.pool.nbytes + sum(program.nbytes for program in programs) > KEPT:
-            self.programs, self.reading = {}, None
+        if self.pool.nbytes + sum(program.nbytes for program in (*self.programs.values(), *self.reading.values())) > KEPT:
+            self.programs, self.reading = {}, {}
         return self.has_programs and self.pool.nbytes <= KEPT
 
     @functools.cached_property
@@ -73,14 +72,12 @@ class Machine:
             return self.go_on([row for row, _ in pieces], batch)
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
-        x = model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap)  # type: ignore[arg-type]
-        if self.has_programs:
-            x = self.reader(len(ids)).run(x, self.pool.bases, batch.slots, batch.rows)
-        else:
-            x = model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)  # type: ignore[arg-type]
-        ends, done = [*itertools.accumulate(counts)], [i for i, row in enumerate(rows) if row.left == counts[i]]
+        done = [i for i, (row, count) in enumerate(pieces) if row.left == count]
+        kept = [(row.left == count) if row.hidden is None else count for row, count in pieces]  # so many at the end of each are asked for
+        x = self.blocks(model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap), batch, kept)  # type: ignore[arg-type]
+        ends = [*itertools.accumulate(kept)]
         logits = self.logits(x[[ends[i] - 1 for i in done]]) if done else None
-        hidden: Any = [row.hidden is not None and self.final(x[end - count : end]) for row, count, end in zip(rows, counts, ends, strict=True)]
+        hidden: Any = [row.hidden is not None and self.final(x[end - keep : end]) for row, keep, end in zip(rows, kept, ends, strict=True)]
         for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
             row.wrote(count)
             if row.hidden is not None:
@@ -104,6 +101,14 @@ class Machine:
             row.logits, after = (now, i), [(some, i) for some in later]
             row.ahead = [*zip(best[:, i].tolist(), [*after, None], strict=True)]
 
+    def blocks(self, x: np.ndarray, batch: Batch, kept: list[int]) -> np.ndarray:
+        """All blocks; but of the last one nobody needs more than keys and values, except for the tokens asked for.  x: (N, D)  ->  (sum(kept), D)"""
+        layers, bases, (where, ends) = self.params["layers"], self.pool.bases, batch.last(kept)
+        if not self.has_programs:
+            return model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)[where]  # type: ignore[arg-type]
+        x = self.reader(layers, len(x), rest=False).run(x, bases, batch.slots, batch.rows)[where]
+        return self.reader(layers[-1:], len(x), rest=True).run(x, bases[-1:], batch.slots[where], ends).copy() if len(x) else x
+
     def logits(self, x: np.ndarray) -> np.ndarray:
         """x: (N, D)  ->  (N, V)"""
         return np.asarray(model.lm_logits(self.params, self.final(x)[None], ops_cpu))[0].astype(np.float32, copy=False)
@@ -121,10 +126,11 @@ class Machine:
             self.programs[B] = program_cpu.Program(self.params["layers"], self.cfg, B, self.pool.dtype, self.way, self.params)
         return self.programs[B]
 
-    def reader(self, N: int) -> program_cpu.Program:
-        if self.reading is None or len(self.reading.x) != N:
-            self.reading = program_cpu.Program(self.params["layers"], self.cfg, N, self.pool.dtype, self.way)
-        return self.reading
+    def reader(self, layers: list[dict], N: int, rest: bool) -> program_cpu.Program:
+        """One that reads texts: all but what comes after the last layer's keys and values, or just that."""
+        if rest not in self.reading or len(self.reading[rest].x) != N:
+            self.reading[rest] = program_cpu.Program(layers, self.cfg, N, self.pool.dtype, self.way, keys=not rest, rest=rest)
+        return self.reading[rest]
 
 
 def leaves(params: dict) -> list[Any]:
@@ -144,6 +150,14 @@ class Batch:
             table.append((first, count, row.length + count, row.address, 0))
             first += count
         self.rows = attention_cpu.Rows(np.array(table), pool.step, pool.apart, tuple(pieces))
+
+    def last(self, kept: list[int]) -> tuple[np.ndarray, attention_cpu.Rows]:
+        """Where the last so many tokens of each row stand, and as queries of the same keys."""
+        table = self.rows.table.copy()
+        ends, table[:, 1] = table[:, :2].sum(1), kept
+        table[:, 0] = np.cumsum(kept) - kept
+        where = [np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)]
+        return np.concatenate(where), self.rows._replace(table=table[table[:, 1] > 0])
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""

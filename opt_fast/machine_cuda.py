@@ -102,16 +102,18 @@ class Machine:
     def read_prompts(self, pieces: list[tuple[Row, int]]) -> None:
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
-        batch: Any = Batch(self.pool, pieces)
+        done = [i for i, row in enumerate(rows) if row.left == counts[i]]
+        kept = [(row.left == count) if row.hidden is None else count for row, count in pieces]  # so many at the end of each are asked for
+        batch: Any = Batch(self.pool, pieces, kept)
         x = model.embeddings(self.params, ids, batch, ops_cuda, model.no_tap)
-        x = model.decoder(self.params, x, self.cfg, batch, ops_cuda, batch)
-        ends, done = np.cumsum(counts), [i for i, row in enumerate(rows) if row.left == counts[i]]
+        x = model.decoder(self.params, x, self.cfg, batch, ops_cuda, batch, kept=batch.kept)
+        ends = np.cumsum(kept)
         if done:
             h = self.final(x[torch.as_tensor(ends[done] - 1, device=x.device)])
             logits = model.lm_logits(self.params, h[None], ops_cuda)[0]
             scores = Scores.fetched(logits, highest(logits))
         for row, count, end in zip(rows, counts, ends, strict=True):  # only now, for a pass may be broken off and repeated
-            if row.hidden is not None:
+            if row.hidden is not None:  # so all are kept
                 row.hidden.append(host(self.final(x[end - count : end])))
             row.wrote(count)
         for i, place in enumerate(done):
@@ -141,21 +143,22 @@ def power_of_two(n: int) -> int:
 
 
 class Batch:
-    """New tokens of some rows, (N, …), end to end: what model.decoder takes as its layout and as its cache."""
+    """New tokens of some rows, (N, …), end to end: what model.decoder takes as its layout and as its cache. Of the last block, `kept` is wanted."""
 
-    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]]) -> None:
+    def __init__(self, pool: Pages, pieces: list[tuple[Row, int]], kept: list[int]) -> None:
         self.pool, self.layer, device = pool, 0, pool.keys.device
         self.slots = torch.as_tensor(np.concatenate([row.slots(count) for row, count in pieces]) // pool.step, device=device)  # (N)
         self.positions = np.concatenate([np.arange(row.length, row.length + count) for row, count in pieces])
-        firsts = np.cumsum([0, *(count for _, count in pieces)])
-        alike: dict[tuple[int, int], list[int]] = {}  # rows that attention takes together
+        ends, kept_ends = np.cumsum([count for _, count in pieces]), np.cumsum(kept)
+        self.kept = torch.as_tensor(np.concatenate([np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)]), device=device)
+        alike: dict[tuple[int, int, int], list[int]] = {}  # rows that attention takes together
         for r, (row, count) in enumerate(pieces):
-            alike.setdefault((count, row.length), []).append(r)
-        self.groups: list[tuple[int, int, Tensor, Tensor]] = []
-        for (count, past), rows in alike.items():
-            tokens = (firsts[rows][:, None] + np.arange(count)).ravel()
+            alike.setdefault((count, row.length, kept[r]), []).append(r)
+        self.groups: list[Any] = []  # each: (new tokens, tokens before; where the new ones and where those kept stand; pages)
+        for (count, past, keep), rows in alike.items():
+            tokens, asking = ((last[rows][:, None] + np.arange(-n, 0)).ravel() for last, n in ((ends, count), (kept_ends, keep)))
             pages = np.array([pieces[r][0].pages[: -(-(past + count) // PAGE)] for r in rows])
-            self.groups.append((count, past, torch.as_tensor(tokens, device=device), torch.as_tensor(pages, device=device)))
+            self.groups.append((count, past, *(torch.as_tensor(a, device=device) for a in (tokens, asking, pages))))
 
     def extend(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
@@ -165,18 +168,18 @@ class Batch:
         return k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Each row's queries over its own keys: the new ones, and those in its pages.
+        """Each row's queries, all or those kept, over its own keys: the new ones, and those in its pages.
 
-        q: (N, H, Dh);  k: (N, H, Dh);  v: (N, H, Dh)  ->  (N, H, Dh)
+        q: (M, H, Dh);  k: (N, H, Dh);  v: (N, H, Dh)  ->  (M, H, Dh)
         """
-        O = torch.empty_like(q)
-        for count, past, tokens, pages in self.groups:
-            shape = (-1, count, *q.shape[1:])
+        O, whole = torch.empty_like(q), len(q) == len(k)
+        for count, past, tokens, asking, pages in self.groups:
             if past:
                 keys, values = (a[self.layer][pages].flatten(1, 2)[:, : past + count] for a in (self.pool.keys, self.pool.values))
             else:
-                keys, values = (a[tokens].view(shape) for a in (k, v))
-            O[tokens] = attention_lse(q[tokens].view(shape), keys, values, scale)[0].flatten(0, 1)
+                keys, values = (a[tokens].unflatten(0, (-1, count)) for a in (k, v))
+            if len(queries := tokens if whole else asking):
+                O[queries] = attention_lse(q[queries].unflatten(0, (len(keys), -1)), keys, values, scale)[0].flatten(0, 1)
         return O
 
     def advance(self, _: int) -> None: ...

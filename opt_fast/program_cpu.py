@@ -49,7 +49,7 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
     bases = np.array([[address(keys), address(values)] for keys, values in arrays])
     y = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
     cache.advance(1)
-    return y[:, None]
+    return y[:, None].copy()
 
 
 def fit(layers: Any, cfg: OPTConfig) -> bool:
@@ -114,10 +114,12 @@ Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks
 class Program:
     """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype, attention goes this way.
 
-    With `params`, that is the whole model, a pass is from one token of each row to what follows it: `steps`. Else it is `run`.
+    With `params`, that is the whole model, a pass is from one token of each row to what follows it: `steps`. Else it is `run`. Of the last block
+    there may be keys and values only, or only the rest.
     """
 
-    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, way: Forward, params: dict | None = None) -> None:
+    def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, way: Forward, params: dict | None = None,
+                 keys: bool = True, rest: bool = True) -> None:  # fmt: skip
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
         self.cfg, self.dtype, self.way, self.parameters, self.threads = cfg, dtype, way, leaves(layers), get_num_threads()
         self.written, self.state = np.empty(0), np.zeros(2, np.int64)
@@ -136,28 +138,30 @@ class Program:
         self.memory = [aligned(self.threads * n, np.float32) for n in scratch]
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
-        blocks = [self.block(layer, cfg) for layer in layers]
+        before = len(layers) - 1  # so many blocks are whole
+        blocks = [line for i, layer in enumerate(layers) for line in self.block(layer, cfg, keys or i < before, rest or i < before)]
         begins, ends = (self.beginning(params, cfg), self.ending(params, cfg)) if params else ([], [])
-        kernels, first, K = [*begins, *(line for block in blocks for line in block), *ends], len(begins), len(blocks[0]) if blocks else 1
+        kernels = [*begins, *blocks, *ends]
         self.lines = kernels  # with the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
         self.tables = np.zeros((len(kernels), WIDTH), np.int64)
-        self.blocks = self.tables[first : first + len(layers) * K].reshape(len(layers), K, WIDTH)
         place = 0
         for table, (_, arguments, _, after) in zip(self.tables, kernels, strict=True):
             filled = Kernel.table(arguments, self.memory[place], scratch[place])
             table[: len(filled)] = filled
             place = 0 if after else place + 1
-        self.writing = 4 if cfg.do_layer_norm_before else 3  # after q, k, v, and a pre-norm block's LayerNorm; then comes attention
-        self.attends = self.list[first + self.writing + 1 : first + len(layers) * K : K, 1]  # its tasks
+        self.writes, self.attentions = (
+            np.array([i for i, (_, arguments, *_) in enumerate(kernels) if any(a is wanted for a in arguments)], np.int64)
+            for wanted in (self.slots, self.rows)
+        )
         self.moves = np.array(self.moving() if params else np.empty((0, 2)), np.int64)
         run, _, enter = threads_of_numba()
         one = np.array(Kernel.table([self.list, len(kernels), self.tables], self.memory[0], 0), np.int64)
         self.kept = one, np.array([self.threads], np.int64), np.array([PROGRAM.address, address(one)], np.int64)
         self.call = run, enter, *self.kept[1:]
 
-    def block(self, layer: dict, cfg: OPTConfig) -> list[Line]:
-        """model.decoder_layer, kernel by kernel. Where the cache's arrays begin is written by `run`.
+    def block(self, layer: dict, cfg: OPTConfig, keys: bool, rest: bool) -> list[Line]:
+        """model.decoder_layer, kernel by kernel: its keys and values, the rest, or both. Where the cache's arrays begin is written by `run`.
 
         Products in tiles take from each other, and from LayerNorm, rows that are rounded already; all in tiles add to the stream themselves.
         """
@@ -177,12 +181,15 @@ class Program:
                 return [linear(source, p, self.out, adds_to=x)]
             return [linear(source, p, self.out), (ADD, [x, self.out, x.size], math.ceil(x.size / CHUNK), True)]
 
+        begins = [norm(norm1, h)] if pre else []
+        if rest:
+            begins.append(linear(source, q, self.q, after=not keys))
+        if keys:
+            begins += [linear(source, k, self.k, after=False), linear(source, v, self.v), (write, writes, tasks, True)]
+        if not rest:
+            return begins
         return [
-            *([norm(norm1, h)] if pre else []),
-            linear(source, q, self.q, after=False),
-            linear(source, k, self.k, after=False),
-            linear(source, v, self.v),
-            (write, writes, tasks, True),
+            *begins,
             (attention, attends, B * H, True),
             *branch(self.O, out),
             *([] if pre else [norm(norm1, x)]),
@@ -255,12 +262,12 @@ class Program:
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
         """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)
 
-        Any number of rows, up to B, share the tokens.
+        Any number of rows, up to B, share the tokens. What comes back is the program's own, and the next run writes over it.
         """
         self.prepare(bases, slots, rows)
         self.x[:] = x
         self.go(1)
-        return self.x.copy()
+        return self.x
 
     def steps(self, ids: np.ndarray, places: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows,
               ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
@@ -284,11 +291,11 @@ class Program:
 
     def prepare(self, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> None:
         """Writes down where keys and values are."""
-        arguments = self.blocks[:, :, ARGUMENTS:]
+        arguments, writes, attentions = self.tables[:, ARGUMENTS:], self.writes, self.attentions
         if self.written is not bases:  # a KVCache's are new at each step, pages stay
             self.written = bases
-            arguments[:, self.writing, 2:4] = arguments[:, self.writing + 1, 1:3] = bases
-            arguments[:, self.writing, 5], arguments[:, self.writing + 1, 9:11] = rows.apart, (rows.step, rows.apart)
+            arguments[writes, 2:4], arguments[writes, 5] = bases[: len(writes)], rows.apart
+            arguments[attentions, 1:3], arguments[attentions, 9:11] = bases[: len(attentions)], (rows.step, rows.apart)
         R, H = len(rows.table), self.cfg.num_attention_heads
         Br, tasks = self.way.rows, len(self.x)
         self.slots[:], self.rows[:R] = slots, rows.table
@@ -298,8 +305,8 @@ class Program:
             Br, found = blocks(self.way, rows.table, H)
             tasks = len(found)
             self.tasks[:tasks] = found
-        arguments[:, self.writing + 1, 7:9] = tasks, Br
-        self.attends[:] = tasks * H
+        arguments[attentions, 7:9] = tasks, Br
+        self.list[attentions, 1] = tasks * H
 
     def go(self, steps: int) -> None:
         self.state[:] = 0

@@ -100,10 +100,11 @@ def make_layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = Non
     return Layout(positions, visible, past)
 
 
-def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap) -> Any:
+def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap, kept: Any = ...) -> Any:
     """h: (B, T, D)  ->  (B, T, D)"""
-    heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
-    q, k, v = (tap(f"self_attn.{name}", ops.linear(h, **p[name])).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))  # -> (B, T, H, Dh)
+    asking, heads = h[kept], (cfg.num_attention_heads, cfg.head_dim)  # all are asked
+    inputs = ("q_proj", asking), ("k_proj", h), ("v_proj", h)
+    q, k, v = (tap(f"self_attn.{name}", ops.linear(x, **p[name])).reshape(*x.shape[:-1], *heads) for name, x in inputs)  # -> (B, T, H, Dh)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
     if tap is no_tap:
@@ -112,7 +113,7 @@ def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleT
         scores = tap("self_attn.attn_scores", ops.attention_scores(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S), -inf where a key is hidden
         probs = tap("self_attn.attn_weights", ops.softmax(scores))
         O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))  # (B, H, T, Dh) -> (B, T, H, Dh)
-    return ops.linear(O.reshape(h.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
+    return ops.linear(O.reshape(asking.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
 
 
 def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
@@ -123,10 +124,10 @@ def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
     return ops.linear(a, **p["fc2"])
 
 
-def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap) -> Any:
+def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap, kept: Any = ...) -> Any:
     """One transformer block. Pre-norm: x + f(LN(x)). Post-norm (opt-350m): LN(x + f(x)).  x: (B, T, D)  ->  (B, T, D)
 
-    Equals HF's OPTDecoderLayer. Backward: grad.decoder_layer_bwd.
+    All tokens have keys and values here; only x[kept], by default all, goes on. Equals HF's OPTDecoderLayer. Backward: grad.decoder_layer_bwd.
     """
     pre = cfg.do_layer_norm_before
 
@@ -135,7 +136,7 @@ def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleTy
 
     x = tap("resid_pre", x)
     h = norm("self_attn_layer_norm", x) if pre else x
-    x = tap("resid_mid", x + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap)))
+    x = tap("resid_mid", x[kept] + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap, kept)))
     x = x if pre else norm("self_attn_layer_norm", x)
 
     h = norm("final_layer_norm", x) if pre else x
@@ -152,35 +153,39 @@ def embeddings(params: dict, input_ids: np.ndarray, layout: Layout, ops: ModuleT
 
 
 def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None = None, tap: Tap = no_tap,
-            hidden_states: list | None = None) -> Any:  # fmt: skip
-    """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)"""
+            hidden_states: list | None = None, kept: Any = ...) -> Any:  # fmt: skip
+    """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)
+
+    kept: an index of the last tokens of x, for whoever asks for no others: the last block then goes on with these alone.
+    """
+    T, last = x.shape[1], cfg.num_hidden_layers - 1
     for i, p in enumerate(params["layers"]):
         if hidden_states is not None:
             hidden_states.append(x)
         here = f"model.decoder.layers.{i}"
-        x = tap(here, decoder_layer(x, p, cfg, layout, ops, cache, i, within(here, tap)))
+        x = tap(here, decoder_layer(x, p, cfg, layout, ops, cache, i, within(here, tap), kept if i == last else ...))
     if cache is not None:
-        cache.advance(x.shape[1])
+        cache.advance(T)
     return x
 
 
 def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None,
                       ops: ModuleType = numpy_ops, position_ids: Any = None, tap: Tap | None = None,
-                      hidden_states: list | None = None, padding: bool = False) -> Any:  # fmt: skip
+                      hidden_states: list | None = None, padding: bool = False, kept: Any = ...) -> Any:  # fmt: skip
     """Everything but the head: embeddings, blocks, final norm, projection.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
 
     With a cache, the mask covers past and new tokens; none means that all are real. `padding`: what stands at padding is wanted as well, which a
-    backend may leave at 0 otherwise. Equals HF's OPTModel.
+    backend may leave at 0 otherwise. `kept`: as `decoder` has it. Equals HF's OPTModel.
     """
     input_ids, tap = id_array(input_ids), tap or no_tap
     layout = make_layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
     x = embeddings(params, input_ids, layout, ops, tap)
     if tap is no_tap and hasattr(ops, "decoder"):  # a backend's own, which may leave padding at 0
-        x = ops.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states, padding)
+        x = ops.decoder(params, x, cfg, layout, ops, cache, tap, hidden_states, padding)[kept]
     else:
-        x = decoder(params, x, cfg, layout, ops, cache, tap, hidden_states)
+        x = decoder(params, x, cfg, layout, ops, cache, tap, hidden_states, kept)
     x = final(params, x, cfg, ops, tap)
     if hidden_states is not None:
         hidden_states.append(x)

@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     ends: tuple[int, ...] = ()
 
 
-Answer = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), and the logits that follow, (N, V) float32
+Answer = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), if wanted, and the logits that follow, (N, V) float32
 Decoding = Generator[Any, Answer, None]  # yields Readings, and what it finds
 
 
@@ -53,11 +53,12 @@ class Reader:
         self.cache = KVCache(self.most[1])
 
     def __call__(self, reading: Reading) -> Answer:
-        ids, mask, copies, *_ = reading
+        ids, mask, copies, hidden, *_ = reading
         longest, start, cache = self.cfg.max_position_embeddings, self.first, self.cache
         if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
             start, cache = ids.shape[1] - longest, KVCache()
-        h = last_hidden_state(self.params, ids[::copies, start + cache.length :], self.cfg, cache, mask[::copies, start:], self.ops)
+        new, seen, kept = ids[::copies, start + cache.length :], mask[::copies, start:], ... if hidden else np.s_[:, -1:]
+        h = last_hidden_state(self.params, new, self.cfg, cache, seen, self.ops, kept=kept)
         logits = host(lm_logits(self.params, h, self.ops, logits_to_keep=1))[:, -1].astype(np.float32, copy=False)
         if copies > 1:
             rows = np.repeat(np.arange(len(logits)), copies)

@@ -250,6 +250,24 @@ def test_generate_over_pages_is_that_of_numpy(options):
     np.testing.assert_array_equal(ours, numpys)
 
 
+def test_the_last_block_goes_on_with_the_tokens_asked_for_alone(monkeypatch):
+    """One of each text that is read to its end, and all whose hidden states are wanted: else keys and values are enough."""
+    runs, before, e = [], Program.run, Engine(LM, chunk=2 * PAGE)
+    monkeypatch.setattr(Program, "run", lambda self, x, *rest: runs.append(len(x)) or before(self, x, *rest))
+    handles = [e.submit(prompt(length, seed=length), max_new_tokens=1) for length in (PAGE + 3, 3 * PAGE + 5, 9)]
+    while e.step():
+        pass
+    assert runs == [PAGE + 3 + 9, 2, 2 * PAGE, PAGE + 5, 1]
+    for handle in handles:
+        e.result(handle)
+    runs.clear()
+    LM.generate(prompt(30), max_new_tokens=1)
+    assert runs == [30, 1]
+    runs.clear()
+    LM.generate(prompt(31), max_new_tokens=1, penalty_alpha=0.5, top_k=2)
+    assert runs[:2] == [31, 31]
+
+
 def test_hidden_states_are_those_of_the_plain_reader_also_past_the_context():
     """There all is read again, and all of it is given back."""
     most, rows = CFG.max_position_embeddings, (paged(), PlainReader(LM.params, CFG, ops_cpu, 0))
@@ -452,10 +470,10 @@ def test_a_machine_serves_again_until_parameters_config_or_threads_are_others():
 def test_large_buffers_and_pages_do_not_stay(monkeypatch):
     ours = OPTForCausalLM(small.params(CFG), CFG, backend="cpu")
     ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
-    assert ours.params.idle[0].reading is not None
+    assert ours.params.idle[0].reading
     monkeypatch.setattr(machine_cpu, "KEPT", ours.params.idle[0].pool.nbytes)
     ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
-    assert ours.params.idle[0].reading is None
+    assert not ours.params.idle[0].reading
     monkeypatch.setattr(machine_cpu, "KEPT", 100)
     ours.generate(prompt(128), max_new_tokens=3, **NO_EOS)
     assert ours.params.idle == []

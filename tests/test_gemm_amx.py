@@ -197,7 +197,7 @@ for dtype, kind in kinds.items():
     found[dtype] = logits
     lm.generate(long[:, :40], max_new_tokens=2)
     machine = lm.params.idle[0]
-    assert not any(small.writes_without_a_task(p) for p in (*machine.programs.values(), machine.reading))
+    assert not any(small.writes_without_a_task(p) for p in (*machine.programs.values(), *machine.reading.values()))
     if dtype in ("int4", "float32", "float16"):
         continue
     # as a list of kernels, where products read what is rounded already and add to the stream: more than one block of k, and parts of one
@@ -213,7 +213,7 @@ for dtype, kind in kinds.items():
             text = np.concatenate([long, *(step.ids[:, None] for step in steps[:n])], axis=1)
             assert (step.logits[0] == model.forward(packed, text, other, ops=ops_cpu)[0, -1]).all(), (dtype, changes, n)
         (machine,) = lm.params.idle
-        assert machine.programs and not any(small.writes_without_a_task(p) for p in (*machine.programs.values(), machine.reading))
+        assert machine.programs and not any(small.writes_without_a_task(p) for p in (*machine.programs.values(), *machine.reading.values()))
 np.savez(folder + "/" + (unit or "none") + ".npz", **found)
 """
 

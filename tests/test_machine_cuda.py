@@ -109,6 +109,17 @@ def test_generate_finds_what_numpy_finds(cfg, options):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_last_block_goes_on_with_the_tokens_asked_for_alone(monkeypatch):
+    seen, before = [], ops_cuda.mlp
+    ours, _ = both()
+    monkeypatch.setattr(ops_cuda, "mlp", lambda h, *rest: seen.append(len(h)) or before(h, *rest))
+    ours.generate(np.concatenate([prompt(30), prompt(30, seed=1)]), max_new_tokens=1)
+    assert seen == [60] * (CFG.num_hidden_layers - 1) + [2]
+    seen.clear()
+    ours.generate(prompt(31), max_new_tokens=1, penalty_alpha=0.5, top_k=2)
+    assert seen[: CFG.num_hidden_layers] == [31] * CFG.num_hidden_layers
+
+
 def test_past_the_context_all_is_read_again():
     ours, numpys = both(POST_NORM)
     ids = prompt(2 * PAGE - 4, cfg=POST_NORM)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from reference import PADDINGS, VARIANTS, batch, build, tensors, worst
 
 import opt_np
 from opt_np import model
+from opt_np import ops as numpy_ops
 from opt_np.classes import OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification, OPTModel
 from opt_np.kv_cache import KVCache
+from opt_np.reader import Reader, Reading
 from opt_np.tree import flatten, map_leaves, unflatten
 
 EXACT = 1e-12  # of the largest value: float64 leaves room for rounding alone
@@ -226,6 +229,37 @@ def test_logits_to_keep():
     for keep in (3, np.int64(3)):
         assert np.allclose(model.forward(params, ids, cfg, logits_to_keep=keep), every[:, -3:], rtol=1e-12)
     assert np.allclose(model.forward(params, ids, cfg, logits_to_keep=np.array([0, 5])), every[:, [0, 5]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_last_block_may_go_on_with_the_last_tokens_alone(variant, padding):
+    """Also after others; and what comes later finds all keys and values in the cache."""
+    _, cfg, params = build(variant)
+    ids, mask = batch(padding)
+    whole, parts = KVCache(), KVCache()
+    for start, end in ((0, 5), (5, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
+        every = model.last_hidden_state(params, ids[:, start:end], cfg, whole, mask[:, :end])
+        for keep in (1, 2, end):
+            cache = parts.fork()
+            some = model.last_hidden_state(params, ids[:, start:end], cfg, cache, mask[:, :end], kept=np.s_[:, -keep:])
+            assert some.shape[1] == min(keep, end - start)
+            assert np.allclose(some, every[:, -keep:], rtol=1e-10, atol=1e-12)
+        parts = cache
+        assert parts.length == end
+
+
+def test_a_prompts_last_block_computes_what_is_asked_for():
+    _, cfg, params = build("pre_norm")
+    ids, _ = batch("none")
+    seen = []
+    ops = SimpleNamespace(**{**vars(numpy_ops), "mlp": lambda h, *rest: seen.append(h.shape[1]) or numpy_ops.mlp(h, *rest)})
+    for hidden, last in ((False, 1), (True, ids.shape[1])):
+        seen.clear()
+        h, logits = Reader(params, cfg, ops, 0)(Reading(ids, np.ones_like(ids), hidden=hidden))
+        assert seen == [*[ids.shape[1]] * (cfg.num_hidden_layers - 1), last]
+        assert h.shape[1] == last
+        assert np.allclose(logits, model.forward(params, ids, cfg)[:, -1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -673,7 +673,7 @@ def test_attention_is_what_the_other_process_compiles(monkeypatch):
         assert eval(name, {"attention_parts": attention_parts}) is wanted
         lm.generate([[5, 6, 7]], max_new_tokens=1)
         (machine,) = lm.params.idle
-        assert wanted in [kernel for kernel, *_ in machine.reading.lines]
+        assert wanted in [kernel for program in machine.reading.values() for kernel, *_ in program.lines]
         monkeypatch.undo()
 
 
