@@ -235,12 +235,12 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
 
 
 def by_vectors(adds: bool) -> Any:
-    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, start, start_row, x, gap, strip, n)."""
+    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, start, start_row, x, gap, strip, n, _)."""
 
     @intrinsic
-    def kernel(typing_context, sums, start, start_row, x, gap, strip, n):
+    def kernel(typing_context, sums, start, start_row, x, gap, strip, n, asked):
         def generate(context, builder, signature, arguments):
-            sums, start, start_row, x, _, strip, n = arguments
+            sums, start, start_row, x, _, strip, n, _ = arguments
             places = [builder.gep(sums, [INDEX(r * SIDE)]) for r in range(SIDE)]
 
             def tile(t: Any, totals: list) -> list:
@@ -261,7 +261,7 @@ def by_vectors(adds: bool) -> Any:
                 store(builder, total, place)
             return context.get_dummy_value()
 
-        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64), generate
+        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64, strip), generate
 
     return kernel
 
@@ -280,13 +280,13 @@ def over_all(name: str, adds: bool) -> Any:
         while i < count:
             target, here, left = at(sums, i * SIDE * SIDE), at(x, i * gap), count - i
             if IN_TILES and (left == 3 or left > 4):
-                three(target, target, SIDE, here, gap, strip, n)
+                three(target, target, SIDE, here, gap, strip, n, strip)
                 i += 3
             elif IN_TILES and left > 1:
-                two(target, target, SIDE, here, gap, strip, n)
+                two(target, target, SIDE, here, gap, strip, n, strip)
                 i += 2
             else:
-                one(target, target, SIDE, here, gap, strip, n)
+                one(target, target, SIDE, here, gap, strip, n, strip)
                 i += 1
 
     kernel.__name__ = kernel.__qualname__ = name

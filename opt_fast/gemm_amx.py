@@ -67,7 +67,8 @@ ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows
 # by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
-X_BYTES, WEIGHT_BYTES = 1200 << 10, 800 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
+X_BYTES, WEIGHT_BYTES = 800 << 10, 600 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache, with
+ASKS, LAST_ROWS = 2, 256  # those that come next: of them so many lines, for int8 half as many, are asked for with each tile that the last rows meet
 CHUNK = 32  # strips, at most: their sums do, too
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
@@ -248,8 +249,11 @@ def _matmul(table: Any) -> None:
                 round_block(at(x, (first + i) * row + k * step), step, at(factors, k), uneven, line, INTEGERS, xs, plane, high, K, i, k)
         for some in range(P * part // parts, strips_to, chunk):
             until = min(some + chunk, strips_to)
+            following, asked = at(panels, (until if until < strips_to else P * part // parts) * strip), 0  # or the first again, for other rows
             for i in range(0, last - first, SIDE if INTEGERS else GROUP):
                 rows = min(SIDE if INTEGERS else GROUP, last - first - i)
+                if last - first - i > LAST_ROWS:
+                    asked = 0
                 for s in range(some, some if K else until):  # a weight without columns
                     begin(at(sums, (s - some) * GROUP * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
                 for k in range(0, K, BLOCK_K):
@@ -264,22 +268,26 @@ def _matmul(table: Any) -> None:
                             begin(line, 0, 1, O - s * SIDE, start)
                             start = line
                         start_row, size = SIDE if k else 0, at(sizes, k // BLOCK_K * high + begun + i)
+                        if M > SIDE and k == 0 and not rounds:
+                            ask_to_write(at(y, (first + i) * y_row + s * SIDE), y_row, rows)
                         if INTEGERS and M == 1:
                             lone(target, start, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), size)
                         elif INTEGERS:
                             if M <= SIDE:
-                                bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles)
+                                bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
                             else:
-                                bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles)
+                                bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(following, asked))
+                                asked += tiles * ASKS // 2 * LINE
                             add_scaled(target, start, start_row, apart, at(scale, s * SIDE), size, rows)
                         elif M == 1:
                             before = flush()
                             lone_pairs(target, start, here, at(weights, s * strip), tiles)
                             restore(before)
                         elif rows > SIDE:
-                            two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                            two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(following, asked))
+                            asked += tiles * ASKS * LINE
                         else:
-                            one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles)
+                            one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
                 corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
                 for r in range(rows):
                     here_y = line if rounds else at(corner, r * y_row)
@@ -606,17 +614,17 @@ def unit_of(builder: Any, depth: Any) -> Tiles:
     return (EmulatedTiles if UNIT == EMULATED else Tiles)(builder, depth)
 
 
-def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
-    """kernel(sums, start, start_row, x, gap, strip, n): a loop over n tiles of a strip, each of which meets one of x, or some, `gap` bytes apart.
+def over_tiles(*products: str, asks: int = 0, adds: bool = True) -> Any:
+    """kernel(sums, start, start_row, x, gap, strip, n, asked): a loop over n tiles of a strip; each meets one of x, or some, `gap` bytes apart.
 
-    Sums begin with what stands at `start`, from row to row start_row apart, or at 0. With `few` rows, weights are asked for ahead of their use.
+    Sums begin with what stands at `start`, from row to row start_row apart, or at 0. Each step asks for so many lines of memory, from `asked` on.
     """
     count = len(products)
 
     @intrinsic
-    def kernel(typing_context, sums, start, start_row, x, gap, strip, n):
+    def kernel(typing_context, sums, start, start_row, x, gap, strip, n, asked):
         def generate(context, builder, signature, arguments):
-            sums, start, start_row, x, gap, strip, n = arguments
+            sums, start, start_row, x, gap, strip, n, asked = arguments
             tiles = unit_of(builder, INDEX(SIDE))
             places = [builder.bitcast(builder.gep(sums, [INDEX(i * SIDE * SIDE)]), INT8.as_pointer()) for i in range(count)]
             for i in range(count):
@@ -625,10 +633,9 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
 
             def step(k: Any, carried: list) -> list:
                 offset = builder.mul(k, INDEX(TILE_BYTES))
-                weights = builder.gep(strip, [offset])
-                for line in range(0, TILE_BYTES if few else 0, LINE):
-                    prefetch(builder, builder.gep(weights, [INDEX(AHEAD + line)]), level=2)
-                tiles.load(OF_WEIGHTS, weights)
+                for line in range(asks):
+                    prefetch(builder, builder.gep(asked, [builder.add(builder.mul(k, INDEX(asks * LINE)), INDEX(line * LINE))]), level=2)
+                tiles.load(OF_WEIGHTS, builder.gep(strip, [offset]))
                 for i in range(count):
                     tiles.load(OF_X, builder.gep(x, [builder.add(offset, builder.mul(gap, INDEX(i)))]))
                     tiles.multiply(products[i], i, OF_X, OF_WEIGHTS)
@@ -639,9 +646,26 @@ def over_tiles(*products: str, few: bool = False, adds: bool = True) -> Any:
                 tiles.store(i, place)
             return context.get_dummy_value()
 
-        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64), generate
+        return types.void(sums, start, types.int64, x, types.int64, strip, types.int64, strip), generate
 
     return kernel
+
+
+@intrinsic
+def ask_to_write(typing_context, y, row, n):
+    """Asks for a line of each of n rows."""
+
+    def generate(context, builder, signature, arguments):
+        y, row, n = arguments
+
+        def body(r: Any, carried: list) -> list:
+            prefetch(builder, builder.gep(y, [builder.mul(r, row)]), write=True)
+            return []
+
+        loop(builder, n, 1, [], body)
+        return context.get_dummy_value()
+
+    return types.void(y, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -757,8 +781,9 @@ def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
     return total
 
 
-one, two = (over_tiles(*[PAIRS] * count, few=count == 1) for count in (1, 2))
-bytes_apart, bytes_of_few = over_tiles(*BYTES_OF, adds=False), over_tiles(*BYTES_OF, few=True, adds=False)
+WHOLE_TILE = TILE_BYTES // LINE  # few rows wait for memory, and ask for as much as they read
+one, two = over_tiles(PAIRS, asks=WHOLE_TILE), over_tiles(PAIRS, PAIRS, asks=ASKS)
+bytes_apart, bytes_of_few = (over_tiles(*BYTES_OF, asks=asks, adds=False) for asks in (ASKS // 2, WHOLE_TILE))
 NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}
 LOOK_UP = {"bfloat16": gemm.LOOK_UP["<u2"], "int8": variant(gemm._look_up, "int8", as_stored=int8s, as_float32=int8_at)}

@@ -24,7 +24,23 @@ from llvmlite import ir
 from numba import get_num_threads, types
 
 from opt_fast.gemm import AHEAD, BLOCK_K, EMULATED, TASKS_EACH, TILE, Packed, _pack, as_stored, begin, copy_tile, finish, flat, widened
-from opt_fast.gemm_amx import INDEX, INT8, OF_WEIGHTS, PAIRS, SIDE, SINGLE, TILE_BYTES, UNIT, VECTOR, WORDS, configure, release, tile_shapes, unit_of
+from opt_fast.gemm_amx import (
+    INDEX,
+    INT8,
+    OF_WEIGHTS,
+    PAIRS,
+    SIDE,
+    SINGLE,
+    TILE_BYTES,
+    UNIT,
+    VECTOR,
+    WORDS,
+    ask_to_write,
+    configure,
+    release,
+    tile_shapes,
+    unit_of,
+)
 from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
@@ -212,6 +228,8 @@ def _matmul(table: Any) -> None:
                 for g in range(groups):
                     i = first + g * DEEP
                     rows, target, here = min(DEEP, last - i), at(y, i * y_row + s * SIDE), at(xs, 2 * g * group)
+                    for c in (0, SIDE):
+                        ask_to_write(at(target, c), y_row, rows)
                     _four(target, y_row, at(bias, s * SIDE), begins, here, these, tiles, rows, columns, corner,
                           at(strips, 2 * K * SIDE), K * SIDE, others, g * tiles, each)  # fmt: skip
                     if ends:

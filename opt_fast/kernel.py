@@ -418,10 +418,10 @@ def instruction(builder: Any, name: str, returned: Any, *arguments: Any) -> Any:
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
 
-def prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
-    """LLVM: asks for the memory there, where the processor by itself would do so too late: to this level of the cache."""
+def prefetch(builder: Any, pointer: Any, level: int = 1, write: bool = False) -> None:
+    """LLVM: asks for the memory there, to read it or to write it, where the processor by itself would do so too late: to this level of the cache."""
     byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
-    instruction(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, byte), single(0), single(4 - level), single(1))
+    instruction(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, byte), single(int(write)), single(4 - level), single(1))
 
 
 def every(vector: Any, value: float) -> Any:
