@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 LAYER_NORM_EPS = 1e-5  # torch's default; config.json has no key for it
-QUERY_BLOCK = 128  # query rows per block of attention: the block's scores stay in the processor's cache
+QUERY_BLOCK = 64  # query rows per block of attention: the block's scores stay in the processor's cache
 
 
 def description() -> str:
