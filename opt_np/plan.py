@@ -80,7 +80,10 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
 
 
 def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None, number: int | None = None) -> Work:
-    """Reading the prompt, up to the logits of the first new token. number: bytes of a computed number."""
+    """Reading the prompt, up to the logits of the first new token: a whole pass. `generate` leaves out what nobody asks for of the last block.
+
+    number: bytes of a computed number.
+    """
     return work(costs.steps(cfg, batch, prompt, 0, dtype, kind, fused=True, logits_to_keep=1, number=number))
 
 
