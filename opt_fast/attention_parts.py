@@ -19,7 +19,7 @@ from numba import types
 
 from opt_fast import attention_cpu
 from opt_fast.attention_bf16 import IN_BFLOAT16, bytes_of, hide_unseen, packing_queries, raised, softening_one, weighing_by, write_rows
-from opt_fast.attention_cpu import BC, BQ, Backward, Forward, by_dtype, float32_at
+from opt_fast.attention_cpu import BQ, Backward, Forward, by_dtype, float32_at
 from opt_fast.gemm import BITS, TILE, copy_tile, widened
 from opt_fast.gemm_amx import (
     INDEX,
@@ -66,6 +66,7 @@ from opt_fast.kernel import (
 from opt_fast.paged_cache import PAGE
 
 as_stored = floats  # keys and values: the kernel has variants
+BC = 256  # keys of a tile; of more, what is in parts would not stay in the second-level cache with heads of 80
 GROUP = 2 * SIDE  # queries
 BLOCKS = BC // DEEP  # of keys
 GROUPS = BQ // GROUP  # of a block, in the backward pass

@@ -6,7 +6,7 @@ from ml_dtypes import bfloat16
 
 from opt_fast import attention_cpu, gemm
 from opt_fast.attention_bf16 import IN_BFLOAT16
-from opt_fast.attention_cpu import BC
+from opt_fast.attention_parts import BC
 
 SHAPES = (1, 1, 32, 0), (5, 5, 7, 0), (17, BC + 40, 64, 0), (40, 40, 80, 13), (BC + 9, BC + 30, 16, 3), (33, BC, 128, 0)  # T, S, Dh, first real key
 

@@ -218,7 +218,7 @@ def test_attention_and_its_gradients(problem):
 
 
 @pytest.mark.parametrize("Dh", [4, 16, 48, 64, 80, 128, 144, 272])
-@pytest.mark.parametrize("S", [1, 63, 64, 65, 191, 193, 400])
+@pytest.mark.parametrize("S", [1, 63, 64, 65, 191, 193, 257, 400])
 def test_a_query_alone_has_the_bits_that_it_has_in_a_prompt(Dh, S):
     """Alone it reads keys where they stand, several vectors at a time; with others it reads them packed."""
     q, k, v = (numbers(1, S, 2, Dh, seed=seed) for seed in (1, 2, 3))
