@@ -387,6 +387,8 @@ def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
         except EOFError:
             return
         seconds: list[float] = []
+        if budget:  # once without the clock: the other engines have had the caches since, and memory that was given back
+            jobs[name](seed - 1)
         while not seconds or sum(seconds) < budget:
             start = time.perf_counter()
             result = jobs[name](seed + len(seconds))
