@@ -350,7 +350,8 @@ def going_back(T: int, Dh: int) -> int:
     deep, wide = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE)
     of_keys, of_queries = 2 * BC // SIDE * deep + wide * BLOCKS, GROUPS * (4 * deep + 2 * wide)
     tiles = of_keys + of_queries + 2 * BC // SIDE * GROUPS + 2 * BLOCKS
-    return tiles * BLOCK // 4 + math.ceil(T / GROUP) * GROUP * (wide * SIDE + 2) + 2 * BC * (wide * SIDE + GROUP) + SIDE * DEEP
+    of_rows = math.ceil(T / GROUP) * GROUP * (wide * SIDE + 2) + 2 * T * wide * SIDE
+    return tiles * BLOCK // 4 + of_rows + 2 * BC * (wide * SIDE + GROUP) + SIDE * DEEP
 
 
 def _backward(table: Any) -> None:
@@ -382,6 +383,8 @@ def _backward(table: Any) -> None:
     scores = at(dv_sums, BC * width)  # (BC, GROUP)
     dP = at(scores, BC * GROUP)
     square = at(dP, BC * GROUP)
+    queries = at(square, SIDE * DEEP)  # (T, width), and dO: read again for every tile of keys, and apart they would not all find room in the cache
+    of_O = at(queries, T * width)
     configure(bytes_(a[18]))
     task = claim(table, TASKS)
     while task < B * H:
@@ -398,6 +401,8 @@ def _backward(table: Any) -> None:
                     square[i] += dO[here + d + i] * O[here + d + i]
             for d in range(DEEP):
                 D[t] += square[d]
+        copy_tile(at(q, (b * T * H + h) * Dh), step, T, Dh, queries, width)
+        copy_tile(at(dO, (b * T * H + h) * Dh), step, T, Dh, of_O, width)
         for i in range(groups * GROUP * width):
             dq_sums[i] = 0
         for key in range(start[b], S, BC):
@@ -414,9 +419,8 @@ def _backward(table: Any) -> None:
             for j in range(BC * width):
                 dk_sums[j], dv_sums[j] = 0, 0
             for first in range(max(0, key - past) // BQ * BQ, T, BQ):
-                origin = ((b * T + first) * H + h) * Dh
-                pack_block(at(q, origin), step, min(BQ, T - first), Dh, square, bytes_(q_t), bytes_(q_rows))
-                pack_block(at(dO, origin), step, min(BQ, T - first), Dh, square, bytes_(dO_t), bytes_(dO_rows))
+                pack_block(at(queries, first * width), width, min(BQ, T - first), Dh, square, bytes_(q_t), bytes_(q_rows))
+                pack_block(at(of_O, first * width), width, min(BQ, T - first), Dh, square, bytes_(dO_t), bytes_(dO_rows))
                 count = (min(BQ, T - first) + GROUP - 1) // GROUP
                 limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
                 for g in range(max(0, -limit + 1) // GROUP, count):

@@ -304,16 +304,19 @@ def add_quantize(commands: Any) -> None:
     p.add_argument("model", help="a folder or a hub id")
     p.add_argument("out", metavar="OUT", help="a new or empty folder")
     p.add_argument("--kind", default="int8", choices=("int8", "int4"), help="int8: a scale for each row; int4: for each group of a row")
-    p.add_argument("--group-size", type=int, default=32, choices=(32, 64), help="columns that share a scale, of int4")
+    p.add_argument("--group-size", type=int, default=None, choices=(32, 64), help="columns that share a scale, of int4 (default: 32)")
     p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
 
 
-def quantize(model: str, out: str, kind: str, group_size: int, revision: str | None) -> None:
+def quantize(model: str, out: str, kind: str, group_size: int | None, revision: str | None) -> None:
     from tqdm import tqdm
 
     from opt_np import checkpoint, hub
     from opt_np.quantize import quantizer, with_kind
 
+    if kind == "int8" and group_size:
+        raise ValueError("--group-size is of int4's groups, and int8 has a scale for each row: give --kind int4, or no --group-size")
+    group_size = group_size or 32
     new_folder(out)
     source, errors = hub.find(model, revision), {}
     with tqdm(desc="matrices", unit="", disable=None) as bar:

@@ -103,7 +103,7 @@ def add_score(commands: Any) -> None:
     add_text(p)
     add_model(p)
     add_stream_layers(p)
-    p.add_argument("--top", type=int, default=3, metavar="K", help="how many of the likeliest tokens to show in each place")
+    p.add_argument("--top", type=int, default=None, metavar="K", help="how many of the likeliest tokens to show in each place (default: 3)")
     p.add_argument("--json", action="store_true", help="one JSON object for each token instead of the table")
     p.add_argument("--window", type=int, default=None, metavar="N", help="tokens read at one time; without it the model's context, 2048 at most")
     p.add_argument("--stride", type=int, default=None, metavar="N", help="for a text longer than the window: each next one begins N tokens later")
@@ -121,7 +121,7 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
     how_to_load = {name: options.pop(name) for name in HOW_TO_LOAD}
     if options["samples"] is not None and how_to_load["backend"] == "auto":
         how_to_load["backend"] = "numpy"  # which alone computes dropout
-    for name, option in (("json", "--json"), ("reliability", "--reliability"), ("samples", "--mc-dropout"), ("with", "--with")):
+    for name, option in (("json", "--json"), ("reliability", "--reliability"), ("samples", "--mc-dropout"), ("with", "--with"), ("top", "--top")):
         if perplexity and options[name] is not None and options[name] is not False:
             raise ValueError(f"--perplexity is about a whole text, and {option} about its tokens: give one of the two")
     if options["samples"] is not None and options["with"]:
@@ -134,6 +134,7 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
         print(p.table(p.every_convention(language_model, tokenizer, content, window, stride)))
         return
     others = [load(**{**how_to_load, "model": name, "revision": None}) for name in options.pop("with") or ()]
+    options["top"] = 3 if options["top"] is None else options["top"]
     print(s.report(language_model, tokenizer, content, window, stride, others=others, **options))
 
 

@@ -39,20 +39,18 @@ class Layout(NamedTuple):
     past: int  # keys already in the cache
 
 
-def id_array(input_ids: Any) -> np.ndarray:
+def id_array(input_ids: Any, name: str = "input_ids", way_out: str = "pad them, tok(…, padding=True), and pass the attention_mask") -> np.ndarray:
     """Lists or an array as an array; raises ValueError for rows of different lengths."""
     try:
         return host(input_ids)
     except ValueError:
         lengths = [len(row) for row in input_ids]
-        raise ValueError(
-            f"input_ids has rows of {min(lengths)} to {max(lengths)} tokens; pad them, tok(…, padding=True), and pass the attention_mask"
-        ) from None
+        raise ValueError(f"{name} has rows of {min(lengths)} to {max(lengths)} tokens; {way_out}") from None
 
 
 def mask_array(attention_mask: Any) -> np.ndarray:
     """bool, int or float 0 and 1 as int64; raises ValueError for other values."""
-    mask = host(attention_mask)
+    mask = id_array(attention_mask, "attention_mask", "make them as long as those of input_ids, 0 at padding")
     if not np.isin(mask, (0, 1)).all():
         raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
     return mask.astype(np.int64)

@@ -218,8 +218,12 @@ def test_positions_of_another_shape_or_kind_are_refused(positions):
 
 def test_rows_of_different_lengths_are_refused_with_the_way_out():
     _, cfg, params = build("pre_norm")
-    with pytest.raises(ValueError, match=r"rows of 1 to 2 tokens; pad them"):
+    with pytest.raises(ValueError, match=r"input_ids has rows of 1 to 2 tokens; pad them"):
         model.forward(params, [[5, 6], [7]], cfg)
+    with pytest.raises(ValueError, match="attention_mask has rows of 1 to 2"):
+        model.forward(params, [[5, 6], [7, 8]], cfg, attention_mask=[[1, 1], [1]])
+    with pytest.raises(ValueError, match="labels has rows of 1 to 2"):
+        OPTForCausalLM(params, cfg)([[5, 6], [7, 8]], labels=[[5, 6], [7]])
 
 
 def test_logits_to_keep():

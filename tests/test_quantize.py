@@ -273,9 +273,10 @@ def test_what_cannot_be_done_with_whole_numbers_says_so(tmp_path, capsys):
     capsys.readouterr()
     assert main(["quantize", str(out), str(tmp_path / "twice")]) == 1
     assert main(["quantize", str(source), str(out)]) == 1
+    assert main(["quantize", str(source), str(tmp_path / "groups"), "--kind", "int8", "--group-size", "32"]) == 1
     assert main(["train", "--model", str(out), "--text", __file__, "--out", str(tmp_path / "t"), "--steps", "1", "--context", "8"]) == 1
     told = capsys.readouterr().err.splitlines()
-    for part, line in zip(("is int8 already", "is there already", "whole numbers have no"), told, strict=True):
+    for part, line in zip(("is int8 already", "is there already", "int8 has a scale for each row", "whole numbers have no"), told, strict=True):
         assert part in line
     broken = small.params(small.config())
     broken["layers"][0]["fc1"]["weight"][3, 4] = np.nan

@@ -532,6 +532,7 @@ def test_reliability_from_the_shell(folder, tmp_path, capsys, monkeypatch):
         (("x", "--perplexity", "--json"), ("--perplexity", "--json")),
         (("x", "--perplexity", "--mc-dropout", 0), ("--perplexity", "--mc-dropout")),
         (("x", "--perplexity", "--with", "y"), ("--perplexity", "--with")),
+        (("x", "--perplexity", "--top", 2), ("--perplexity", "--top")),
         (("x", "--perplexity", "--reliability", "y.png"), ("--perplexity", "--reliability")),
     ],
     ids=lambda words: " ".join(map(str, words)).replace("\udcff", "?"),

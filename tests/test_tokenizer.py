@@ -240,6 +240,8 @@ def test_a_side_that_is_none_is_refused(tok):
 def test_truncation_without_a_length_is_refused(tok):
     with pytest.raises(ValueError, match="max_length"):
         tok("a", truncation=True)
+    with pytest.raises(ValueError, match="max_length=3 cuts nothing without truncation=True"):
+        tok("a", max_length=3)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
