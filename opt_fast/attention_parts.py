@@ -445,13 +445,9 @@ def _backward(table: Any) -> None:
                         add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_rows + strips), gap, count - g, wide - d)
             copy_tile(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
             copy_tile(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
-        for t in range(groups * GROUP):  # divided by nothing
-            lse[t] = 1
-        origin = (b * T * H + h) * Dh
-        write_rows(dq_sums, GROUP, T, lse, Dh, at(dq, origin), step, square)
-        for t in range(T):
-            for d in range(Dh):
-                dq[origin + t * step + d] *= scale
+        for t in range(groups * GROUP):  # as it divides
+            lse[t] = np.float32(1) / scale
+        write_rows(dq_sums, GROUP, T, lse, Dh, at(dq, (b * T * H + h) * Dh), step, square)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()

@@ -68,7 +68,11 @@ ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
 X_BYTES, WEIGHT_BYTES = 800 << 10, 600 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache, with
-ASKS, LAST_ROWS = 2, 256  # those that come next: of them so many lines, for int8 half as many, are asked for with each tile that the last rows meet
+ASKS, LAST_ROWS = (
+    2,
+    256,
+)  # those that come next: of them so many lines, for int8 half as many, are asked for with each tile, on and on by the last rows
+MOST_STRIPS = 800 << 10  # bytes of a block of k's strips, where a result is written rounded
 CHUNK = 32  # strips, at most: their sums do, too
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
@@ -182,7 +186,7 @@ class PackedTiles(Packed):
 
     def writes_rounded(self, M: int) -> bool:
         """Whether a result of so many rows may be Rounded: where a task has whole rows, and meets a block of k's strips at once."""
-        return get_num_threads() * GROUP <= M and self.tiles * TILE_BYTES * BLOCK_K // SIDE <= WEIGHT_BYTES
+        return get_num_threads() * GROUP <= M and self.tiles * TILE_BYTES * BLOCK_K // SIDE <= MOST_STRIPS
 
     def __repr__(self) -> str:
         return f"PackedTiles({self.shape}, {self.stored.name})"

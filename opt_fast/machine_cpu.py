@@ -46,7 +46,7 @@ class Machine:
         self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_parts.way_for(params)
         self.threads, self.leaves = get_num_threads(), leaves(params)
         self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
-        self.reading: dict[bool, program_cpu.Program] = {}  # two, for as many tokens of texts as were last read at once
+        self.reading: dict[bool, program_cpu.Program] = {}  # two, for as many tokens of texts as were last read at once, and asked for
 
     def serves(self, params: dict, cfg: OPTConfig) -> bool:
         """Whether these are still the parameters, the config and the threads that programs were written for."""

@@ -174,12 +174,14 @@ class Batch:
         """
         O, whole = torch.empty_like(q), len(q) == len(k)
         for count, past, tokens, asking, pages in self.groups:
+            queries = tokens if whole else asking
+            if not len(queries):
+                continue
             if past:
                 keys, values = (a[self.layer][pages].flatten(1, 2)[:, : past + count] for a in (self.pool.keys, self.pool.values))
             else:
                 keys, values = (a[tokens].unflatten(0, (-1, count)) for a in (k, v))
-            if len(queries := tokens if whole else asking):
-                O[queries] = attention_lse(q[queries].unflatten(0, (len(keys), -1)), keys, values, scale)[0].flatten(0, 1)
+            O[queries] = attention_lse(q[queries].unflatten(0, (len(keys), -1)), keys, values, scale)[0].flatten(0, 1)
         return O
 
     def advance(self, _: int) -> None: ...

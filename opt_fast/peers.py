@@ -335,7 +335,7 @@ def to_integers(folder: str, dtypes: Sequence[str]) -> None:
 
     for dtype in dtypes:
         with redirect_stdout(sys.stderr):  # it lists the error of each matrix
-            cli.quantize(folder, f"{folder}/opt_fast-{dtype}", dtype, INT4_GROUP, None)
+            cli.quantize(folder, f"{folder}/opt_fast-{dtype}", dtype, INT4_GROUP if dtype == "int4" else None, None)
 
 
 def to_ctranslate2(folder: str, dtypes: Sequence[str]) -> None:

@@ -133,8 +133,8 @@ class Program:
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
         needed = [[p["weight"].needed(B) for p in found] for found in (*map(matrices, layers), around)]
-        of_k, of_v = (max(sizes[i] for sizes in needed[:-1]) for i in (1, 2))  # their own, for threads are in q, in k and in v at the same time
-        scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *itertools.chain(*needed)), of_k, of_v)]
+        of_k_and_v = max(n for sizes in needed[:-1] for n in sizes[1:3])  # their own, for threads are in q, in k and in v at the same time
+        scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *itertools.chain(*needed)), of_k_and_v, of_k_and_v)]
         self.memory = [aligned(self.threads * n, np.float32) for n in scratch]
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}

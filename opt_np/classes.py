@@ -38,10 +38,6 @@ class Output:
     end_logits: Any = None
 
 
-def label_array(labels: Any) -> np.ndarray:
-    return model.id_array(labels, "labels", "make them equally long, -100 where a token has none")
-
-
 class OPTPreTrained:
     """What the four classes share: `params`, `config`, `ops`, loading and saving."""
 
@@ -165,7 +161,7 @@ class OPTForCausalLM(OPTPreTrained):
         h, out = self._hidden(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states, output_attentions, tap,
                               padding=labels is not None)  # fmt: skip
         logits = model.lm_logits(self.params, h, self.ops, logits_to_keep, tap or model.no_tap)
-        loss = None if labels is None else self._loss("shifted_cross_entropy", logits, label_array(labels))
+        loss = None if labels is None else self._loss("shifted_cross_entropy", logits, model.label_array(labels))
         return replace(out, logits=logits, loss=loss)
 
     def run_with_cache(self, input_ids: Any, names_filter: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
@@ -211,7 +207,7 @@ class OPTForSequenceClassification(OPTPreTrained):
         h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
         at = grad.pooled_rows(host(input_ids), self.config.pad_token_id)
         logits = self.ops.linear(h[np.arange(len(at)), at], **self.params["score"])  # (B, W) -> (B, L)
-        loss = None if labels is None else self._loss("classification_loss", logits, label_array(labels), self.config.extra.get("problem_type"))
+        loss = None if labels is None else self._loss("classification_loss", logits, model.label_array(labels), self.config.extra.get("problem_type"))
         return replace(out, logits=logits, loss=loss)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from opt_np import ops as numpy_ops
 from opt_np.config import POSITION_OFFSET, OPTConfig
-from opt_np.model import Layout, embeddings, id_array, make_layout, no_tap
+from opt_np.model import Layout, embeddings, id_array, label_array, make_layout, no_tap
 from opt_np.ops import cross_entropy
 
 IGNORED = -100  # a label that asks for nothing
@@ -405,7 +405,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
     `ops` is the backend.
     Labels as HF: shifted inside, -100 ignored. Raises ValueError as `make_layout` does, and where no label is left.
     """
-    input_ids, labels, num_items = id_array(input_ids), np.asarray(labels), None if num_items is None else int(num_items)
+    input_ids, labels, num_items = id_array(input_ids), label_array(labels), None if num_items is None else int(num_items)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng, ops)
     loss, dh, d_head = head(h, params, input_ids, labels, cfg, num_items, ops)
     return loss, decoder_bwd(dh, saved, d_head)

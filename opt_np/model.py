@@ -44,7 +44,7 @@ def id_array(input_ids: Any, name: str = "input_ids", way_out: str = "pad them, 
     try:
         return host(input_ids)
     except ValueError:
-        lengths = [len(row) for row in input_ids]
+        lengths = [len(row) if hasattr(row, "__len__") else 1 for row in input_ids]
         raise ValueError(f"{name} has rows of {min(lengths)} to {max(lengths)} tokens; {way_out}") from None
 
 
@@ -54,6 +54,11 @@ def mask_array(attention_mask: Any) -> np.ndarray:
     if not np.isin(mask, (0, 1)).all():
         raise ValueError("attention_mask holds values other than 0 (hidden) and 1 (visible)")
     return mask.astype(np.int64)
+
+
+def label_array(labels: Any) -> np.ndarray:
+    """The same of labels."""
+    return id_array(labels, "labels", "make them equally long")
 
 
 def check_ids(cfg: OPTConfig, input_ids: np.ndarray) -> None:
@@ -175,7 +180,7 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
 
     With a cache, the mask covers past and new tokens; none means that all are real. `padding`: what stands at padding is wanted as well, which a
-    backend may leave at 0 otherwise. `kept`: as `decoder` has it. Equals HF's OPTModel.
+    backend may leave at 0 otherwise. `kept`: an index of the last tokens, for whoever asks for no others. Equals HF's OPTModel.
     """
     input_ids, tap = id_array(input_ids), tap or no_tap
     layout = make_layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)

@@ -117,7 +117,7 @@ class OPTTokenizer:
             raise ValueError(f'padding_side is {padding_side!r}; it is "left" (to generate) or "right"')
         if padding not in (True, False, "longest"):
             raise ValueError(f'padding is {padding!r}; it is True or "longest" (to the longest row), or False')
-        if truncation != (max_length is not None):
+        if bool(truncation) != (max_length is not None):
             raise ValueError("truncation=True needs max_length" if truncation else f"max_length={max_length} cuts nothing without truncation=True")
         single = isinstance(text, str)
         texts, pairs = ([text], [text_pair]) if single else (list(text), list(text_pair) if text_pair is not None else [None] * len(text))

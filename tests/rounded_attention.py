@@ -4,11 +4,8 @@ import numba
 import numpy as np
 from ml_dtypes import bfloat16
 
-from opt_fast import attention_cpu, gemm
+from opt_fast import attention_cpu, attention_parts, gemm
 from opt_fast.attention_bf16 import IN_BFLOAT16
-from opt_fast.attention_parts import BC
-
-SHAPES = (1, 1, 32, 0), (5, 5, 7, 0), (17, BC + 40, 64, 0), (40, 40, 80, 13), (BC + 9, BC + 30, 16, 3), (33, BC, 128, 0)  # T, S, Dh, first real key
 
 
 def attend(way, q, k, v, scale, visible=None):
@@ -41,7 +38,9 @@ def exact(way, q, k, v, scale, seen):
 def checked(real, way=IN_BFLOAT16, name="attention"):
     """Right, and the same bits however queries and keys come; returns what was computed. `real` processors take subnormal numbers as 0."""
     rng, found = np.random.default_rng(0), {}
-    for T, S, Dh, first in SHAPES:
+    BC = (attention_cpu if way is IN_BFLOAT16 else attention_parts).BC
+    shapes = (1, 1, 32, 0), (5, 5, 7, 0), (17, BC + 40, 64, 0), (40, 40, 80, 13), (BC + 9, BC + 30, 16, 3), (33, BC, 128, 0)
+    for T, S, Dh, first in shapes:  # which is the first real key
         case, scale = (T, S, Dh, first), np.float32(Dh**-0.5)
         q, k, v = (rng.normal(size=(n, 2, Dh)).astype(np.float32) for n in (T, S, S))
         q[-1] *= 30  # weights of 0 and 1

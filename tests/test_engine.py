@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from opt_fast import attention_cpu, engine, machine_cpu, ops_cpu
 from opt_fast.engine import Engine, Reader
+from opt_fast.kernel import BYTES
 from opt_fast.machine_cpu import Machine, Pages
 from opt_fast.paged_cache import PAGE, Full, Row
 from opt_fast.program_cpu import Program
@@ -266,6 +267,16 @@ def test_the_last_block_goes_on_with_the_tokens_asked_for_alone(monkeypatch):
     runs.clear()
     LM.generate(prompt(31), max_new_tokens=1, penalty_alpha=0.5, top_k=2)
     assert runs[:2] == [31, 31]
+
+
+def test_keys_and_values_alone_have_memory_of_their_own():
+    """Whichever of them needs more, as weights of another kind may."""
+    layers = ops_cpu.pack(small.params(CFG))["layers"][-1:]
+    for name, most in (("k_proj", 10**5), ("v_proj", 10**6)):
+        layers[0]["self_attn"][name]["weight"].needed = lambda M, most=most: most
+    for rest, lines in ((True, (2, 3)), (False, (1, 2))):  # after LayerNorm, and q
+        program = Program(layers, CFG, 9, np.dtype(np.float32), paged().machine.way, rest=rest)
+        assert all(program.tables[line, BYTES] >= 4 * least for line, least in zip(lines, (10**5, 10**6), strict=True))
 
 
 def test_hidden_states_are_those_of_the_plain_reader_also_past_the_context():

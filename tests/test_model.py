@@ -221,7 +221,7 @@ def test_rows_of_different_lengths_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"input_ids has rows of 1 to 2 tokens; pad them"):
         model.forward(params, [[5, 6], [7]], cfg)
     with pytest.raises(ValueError, match="attention_mask has rows of 1 to 2"):
-        model.forward(params, [[5, 6], [7, 8]], cfg, attention_mask=[[1, 1], [1]])
+        model.forward(params, [[5, 6], [7, 8]], cfg, attention_mask=[[1, 1], 1])
     with pytest.raises(ValueError, match="labels has rows of 1 to 2"):
         OPTForCausalLM(params, cfg)([[5, 6], [7, 8]], labels=[[5, 6], [7]])
 

@@ -180,13 +180,16 @@ def test_nan_is_not_lost():
     assert np.isnan(ops_cpu.attention(q, broken, q, 1.0)[0, 1:]).all()
 
 
+KEYS = (attention_parts if attention_parts.IN_FLOAT32 is attention_parts.IN_PARTS else attention_cpu).BC  # of a tile
+
+
 @st.composite
 def attention_problem(draw):
     """Lengths around a tile of keys and a group of queries, head sizes around a panel, any mask."""
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     Dh = draw(st.sampled_from([1, 7, 8, 16, 64, 80]))
-    T = draw(st.sampled_from([1, 2, 5, 6, 7, attention_cpu.BC - 1, attention_cpu.BC + 1, 2 * attention_cpu.BC + 9]))
-    S = T + draw(st.sampled_from([0, 1, 3, 64, attention_cpu.BC, attention_cpu.BC + 5]))
+    T = draw(st.sampled_from([1, 2, 5, 6, 7, KEYS - 1, KEYS + 1, 2 * KEYS + 9]))
+    S = T + draw(st.sampled_from([0, 1, 3, 64, KEYS, KEYS + 5]))
     size = np.float32(draw(st.sampled_from([1e-3, 1.0, 6.0])))
     q, k, v, dO = numbers(B, T, H, Dh, seed=1) * size, numbers(B, S, H, Dh, seed=2) * size, numbers(B, S, H, Dh, seed=3), numbers(B, T, H, Dh, seed=4)
     rng, mask = np.random.default_rng(draw(st.integers(0, 99))), draw(st.sampled_from([None, "left", "right", "both", "random", "none visible"]))
@@ -480,7 +483,7 @@ def test_a_prompt_has_the_same_bits_however_it_was_cut_into_the_cache(cuts, left
 
 
 @settings(max_examples=15)
-@given(T=st.integers(1, 3 * attention_cpu.BC), past=st.integers(0, attention_cpu.BC + 7), left=st.integers(0, 200), seed=st.integers(0, 9))
+@given(T=st.integers(1, 3 * KEYS), past=st.integers(0, KEYS + 7), left=st.integers(0, 200), seed=st.integers(0, 9))
 def test_long_attention_has_the_same_bits_in_pieces_and_behind_padding(T, past, left, seed):
     q, k, v = numbers(1, T, 2, 24, seed=seed), numbers(1, past + T, 2, 24, seed=seed + 10), numbers(1, past + T, 2, 24, seed=seed + 20)
     O, L = ops_cpu.attention_lse(q, k, v, 0.2)

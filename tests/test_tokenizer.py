@@ -240,6 +240,8 @@ def test_a_side_that_is_none_is_refused(tok):
 def test_truncation_without_a_length_is_refused(tok):
     with pytest.raises(ValueError, match="max_length"):
         tok("a", truncation=True)
+    assert tok("a b c", truncation="longest_first", max_length=2) == tok("a b c", truncation=True, max_length=2)
+    assert tok("a", truncation=None) == tok("a")
     with pytest.raises(ValueError, match="max_length=3 cuts nothing without truncation=True"):
         tok("a", max_length=3)
 
