@@ -68,10 +68,8 @@ ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows
 GROUP = ABREAST * SIDE
 MOST_ROWS = 16 * GROUP  # of a block,
 X_BYTES, WEIGHT_BYTES = 800 << 10, 600 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
-ASKS, LAST_ROWS = (
-    2,
-    256,
-)  # with the strips that come next: lines asked for with each tile, half as many for int8; rows before the last ask for the first
+ASKS = 2  # lines of the strips that come next that are asked for with each tile, for int8 half as many
+LAST_ROWS = 256  # of a block, which ask for them one after the other; rows before them ask for the first
 MOST_STRIPS = 800 << 10  # bytes of a block of k's strips, where a result is written rounded
 CHUNK = 32  # strips, at most: their sums do, too
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
