@@ -13,7 +13,7 @@ from numba import get_num_threads
 from opt_fast import attention_cpu, attention_parts, ops_cpu, paged_cache, program_cpu
 from opt_fast.gemm import BITS
 from opt_fast.kernel import address
-from opt_fast.paged_cache import PAGE, Row
+from opt_fast.paged_cache import PAGE, Row, last_of
 from opt_np import model
 from opt_np.config import OPTConfig
 from opt_np.tree import flatten
@@ -73,7 +73,7 @@ class Machine:
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
         done = [i for i, (row, count) in enumerate(pieces) if row.left == count]
-        kept = [(row.left == count) if row.hidden is None else count for row, count in pieces]  # so many at the end of each are asked for
+        kept = [row.wanted(count) for row, count in pieces]
         x = self.blocks(model.embeddings(self.params, ids, batch, ops_cpu, model.no_tap), batch, kept)  # type: ignore[arg-type]
         ends = [*itertools.accumulate(kept)]
         logits = self.logits(x[[ends[i] - 1 for i in done]]) if done else None
@@ -154,10 +154,9 @@ class Batch:
     def last(self, kept: list[int]) -> tuple[np.ndarray, attention_cpu.Rows]:
         """Where the last so many tokens of each row stand, and as queries of the same keys."""
         table = self.rows.table.copy()
-        ends, table[:, 1] = table[:, :2].sum(1), kept
-        table[:, 0] = np.cumsum(kept) - kept
-        where = [np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)]
-        return np.concatenate(where), self.rows._replace(table=table[table[:, 1] > 0])
+        where = last_of(table[:, 1], kept)
+        table[:, 0], table[:, 1] = np.cumsum(kept) - kept, kept
+        return where, self.rows._replace(table=table[table[:, 1] > 0])
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opt_fast import ops_cuda, paged_cache
 from opt_fast.attention_cuda import attention_lse
-from opt_fast.paged_cache import PAGE, Row
+from opt_fast.paged_cache import PAGE, Row, last_of
 from opt_fast.program_cuda import Aside, Program, leaves
 from opt_fast.scores_cuda import Scores, highest
 from opt_np import model
@@ -103,7 +103,7 @@ class Machine:
         rows, counts = [row for row, _ in pieces], [count for _, count in pieces]
         ids = np.concatenate([row.text[row.length : row.length + count] for row, count in pieces])
         done = [i for i, row in enumerate(rows) if row.left == counts[i]]
-        kept = [(row.left == count) if row.hidden is None else count for row, count in pieces]  # so many at the end of each are asked for
+        kept = [row.wanted(count) for row, count in pieces]
         batch: Any = Batch(self.pool, pieces, kept)
         x = model.embeddings(self.params, ids, batch, ops_cuda, model.no_tap)
         x = model.decoder(self.params, x, self.cfg, batch, ops_cuda, batch, kept=batch.kept)
@@ -150,7 +150,7 @@ class Batch:
         self.slots = torch.as_tensor(np.concatenate([row.slots(count) for row, count in pieces]) // pool.step, device=device)  # (N)
         self.positions = np.concatenate([np.arange(row.length, row.length + count) for row, count in pieces])
         ends, kept_ends = np.cumsum([count for _, count in pieces]), np.cumsum(kept)
-        self.kept = torch.as_tensor(np.concatenate([np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)]), device=device)
+        self.kept = torch.as_tensor(last_of((count for _, count in pieces), kept), device=device)
         alike: dict[tuple[int, int, int], list[int]] = {}  # rows that attention takes together
         for r, (row, count) in enumerate(pieces):
             alike.setdefault((count, row.length, kept[r]), []).append(r)

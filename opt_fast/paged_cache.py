@@ -27,6 +27,12 @@ def pages_for(rows: int, tokens: int) -> int:
     return rows * math.ceil(tokens / PAGE)
 
 
+def last_of(counts: Iterable[int], kept: Iterable[int]) -> np.ndarray:
+    """Where the last so many of each row's tokens stand, if all rows' stand side by side.  counts: (R);  kept: (R)  ->  (sum(kept))"""
+    ends = itertools.accumulate(counts)
+    return np.concatenate([np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)])
+
+
 class Full(Exception):
     """All pages are held."""
 
@@ -153,6 +159,10 @@ class Row:
     def left(self) -> int:
         """Tokens of the text still to be read."""
         return len(self.text) - self.length
+
+    def wanted(self, count: int) -> int:
+        """Of the next so many tokens, how many at their end are asked for; of the others, keys and values are enough."""
+        return int(self.left == count) if self.hidden is None else count
 
     def next_key(self) -> Key | None:
         """Of the page that comes next, if the text fills it and goes on."""

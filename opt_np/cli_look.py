@@ -103,7 +103,7 @@ def add_score(commands: Any) -> None:
     add_text(p)
     add_model(p)
     add_stream_layers(p)
-    p.add_argument("--top", type=int, default=None, metavar="K", help="how many of the likeliest tokens to show in each place (default: 3)")
+    p.add_argument("--top", type=int, metavar="K", help="how many of the likeliest tokens to show in each place (default: 3)")
     p.add_argument("--json", action="store_true", help="one JSON object for each token instead of the table")
     p.add_argument("--window", type=int, default=None, metavar="N", help="tokens read at one time; without it the model's context, 2048 at most")
     p.add_argument("--stride", type=int, default=None, metavar="N", help="for a text longer than the window: each next one begins N tokens later")
@@ -134,7 +134,8 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
         print(p.table(p.every_convention(language_model, tokenizer, content, window, stride)))
         return
     others = [load(**{**how_to_load, "model": name, "revision": None}) for name in options.pop("with") or ()]
-    options["top"] = 3 if options["top"] is None else options["top"]
+    if options["top"] is None:
+        del options["top"]  # report's own
     print(s.report(language_model, tokenizer, content, window, stride, others=others, **options))
 
 
