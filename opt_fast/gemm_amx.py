@@ -66,12 +66,10 @@ TILE_BYTES = SIDE * SIDE * 4
 ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows of x leaves half of the first-level cache to what passes through. Two
 # by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
 GROUP = ABREAST * SIDE
-MOST_ROWS = 16 * GROUP  # of a block,
-X_BYTES, WEIGHT_BYTES = 800 << 10, 600 << 10  # and how much of x and of the strips that it meets shall stay in the second-level cache
+DEPTH, CHUNK = 2 * BLOCK_K, BLOCK_K // SIDE  # a block of rows meets so many strips together, so deep: in bfloat16 600 kB of the second-level cache
+MOST_ROWS, X_BYTES = 16 * GROUP, 800 << 10  # of a block, and what they take of it; with DEPTH after DEPTH, sums wait there, too
 ASKS = 2  # lines of the strips that come next that are asked for with each tile, for int8 half as many
 LAST_ROWS = 256  # of a block, which ask for them one after the other; rows before them ask for the first
-MOST_STRIPS = 800 << 10  # bytes of a block of k's strips, where a result is written rounded
-CHUNK = 32  # strips, at most: their sums do, too
 FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
 TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -164,7 +162,8 @@ class PackedTiles(Packed):
     def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs: x's block, a row, and sums."""
         rows, *_ = shares(M, self.shape[1], self.count)
-        return lines(rounded_size(rows, self.shape[1], self.stored) + BLOCK_K + (CHUNK * GROUP + 2 * SIDE) * SIDE)
+        sums = CHUNK * (rows if self.shape[1] > DEPTH else GROUP)
+        return lines(rounded_size(rows, self.shape[1], self.stored) + BLOCK_K + (sums + 2 * SIDE) * SIDE)
 
     def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip
@@ -175,16 +174,15 @@ class PackedTiles(Packed):
         rows, blocks, parts = shares(M, self.shape[1], self.count)
         given, rounds = ((a.memory, a.rows) if isinstance(a, Rounded) else (0, 0) for a in (x, y))
         parts = 1 if rounds[1] else parts
-        chunk = BLOCK_K // SIDE if rounds[1] else max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)))
-        chunk = 1 if M <= SIDE else chunk  # few rows wait for memory: it is read from one end to the other
+        chunk, depth = (CHUNK, DEPTH) if M > SIDE else (1, self.shape[1] + 1)  # few rows wait for memory: it is read from one end to the other
         x, y = 0 if given[1] else x, 0 if rounds[1] else y
-        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks, parts, chunk,
-                     self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)], *given, *rounds, int(adds)]  # fmt: skip
+        arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks,
+                     parts, chunk, depth, self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)], *given, *rounds, int(adds)]  # fmt: skip
         return MATMUL[self.stored.name], arguments, blocks * parts
 
     def writes_rounded(self, M: int) -> bool:
-        """Whether a result of so many rows may be Rounded: where a task has whole rows, and meets a block of k's strips at once."""
-        return get_num_threads() * GROUP <= M and self.tiles * TILE_BYTES * BLOCK_K // SIDE <= MOST_STRIPS
+        """Whether a result of so many rows may be Rounded: where a task has whole rows."""
+        return get_num_threads() * GROUP <= M
 
     def __repr__(self) -> str:
         return f"PackedTiles({self.shape}, {self.stored.name})"
@@ -192,7 +190,7 @@ class PackedTiles(Packed):
 
 def rows_at_once(I: int) -> int:
     """Rows of a block, at most: whole groups."""
-    return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * I + 1) // GROUP * GROUP))
+    return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * min(I, DEPTH) + 1) // GROUP * GROUP))
 
 
 def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
@@ -230,18 +228,18 @@ def _matmul(table: Any) -> None:
     in the cache, meet group after group of them."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], bytes_(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
-    M, O, K, most, blocks, parts, chunk, scale, factors, uneven = a[9], a[10], a[11], a[12], a[13], a[14], a[15], floats(a[16]), floats(a[17]), a[18]
-    per = 4 if INTEGERS else 2
-    given, rounds, rounds_rows, adds = a[20], a[22], a[23], a[24]
-    high = a[21] if given else most
+    M, O, K, most, blocks, parts, chunk, depth, scale, factors = a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], floats(a[17]), floats(a[18])
+    uneven, given, rounds, rounds_rows, adds = a[19], a[21], a[23], a[24], a[25]
+    per, tall = (4, SIDE) if INTEGERS else (2, GROUP)
+    high = a[22] if given else most
     strip = (K + per * SIDE - 1) // (per * SIDE) * TILE_BYTES
-    sums = floats(place)
-    apart = at(sums, CHUNK * GROUP * SIDE)
+    apart = floats(place)
     line = at(apart, 2 * SIDE * SIDE)
-    rounded_x = given if given else place + 4 * (CHUNK * GROUP * SIDE + 2 * SIDE * SIDE + BLOCK_K)
+    all_sums = at(line, BLOCK_K)
+    rounded_x = given if given else place + 4 * (2 * SIDE * SIDE + BLOCK_K + CHUNK * (most if depth < K else GROUP) * SIDE)
     xs, plane = bytes_(rounded_x), high // SIDE * strip
     sizes = floats(rounded_x + (2 if INTEGERS else 1) * plane)
-    configure(bytes_(a[19]))
+    configure(bytes_(a[20]))
     task = claim(table, TASKS)
     while task < blocks * parts:
         first, part = task % blocks * most, task // blocks
@@ -251,54 +249,61 @@ def _matmul(table: Any) -> None:
                 round_block(at(x, (first + i) * row + k * step), step, at(factors, k), uneven, line, INTEGERS, xs, plane, high, K, i, k)
         for some in range(P * part // parts, strips_to, chunk):
             until = min(some + chunk, strips_to)
-            following, asked = at(panels, (until if until < strips_to else P * part // parts) * strip), 0  # or the first again, for other rows
-            for i in range(0, last - first, SIDE if INTEGERS else GROUP):
-                rows = min(SIDE if INTEGERS else GROUP, last - first - i)
-                if last - first - i > LAST_ROWS:
-                    asked = 0
-                for s in range(some, some if K else until):  # a weight without columns
-                    begin(at(sums, (s - some) * GROUP * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
-                for k in range(0, K, BLOCK_K):
-                    _, tiles = tiles_of(K, k, per)
-                    weights = at(panels, k // (per * SIDE) * TILE_BYTES)
-                    here = at(xs, k // (per * SIDE) * TILE_BYTES * (high // SIDE) + (begun + i) // SIDE * tiles * TILE_BYTES)
-                    for s in range(some, until):
-                        target, start = at(sums, (s - some) * GROUP * SIDE), at(bias, s * SIDE)
-                        if k:
-                            start = target
-                        elif O - s * SIDE < SIDE:
-                            begin(line, 0, 1, O - s * SIDE, start)
-                            start = line
-                        start_row, size = SIDE if k else 0, at(sizes, k // BLOCK_K * high + begun + i)
-                        if M > SIDE and k == 0 and not rounds:
-                            ask_to_write(at(y, (first + i) * y_row + s * SIDE), y_row, rows)
-                        if INTEGERS and M == 1:
-                            lone(target, start, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), size)
-                        elif INTEGERS:
-                            if M <= SIDE:
-                                bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
+            for k_from in range(0, max(K, 1), depth):
+                k_to = min(k_from + depth, K)
+                following = at(panels, (until if until < strips_to else P * part // parts) * strip)  # or the first again, for other rows
+                following_k = min(depth, K)
+                if k_to < K:
+                    following, following_k = at(panels, some * strip + k_to // (per * SIDE) * TILE_BYTES), min(depth, K - k_to)
+                length, asked = (following_k + per * SIDE - 1) // (per * SIDE) * TILE_BYTES, 0
+                for i in range(0, last - first, tall):
+                    rows, sums = min(tall, last - first - i), at(all_sums, i * CHUNK * SIDE if depth < K else 0)
+                    if last - first - i > LAST_ROWS:
+                        asked = 0
+                    for s in range(some, some if K else until):  # a weight without columns
+                        begin(at(sums, (s - some) * tall * SIDE), SIDE, rows, min(SIDE, O - s * SIDE), at(bias, s * SIDE))
+                    for k in range(k_from, k_to, BLOCK_K):
+                        _, tiles = tiles_of(K, k, per)
+                        weights = at(panels, k // (per * SIDE) * TILE_BYTES)
+                        here = at(xs, k // (per * SIDE) * TILE_BYTES * (high // SIDE) + (begun + i) // SIDE * tiles * TILE_BYTES)
+                        for s in range(some, until):
+                            target, start = at(sums, (s - some) * tall * SIDE), at(bias, s * SIDE)
+                            if k:
+                                start = target
+                            elif O - s * SIDE < SIDE:
+                                begin(line, 0, 1, O - s * SIDE, start)
+                                start = line
+                            start_row, size = SIDE if k else 0, at(sizes, k // BLOCK_K * high + begun + i)
+                            later = at(following, asked // length * strip + asked % length)
+                            if M > SIDE and k == k_from and k_to == K and not rounds:
+                                ask_to_write(at(y, (first + i) * y_row + s * SIDE), y_row, rows)
+                            if INTEGERS and M == 1:
+                                lone(target, start, here, plane, at(weights, s * strip), tiles, at(scale, s * SIDE), size)
+                            elif INTEGERS:
+                                if M <= SIDE:
+                                    bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
+                                else:
+                                    bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles, later)
+                                    asked += tiles * ASKS // 2 * LINE
+                                add_scaled(target, start, start_row, apart, at(scale, s * SIDE), size, rows)
+                            elif M == 1:
+                                before = flush()
+                                lone_pairs(target, start, here, at(weights, s * strip), tiles)
+                                restore(before)
+                            elif rows > SIDE:
+                                two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, later)
+                                asked += tiles * ASKS * LINE
                             else:
-                                bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(following, asked))
-                                asked += tiles * ASKS // 2 * LINE
-                            add_scaled(target, start, start_row, apart, at(scale, s * SIDE), size, rows)
-                        elif M == 1:
-                            before = flush()
-                            lone_pairs(target, start, here, at(weights, s * strip), tiles)
-                            restore(before)
-                        elif rows > SIDE:
-                            two(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(following, asked))
-                            asked += tiles * ASKS * LINE
-                        else:
-                            one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
-                corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
-                for r in range(rows):
-                    here_y = line if rounds else at(corner, r * y_row)
-                    write_row(at(sums, r * SIDE), GROUP * SIDE, here_y, columns, adds, function)
-                    if rounds:
-                        for c in range(columns, BLOCK_K):
-                            line[c] = 0
-                        lower = rounds_rows // SIDE * ((O + per * SIDE - 1) // (per * SIDE)) * TILE_BYTES
-                        round_line(line, INTEGERS, bytes_(rounds), lower, rounds_rows, O, first + i + r, some * SIDE)
+                                one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
+                    corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
+                    for r in range(rows if k_to == K else 0):
+                        here_y = line if rounds else at(corner, r * y_row)
+                        write_row(at(sums, r * SIDE), tall * SIDE, here_y, columns, adds, function)
+                        if rounds:
+                            for c in range(columns, BLOCK_K):
+                                line[c] = 0
+                            lower = rounds_rows // SIDE * ((O + per * SIDE - 1) // (per * SIDE)) * TILE_BYTES
+                            round_line(line, INTEGERS, bytes_(rounds), lower, rounds_rows, O, first + i + r, some * SIDE)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()

@@ -17,14 +17,12 @@ from numba import types
 from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, widened
 from opt_fast.gemm_amx import (
     BYTES_OF,
-    CHUNK,
     INDEX,
     OF_WEIGHTS,
     OF_X,
     SIDE,
     TILE_BYTES,
     VECTOR,
-    WEIGHT_BYTES,
     add_scaled_to,
     configure,
     release,
@@ -62,6 +60,7 @@ from opt_fast.rowwise import FUNCTIONS
 
 DEEP = 4 * SIDE  # numbers of k in a tile's row, at most
 STRIPS = COLUMNS // SIDE  # of a panel
+MOST_STRIPS, WEIGHT_BYTES = 32, 600 << 10  # that are unpacked together: they stay in the second-level cache
 PER = 4  # numbers in a word
 SHAPES = {group: tile_shapes(SIDE, group // PER) for group in (DEEP // 2, DEEP)}
 SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # what gives a sign to those that have none in a word
@@ -77,7 +76,7 @@ class PackedNibbles(PackedIntegers):
     @property
     def abreast(self) -> int:
         """Panels that are unpacked together."""
-        return max(1, min(CHUNK, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
+        return max(1, min(MOST_STRIPS, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
 
     def needed(self, M: int) -> int:
         """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, and x's block."""

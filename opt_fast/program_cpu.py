@@ -30,7 +30,7 @@ from opt_fast.rowwise import ADD, CHUNK, PICK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
-WIDTH = ARGUMENTS + 25  # of a table, at most
+WIDTH = ARGUMENTS + 26  # of a table, at most
 
 
 def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache, way: Forward) -> np.ndarray | None:

@@ -35,10 +35,11 @@ from opt_np.kv_cache import KVCache
 assert gemm_amx.UNIT == unit, gemm_amx.UNIT
 assert "tiles of bfloat16 and int8 (AMX)" in ops_cpu.description()
 bfloat16, rng, found = ml_dtypes.bfloat16, np.random.default_rng(0), {}
-gemm_amx.X_BYTES = 60 << 10  # small blocks of rows: the emulation is slow
+gemm_amx.X_BYTES, gemm_amx.DEPTH = 60 << 10, gemm.BLOCK_K  # small blocks of rows, and of k: the emulation is slow
 
 many, wide = 2 * GROUP + 37, 16 * gemm_amx.CHUNK + 5
-for M, I, O, turned in ((1, 1, 1, False), (8, 50, 21, True), (3, 17, 70, False), (20, 400, 33, False), (many, 70, wide, True)):
+cases = ((1, 1, 1, False), (8, 50, 21, True), (3, 17, 70, False), (20, 400, 33, False), (many, 70, wide, True), (many, 800, 21, False))
+for M, I, O, turned in cases:
     x, weight, bias = rng.normal(size=(M, I)).astype(np.float32), rng.normal(size=(O, I)).astype(bfloat16), rng.normal(size=O).astype(np.float32)
     x[0] *= 1000
     given = np.asfortranarray(x) if turned else x
