@@ -1,1 +1,1 @@
-"""The fast path under opt_np's model function: backend="cpu" (ops_cpu.py), and the benchmark (bench.py)."""
+"""Fast backends for opt_np's model function: "cpu" (ops_cpu.py) and "cuda" (ops_cuda.py), the engine (engine.py), the benchmarks (bench*.py)."""

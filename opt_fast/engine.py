@@ -1,12 +1,12 @@
-"""Many requests at once: each round reads the newest token of every text that is being continued, and a piece of the prompts that wait to be read.
+"""Continuous batching: each round runs the newest token of every text being continued, and a piece of the prompts that are still unread.
 
     engine = Engine(model)
     handles = [engine.submit([ids], max_new_tokens=50) for ids in prompts]
     for step in handles[0]: ...
 
 A request says what model.stream or model.generate says when it is alone, to the last bit: opt_np.generate decodes and asks for readings, the engine
-answers the readings of all requests together, and nothing in a row's numbers depends on its neighbours. Keys and values stand in pages
-(paged_cache.py). The engine has no thread of its own: whoever waits for a step does rounds until it is there.
+answers the readings of all requests together, and no row's result depends on its neighbours. Keys and values are kept in pages (paged_cache.py).
+The engine has no thread of its own: a caller that waits for a step runs rounds until it is there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNREAD = 16  # steps that a request keeps with all their logits until someone ta
 
 
 class Reader:
-    """opt_np.reader.Reader over pages: rows without their padding. What rows have in common from their beginning on is read once, and shared."""
+    """opt_np.reader.Reader over pages, without padding. A prefix that rows have in common is computed once, and shared."""
 
     def __init__(self, machine: Any, first: int) -> None:
         self.machine, self.first = machine, first
@@ -92,7 +92,7 @@ class Reader:
 
 
 class Params(dict):
-    """Parameters of a backend, and the machines that serve them and have nothing to do at present: what they have written down is used again."""
+    """A backend's parameters, and the idle machine over them, if any: the next call reuses its pages and programs instead of building them."""
 
     def __init__(self, tree: dict) -> None:
         super().__init__(tree)
@@ -192,7 +192,7 @@ class Engine:
     dtype        of keys and values. On the CPU what attention multiplies, float32, or in models of 16, 8 or 4 bits bfloat16 where the processor can;
                  float16 and bfloat16 instead of float32 take half the memory, and then results differ from model.generate's.
                  On a GPU the model's own, and no other
-    chunk        tokens of prompts that are read in a round, at most: so long does a prompt hold up the others
+    chunk        tokens of prompts that are read in a round, at most: this bounds how long a prompt delays the others
 
     The model's parameters must stay as they are. Raises ValueError.
     """

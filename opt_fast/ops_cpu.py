@@ -1,4 +1,4 @@
-"""The operations of opt_np.ops on the CPU's vector units: the same names, arguments and meaning, in float32, with Numba beneath.
+"""The operations of opt_np.ops on the CPU's vector units: the same names, arguments and meaning, on float32 arrays, in Numba.
 
 Same bits: a row's numbers do not depend on the batch around it, on padding, on the number of threads, or on how a prompt was cut into the cache,
 as long as backend, dtype and machine stay the same. Weights may be stored in float32, float16 or bfloat16. `pack` lays the matrices out once, after

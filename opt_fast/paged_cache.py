@@ -1,9 +1,9 @@
 """Keys and values in pages of PAGE tokens: allocated once, handed out one by one, and shared by rows that begin alike.
 
-A row holds a list of pages. Rows that go on from the same text hold the same ones, and a page that others hold too is copied before it is written
-to. A full page is known by its ids and by the page before it, hence by all the text up to its end: whoever begins with the same text takes it
-instead of computing it. That is exact, for a token's keys and values have the same bits whoever reads it. A known page that nobody holds any more
-stays until its place is needed, the longest unused first.
+A row holds a list of pages. Rows that continue the same text hold the same pages; a page with other holders is copied before it is written to
+(copy on write). A full page is indexed by its ids and the page before it, hence by all the text up to its end: a row that begins with the same text
+takes it instead of computing it (prefix cache). That is exact: a token's keys and values have the same bits whichever row computes them. An indexed
+page without holders stays until its place is needed; the least recently used goes first.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""A pass through all blocks, or through the whole model, in a single call: a step of decoding, one new token for each row, or many of a prompt.
+"""All blocks, or the whole model, in a single call from Python: for a decoding step (one new token per row) or for many tokens of a prompt.
 
-With one row, the products of a block take less time than what Python needs to start them. So the kernels that ops_cpu would start one after the
-other are written down beforehand, each with its table, and one loop runs the list on all threads: a thread that finds no task left in a kernel waits
-until those that were taken are done, then goes on to the next. They are the same kernels in the same order, so the numbers are the same bits.
-A thread waits for tasks, not for threads: it does not matter how many come. The list is kept, and only what changes from token to token is written
-into it: where the rows' keys stand (attention_cpu.Rows), in a KVCache or in pages. Reading a prompt, what is spared is memory that is new at every
-kernel, and additions by one thread.
+With one row, starting a block's products from Python takes longer than the products. So the kernels that ops_cpu would call one by one are recorded
+once as a list (a Program), each with its table of arguments, and one call runs the list on all threads. A thread that finds no task left in a kernel
+waits until the tasks already taken are done, then moves to the next. The kernels and their order are the same, so the results are the same bits.
+Threads wait for tasks, not for each other, so any number of them may join. Between tokens only what changes is written into the tables: where each
+row's keys are (attention_cpu.Rows), in a KVCache or in pages. For a prompt the gain is that buffers are reused and additions run on all threads.
 
-Between two tokens Python takes as long as a block does, or two. Where greedy search goes on, the list is run several times before Python looks: then
-it begins with looking up the tokens and ends with picking the best ones, and what moves on from token to token moves by a fixed step.
+Between two tokens Python costs as much time as one or two blocks. In greedy search the list therefore runs several times before Python looks: it then
+begins with the token lookup and ends with the argmax, and whatever changes from token to token advances by a fixed stride.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""OPT in NumPy: forward, backward, decoding, checkpoints. The public names are imported when first used (PEP 562), so that starting is fast."""
+"""OPT in NumPy: forward, backward, decoding, checkpoints. Public names are imported on first use (PEP 562), to keep start-up fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What NumPy's arrays and torch's tensors do not do alike; everywhere else the same lines serve both."""
+"""The few operations that differ between NumPy arrays and torch tensors; everywhere else the same code runs on both."""
 
 from __future__ import annotations
 

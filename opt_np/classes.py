@@ -48,13 +48,16 @@ class OPTPreTrained:
             raise CheckpointError(f"the parameters have no {missing}, which {type(self).__name__} needs")
         self.config, self.ops = config, load_ops(backend)
         self.params = self.ops.pack(params)
-        self.generation_config = generation_config or {}  # generation_config.json: what generate does unless told otherwise
+        self.generation_config = generation_config or {}  # generation_config.json: this checkpoint's defaults for generate
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
                         quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0,
                         strict: bool = False, stream_layers: bool = False) -> Any:  # fmt: skip
         """Reads a folder, or a hub id at a revision: from the cache, else from the hub.
+
+        dtype is that of the weights in memory: float32, also float64 with backend "numpy", also float16 and bfloat16 with "cpu" and "cuda".
+        backend may also be "auto": "cpu" where Numba is installed, else "numpy".
 
         new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. strict refuses NaN and infinite weights, which
         are otherwise warned of. quantize is "int8" or "int4": matrices become whole numbers as they are read (quantize.py).
@@ -128,7 +131,8 @@ class OPTPreTrained:
 
     def _loss(self, name: str, logits: Any, *labels: Any) -> Any:
         """The loss of this name in grad.py, or the backend's own, through which autograd goes."""
-        found = getattr(getattr(self.ops, "losses", grad), name)(logits, *labels)
+        losses = getattr(self.ops, "losses", grad)
+        found = getattr(losses, name)(logits, *labels)
         found = found[0] if isinstance(found, tuple) else found  # grad.py's may bring the gradient along
         return np.float64(found) if isinstance(found, float) else found
 

@@ -167,7 +167,7 @@ GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
 
 
 def generate(prompt: str, explain: int | None = None, **options: Any) -> None:
-    from opt_np.generate import room
+    from opt_np.generate import most_tokens
     from opt_np.settings import resolve
 
     language_model, tokenizer = load(**{name: options.pop(name) for name in HOW_TO_LOAD})
@@ -179,7 +179,7 @@ def generate(prompt: str, explain: int | None = None, **options: Any) -> None:
         settings = resolve(options, language_model.generation_config, cfg)
     if settings.max_new_tokens is None and settings.max_length is None:
         kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[settings.overflow]  # of the prompt: sliding, all fits
-        options["max_new_tokens"] = max(1, min(100, room(cfg, settings) - kept))
+        options["max_new_tokens"] = max(1, min(100, most_tokens(cfg, settings) - kept))
     if explain is not None:
         print(*language_model.explain(ids, explain, tokenizer, **options), sep="\n\n")
     elif settings.beams or settings.num_return_sequences > 1:

@@ -1,4 +1,4 @@
-"""FlashAttention-2 in NumPy: tiled attention, forward and backward, in O(T) memory. The specification of every kernel in opt_fast.
+"""FlashAttention-2 in NumPy: tiled attention, forward and backward, in O(T) memory. The reference for every attention kernel in opt_fast.
 
 Symbols of the paper (arXiv:2307.08691): Q, K, V, O; scores = scale·Q Kᵀ and P = softmax(scores), never whole; m and l, each query's running
 maximum and sum; L = m + log l, all that the backward pass needs to make P again; Br and Bc, rows and columns of a tile.
@@ -23,7 +23,7 @@ def attention(Q: np.ndarray, K: np.ndarray, V: np.ndarray, scale: float, visible
     O, L = np.zeros_like(Q), np.full(T, -np.inf, Q.dtype)
     for i in range(0, T, Br):
         rows = slice(i, min(i + Br, T))
-        m, l, acc = L[rows].copy(), np.zeros_like(L[rows]), np.zeros_like(O[rows])
+        m, l, acc = L[rows].copy(), np.zeros_like(L[rows]), np.zeros_like(O[rows])  # L is still -inf: the maximum over no keys
         for j in range(0, S - T + rows.stop, Bc):  # tiles that lie wholly above the diagonal are never reached
             cols = slice(j, min(j + Bc, S))
             scores = tile_scores(Q, K, scale, visible, rows, cols, S - T)  # (Br, Bc)

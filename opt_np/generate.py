@@ -1,6 +1,7 @@
-"""Decoding: from logits to tokens, one step at a time. Names, order and defaults are HF's GenerationMixin's (transformers 5).
+"""Decoding: from logits to tokens, one step at a time. Option names, order and defaults are those of HF's GenerationMixin (transformers 5).
 
-A row's random numbers depend on (seed, row, step) alone, so that what a row says does not change with its neighbours.
+The way of a call: `generate` → `prepare` (checks) → `decode` → `steps`, which asks `pick` for a token per row; `pick` yields a Reading (reader.py)
+and is sent the logits. Random numbers depend on (seed, row, step) alone, so a row's text does not depend on its neighbours.
 The options are in settings.py, what changes the scores in processors.py, beam search in beam.py, contrastive search in contrastive.py.
 """
 
@@ -33,13 +34,13 @@ Pick = Callable[[np.ndarray, np.ndarray, int], Generator[Reading, Answer, tuple[
 
 @dataclass
 class Request:
-    """A checked request: the prompt as it came, and padded on the left, and all that decoding it needs."""
+    """A validated request: the prompt as given (`prompt`) and left-padded (`ids`, `mask`), and everything needed to decode it."""
 
     settings: Settings
     prompt: np.ndarray  # (B, T)
     ids: np.ndarray  # (B, T)
     mask: np.ndarray  # (B, T)
-    new: int
+    new: int  # tokens to generate, at most
     seed: int
     reader: Reader
     ended: Callable[[np.ndarray], np.ndarray]  # ids (N, T) -> (N): whether the last token ends the row
@@ -70,7 +71,8 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     mask = prompt_mask(input_ids, attention_mask, s.pad_token_id, s.eos_token_id)
     new = new_tokens(input_ids, mask, cfg, s)
     prompt, (ids, mask) = input_ids, left_padded(input_ids, mask)
-    kept = room(cfg, s) - new if s.overflow == "truncate_left" else ids.shape[1]  # of each row's prompt
+    kept = most_tokens(cfg, s) - new if s.overflow == "truncate_left" else ids.shape[1]  # of each row's prompt
+    # what the reader reads from, its first column; and rows and tokens, to allocate for
     first = max(int(mask.any(0).argmax()), ids.shape[1] - kept)
     most = len(ids) * max(s.num_beams, s.num_return_sequences), min(ids.shape[1] - first + new, cfg.max_position_embeddings)
     reader = getattr(ops, "reader", Reader)(params, cfg, ops, first, most)
@@ -80,7 +82,7 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
 
 
 def choose(scores: Any, draws: list[float]) -> np.ndarray:
-    """Inverts each row's cumulative distribution at its random number in [0, 1); scores that are elsewhere may do so there.
+    """Draws a token per row by inverting its cumulative distribution at a number in [0, 1); scores on a GPU may do it there.
 
     scores: (N, V);  draws: (N)  ->  (N)
     """
@@ -94,10 +96,11 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
     """Greedy search, or sampling; `tap` sees the scores after each processor."""
     s = request.settings
     n, ends, processors = s.num_return_sequences, tuple(s.eos_token_id), request.chain(s.num_return_sequences)
+    # The best logit decides, so a reader may run ahead of Python. These two processors only remove ends, and at an end it stops anyway.
     greedy = not s.do_sample and all(name in ("min_length", "min_new_tokens") for name, _ in processors)
 
     def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Answer, tuple[np.ndarray, np.ndarray]]:
-        _, logits = yield Reading(ids, mask, copies=1 if step else n, likely=(request.new - step - 1) * greedy, ends=ends)
+        _, logits = yield Reading(ids, mask, copies=1 if step else n, likely=request.new - step - 1 if greedy else 0, ends=ends)
         scores, best = process(processors, logits, ids, tap)
         if not s.do_sample:
             return best, logits
@@ -115,7 +118,7 @@ class Step:
 
     ids: np.ndarray
     finished: np.ndarray
-    active: np.ndarray = field(repr=False)
+    active: np.ndarray = field(repr=False)  # rows that had not finished before this step
     scores: Any = field(repr=False)  # logits, wherever they are
     text: list[str] | None = None
 
@@ -159,13 +162,13 @@ def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iter
 
 
 def no_beams(s: Settings) -> None:
-    """Raises ValueError where beams are asked for, which have no steps to tell."""
+    """Raises ValueError for beam search, which cannot be streamed."""
     if s.beams:
         raise ValueError(f"num_beams={s.num_beams}: beam search knows no token before its end; use generate, or num_beams=1")
 
 
 def decode(request: Request) -> Decoding:
-    """The way of decoding that the settings choose: it finds Steps, or, with beams, all new tokens at the end."""
+    """The generator that the settings select. It yields Steps, or, with beams, one array of all new tokens at the end."""
     if request.settings.beams:
         return beam.search(request)
     return steps(request, contrastive.picker(request) if request.settings.contrastive else picker(request))
@@ -196,7 +199,7 @@ def pieces(detokenizer: Any, token: int, active: bool, last: bool) -> str:
 
 
 def generate(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> np.ndarray:
-    """The prompts, each num_return_sequences times, with what `stream` or beam search adds; rows that finished early are filled with pad_token_id.
+    """The prompts, each num_return_sequences times, followed by their new tokens; rows that finish early are filled with pad_token_id.
 
     input_ids: (B, T)  ->  (B·n, T + new)
     """
@@ -224,8 +227,8 @@ def prompt_mask(input_ids: np.ndarray, attention_mask: Any, pad: int | None, eos
     return mask
 
 
-def room(cfg: OPTConfig, s: Settings) -> int:
-    """Tokens that prompt and continuation may have: the last is never fed back and needs no position, unless contrastive search looks at it."""
+def most_tokens(cfg: OPTConfig, s: Settings) -> int:
+    """The most tokens of prompt and continuation together: the last is never fed back and needs no position, except in contrastive search."""
     return cfg.max_position_embeddings + (0 if s.contrastive else 1)
 
 
@@ -234,10 +237,10 @@ def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, s: Setti
     longest, limit, T = int(mask.sum(1).max()), cfg.max_position_embeddings, input_ids.shape[1]
     if not mask.any(1).all():
         raise ValueError(f"row {int((~mask.any(1)).argmax())} of the prompt is all padding; generation continues at least one token")
-    fits = {"error": room(cfg, s) - longest, "truncate_left": room(cfg, s) - 1, "slide": None}[s.overflow]
+    fits = {"error": most_tokens(cfg, s) - longest, "truncate_left": most_tokens(cfg, s) - 1, "slide": None}[s.overflow]
     new = s.max_new_tokens if s.max_new_tokens is not None else s.max_length - T if s.max_length is not None else None
     if new is None:
-        new = DEFAULT_NEW_TOKENS if fits is None else min(DEFAULT_NEW_TOKENS, max(limit - T, 1) if s.overflow == "error" else fits)
+        new = min(DEFAULT_NEW_TOKENS, {"error": max(limit - T, 1), "truncate_left": fits, "slide": DEFAULT_NEW_TOKENS}[s.overflow])
     if new < 1:
         asked = f"max_new_tokens={s.max_new_tokens}" if s.max_new_tokens is not None else f"max_length={s.max_length}"
         raise ValueError(f"nothing to generate: {asked}, and the prompt has {T} tokens")

@@ -1,9 +1,9 @@
-"""The backward pass, by hand: for each forward function a pair *_fwd, *_bwd.
+"""The backward pass, written by hand: each forward function has a pair *_fwd, *_bwd.
 
-`x_fwd` calls the one true op and also returns `saved`, what its backward needs; `x_bwd(dy, saved)` returns the gradient of the input and,
-where there are parameters, their gradients in a tree like theirs. A gradient of y is called dy. Dropout lives here alone: without an rng
-nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. The gradients of attention, LayerNorm, the activation and the
-loss stand in ops.py, for a backend has its own. Axes as in model.py; F ffn_dim.
+`f_fwd` calls the same op as model.py and also returns `saved`, what its backward needs; `f_bwd(dy, saved)` returns the gradient of the input and,
+where there are parameters, their gradients in a tree of the same shape. The gradient of y is called dy. Dropout exists only here: without an rng
+nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. The formulas for attention, LayerNorm, the activation and
+the loss are in ops.py, because each backend has its own. Axes as in model.py; F is ffn_dim.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from opt_np.config import POSITION_OFFSET, OPTConfig
 from opt_np.model import Layout, embeddings, id_array, label_array, make_layout, no_tap
 from opt_np.ops import cross_entropy
 
-IGNORED = -100  # a label that asks for nothing
-LOGIT_ROWS = 1024  # tokens whose logits exist at one time
+IGNORED = -100  # the label of a position without a target
+LOGIT_ROWS = 1024  # the loss is computed for this many tokens at a time, to bound the memory of their logits
 
 
 # ---- operations --------------------------------------------------------------------------------------------------------------------------
 
 
 def embed_bwd(dx: np.ndarray, ids: np.ndarray, dweight: np.ndarray, padding_idx: int | None = None) -> np.ndarray:
-    """Adds to each row of dweight, in place, the gradients of its uses; torch's padding_idx gathers none.
+    """Adds each use's gradient to its row of dweight, in place; the row padding_idx gets none, as in torch.
 
     dx: (*N, D);  ids: (*N);  dweight: (V, D)  ->  (V, D)
     """
@@ -147,7 +147,7 @@ def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
     """dy: (B, T, D)  ->  (B, T, D), gradients of the four projections"""
     h, p, attn, out_proj, ops = saved
     dO, d_out = linear_bwd(dy, out_proj)
-    dqkv = attention_bwd(dO.reshape(attn[0].shape), attn)
+    dqkv = attention_bwd(dO.reshape(attn[0].shape), attn)  # attn[0] is q
     dh, dp = np.zeros_like(h), {}
     for name, d in zip(("q_proj", "k_proj", "v_proj"), dqkv, strict=True):
         dh_, dp[name] = linear_bwd(d.reshape(h.shape), (h, p[name], ops))
@@ -231,7 +231,7 @@ def decoder_fwd(
 
 
 def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
-    """Gradients of the decoder's tree, beside the head's; the tied matrix, first layer and last, collects both.  dx: (B, T, W)"""
+    """Gradients of the decoder, merged with the head's; a tied token matrix sums those of embedding and head.  dx: (B, T, W)"""
     input_ids, layout, cfg, project_in, layers, norm, project_out = saved
     grads: dict[str, Any] = dict(d_head)
     if project_out is not None:

@@ -8,20 +8,20 @@ import numpy as np
 
 from opt_np.arrays import empty
 
-AT_ONCE = 512  # tokens for which room is made before they come, at least: a text that ends early should not have cost room for all that was allowed
+AT_ONCE = 512  # spare tokens allocated at first: up to `capacity`, but no more than this (or than the prompt, if longer), as a text may end early
 
 
 class KVCache:
-    """Keys and values per layer, (B, S, H, Dh), unscaled; grows by doubling, so that adding a token copies nothing most of the time.
+    """Keys and values per layer, (B, S, H, Dh), keys unscaled; grows by doubling, so that adding a token rarely copies anything.
 
-    `length` is the number of positions held. `capacity`, if known, is what it will hold at most, and room for it is made early. Equals HF's
-    DynamicCache in content. Holds torch tensors as well: it makes arrays of the kind that it is given.
+    `length` is the number of positions held. `capacity`, if known, is the most it should ever hold, and growing does not overshoot it. Same
+    contents as HF's DynamicCache. Given torch tensors, it stores torch tensors.
     """
 
     def __init__(self, capacity: int = 0) -> None:
         self.length, self.capacity = 0, capacity
         self._layers: list[tuple[np.ndarray, np.ndarray]] = []  # capacity in axis 1
-        self.program: Any = None  # what a backend keeps from token to token
+        self.program: Any = None  # a backend's own state between tokens; NumPy has none
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Writes layer i's new keys and values after the past ones, and returns all of them.
@@ -56,7 +56,7 @@ class KVCache:
             )
         if keys.dtype != like.dtype:
             raise ValueError(f"this cache holds {keys.dtype}, and the new keys are {like.dtype}: another backend or dtype needs a cache of its own")
-        if keys.shape[1] < S:  # in all layers, whose rows lie equally far apart; one by one, so that only one is held twice
+        if keys.shape[1] < S:  # all layers grow at once, to keep equal strides; one by one, so only one is held twice
             for layer, (k, v) in enumerate(self._layers):
                 self._layers[layer] = self._grown(k, S), self._grown(v, S)
             keys, values = self._layers[i]
@@ -88,7 +88,7 @@ class KVCache:
         return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
 
     def _copied(self, a: np.ndarray, rows: Any) -> np.ndarray:
-        """Rows with what they hold and a little room: beams are copied at every step, and room costs time where the system clears large pages."""
+        """These rows, with room for at most 64 more tokens: beams are copied at every step, and allocating more costs time."""
         held = a[rows, : self.length]
         copy = empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a)
         copy[:, : self.length] = held

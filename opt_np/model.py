@@ -18,7 +18,7 @@ from opt_np.arrays import host
 from opt_np.config import POSITION_OFFSET, OPTConfig
 from opt_np.kv_cache import KVCache
 
-Tap = Callable[[str, Any], Any]  # tap(name, value) -> value: called at named points, to read or to replace what flows by
+Tap = Callable[[str, Any], Any]  # tap(name, value) -> value: called with each named activation; what it returns is used
 
 
 def no_tap(name: str, value: Any) -> Any:
@@ -57,12 +57,12 @@ def mask_array(attention_mask: Any) -> np.ndarray:
 
 
 def label_array(labels: Any) -> np.ndarray:
-    """The same of labels."""
+    """Labels as an array; raises ValueError for rows of different lengths."""
     return id_array(labels, "labels", "make them equally long")
 
 
 def check_ids(cfg: OPTConfig, input_ids: np.ndarray) -> None:
-    """Raises ValueError for what is no rows of ids in the vocabulary."""
+    """Raises ValueError unless input_ids is (B, T), T at least 1, of ids in the vocabulary."""
     if input_ids.ndim != 2 or (input_ids.size and input_ids.dtype.kind not in "iu"):
         raise ValueError(f"input_ids is {input_ids.dtype}{input_ids.shape}; it is whole numbers, (B, T): for one row pass [ids]")
     if not input_ids.size or input_ids.min() < 0 or input_ids.max() >= cfg.vocab_size:
@@ -71,7 +71,7 @@ def check_ids(cfg: OPTConfig, input_ids: np.ndarray) -> None:
 
 
 def make_layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = None, position_ids: Any = None, past: int = 0) -> Layout:
-    """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so that pads on the left move nothing.
+    """Positions count the real tokens of a row, as HF does: cumsum(mask)·mask - 1, so left padding does not shift them.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)
 
@@ -86,7 +86,7 @@ def make_layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = Non
             raise ValueError(
                 f"attention_mask is {mask.shape}; {past} cached and {T} new tokens of {B} rows want {(B, past + T)}: pass the whole mask"
             )
-        positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]
+        positions = (np.cumsum(mask, axis=1) * mask - 1)[:, past:]  # mask 0 0 1 1 1 -> positions -1 -1 0 1 2
         visible = None if mask.all() else mask.astype(bool)
     if position_ids is not None:
         positions = np.atleast_2d(host(position_ids))
@@ -104,9 +104,9 @@ def make_layout(cfg: OPTConfig, input_ids: np.ndarray, attention_mask: Any = Non
 
 
 def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap, kept: Any = ...) -> Any:
-    """h: (B, T, D)  ->  (B, T, D)"""
-    asking, heads = h[kept], (cfg.num_attention_heads, cfg.head_dim)  # all are asked
-    inputs = ("q_proj", asking), ("k_proj", h), ("v_proj", h)
+    """Queries come from h[kept], the last tokens (by default all: h[...] is h), keys and values from all of h.  h: (B, T, D)  ->  (B, T, D)"""
+    wanted, heads = h[kept], (cfg.num_attention_heads, cfg.head_dim)
+    inputs = ("q_proj", wanted), ("k_proj", h), ("v_proj", h)
     q, k, v = (tap(f"self_attn.{name}", ops.linear(x, **p[name])).reshape(*x.shape[:-1], *heads) for name, x in inputs)  # -> (B, T, H, Dh)
     if cache is not None:
         k, v = cache.extend(i, k, v)  # (B, T, H, Dh) -> (B, S, H, Dh)
@@ -116,7 +116,7 @@ def self_attention(h: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleT
         scores = tap("self_attn.attn_scores", ops.attention_scores(q, k, cfg.head_dim**-0.5, layout))  # (B, H, T, S), -inf where a key is hidden
         probs = tap("self_attn.attn_weights", ops.softmax(scores))
         O = tap("self_attn.attn_output", (probs @ v.swapaxes(1, 2)).swapaxes(1, 2))  # (B, H, T, Dh) -> (B, T, H, Dh)
-    return ops.linear(O.reshape(asking.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
+    return ops.linear(O.reshape(wanted.shape), **p["out_proj"])  # (B, T, H, Dh) -> (B, T, D)
 
 
 def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
@@ -130,7 +130,8 @@ def mlp(h: Any, p: dict, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
 def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleType, cache: KVCache | None, i: int, tap: Tap, kept: Any = ...) -> Any:
     """One transformer block. Pre-norm: x + f(LN(x)). Post-norm (opt-350m): LN(x + f(x)).  x: (B, T, D)  ->  (B, T, D)
 
-    All tokens have keys and values here; only x[kept], by default all, goes on. Equals HF's OPTDecoderLayer. Backward: grad.decoder_layer_bwd.
+    Keys and values are computed for all tokens; queries, and all that follows, for x[kept] alone (default: all). Equals HF's OPTDecoderLayer.
+    Backward: grad.decoder_layer_bwd.
     """
     pre = cfg.do_layer_norm_before
 
@@ -142,7 +143,7 @@ def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleTy
     x = tap("resid_mid", x[kept] + tap("self_attn", self_attention(h, p["self_attn"], cfg, layout, ops, cache, i, tap, kept)))
     x = x if pre else norm("self_attn_layer_norm", x)
 
-    h = norm("final_layer_norm", x) if pre else x
+    h = norm("final_layer_norm", x) if pre else x  # the block's second norm, by HF's name; the one after the last block is in `final`
     x = tap("resid_post", x + tap("fc2", mlp(h, p, cfg, ops, tap)))
     return x if pre else norm("final_layer_norm", x)
 
@@ -159,7 +160,7 @@ def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleTyp
             hidden_states: list | None = None, kept: Any = ...) -> Any:  # fmt: skip
     """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)
 
-    kept: an index of the last tokens of x, for whoever asks for no others: the last block then goes on with these alone.
+    kept: an index of the last tokens of x, if only their output is wanted: of the others the last block computes keys and values and no more.
     """
     T, last = x.shape[1], cfg.num_hidden_layers - 1
     for i, p in enumerate(params["layers"]):
@@ -179,8 +180,8 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, W)
 
-    With a cache, the mask covers past and new tokens; none means that all are real. `padding`: what stands at padding is wanted as well, which a
-    backend may leave at 0 otherwise. `kept`: an index of the last tokens, for whoever asks for no others. Equals HF's OPTModel.
+    With a cache, the mask covers past and new tokens; no mask means that all are real. `padding`: compute padded positions too; otherwise a backend
+    may leave them at 0. `kept`: an index of the last tokens, if only their output is wanted. Equals HF's OPTModel.
     """
     input_ids, tap = id_array(input_ids), tap or no_tap
     layout = make_layout(cfg, input_ids, attention_mask, position_ids, 0 if cache is None else cache.length)
@@ -210,7 +211,7 @@ def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None 
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, V)
 
-    logits_to_keep: the last so many positions only, or an array of positions; 0 keeps all (the logits of 2048 tokens are 400 MB).
+    logits_to_keep: an int n keeps the last n positions, an array keeps those positions; 0 keeps all (the logits of 2048 tokens are 400 MB).
     Raises ValueError as `make_layout` does. Equals HF's OPTForCausalLM. Backward: grad.loss_and_grads.
     """
     h = last_hidden_state(params, input_ids, cfg, cache, attention_mask, ops, position_ids, tap, hidden_states)

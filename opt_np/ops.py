@@ -1,7 +1,7 @@
-"""The operations of OPT in plain NumPy: the contract that every backend keeps, name for name.
+"""The operations of OPT in plain NumPy. Every backend is a module with these functions, under these names and signatures.
 
 N stands for any leading axes. The result has the dtype of the input: no op promotes float32 to float64.
-Backward passes are in grad.py; those that a backend does in its own way, attention's, LayerNorm's, the activation's and the loss's, stand here.
+Backward passes are in grad.py, except the four that backends replace with their own: attention, LayerNorm, the activation and the loss are here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ QUERY_BLOCK = 64  # query rows per block of attention: the block's scores stay i
 
 
 def description() -> str:
-    """What computes, for people."""
+    """This backend, described for a human reader."""
     return f"NumPy {np.__version__}"
 
 
@@ -59,7 +59,7 @@ def dequantized(weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | Non
     """The float32 matrix that a quantised one stands for: this is what int8 and int4 weights mean. quantize.py makes them.
 
     int8: weight (*N, I), times its row's scale (*N).  int4: weight (*N, I/2) of uint8 holds columns 2j and 2j + 1 in the lower and upper half of byte
-    j, each 0 to 15 for -8 to 7, times the scale (*N, G) of its group of 32 or 64 columns. Then times `columns` (I), which most have not.  ->  (*N, I)
+    j, each 0 to 15 for -8 to 7, times the scale (*N, G) of its group of 32 or 64 columns. Then times `columns` (I), if present.  ->  (*N, I)
     """
     if weight.dtype == np.int8:
         w = weight * scale[..., None]
@@ -71,7 +71,7 @@ def dequantized(weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | Non
 
 
 def group_size(I: int, groups: int) -> int:
-    """Columns of an int4 matrix that share a scale: a power of two; the last group may be short."""
+    """Columns of an int4 matrix that share a scale: ⌈I / groups⌉ rounded up to a power of two; the last group may be short."""
     return 1 << (-(-I // groups) - 1).bit_length()
 
 
@@ -126,7 +126,7 @@ def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = No
 
 
 def activation(x: np.ndarray, function: str) -> np.ndarray:
-    """relu, gelu in its exact form x·Φ(x), or gelu_new, GPT-2's, with a tanh near Φ.
+    """relu, gelu in its exact form x·Φ(x), or gelu_new, GPT-2's tanh approximation of it.
 
     x: (*N, F)  ->  (*N, F)
 
@@ -173,7 +173,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout:
 
 
 def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, layout: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """`attention`, and the log of each query's sum of exponentials, with which its weights can be made again: exp(score - L).
+    """`attention`, and L, the log-sum-exp of each query's scores, from which the backward pass recomputes the weights: exp(score - L).
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
     """
@@ -186,7 +186,7 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
 
 
 def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
-    """What `attention` takes the softmax of, whole: -inf where a key is hidden or in the future.
+    """The full score matrix, before `attention`'s softmax: -inf where a key is hidden or in the future.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)
     """
@@ -213,14 +213,14 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = No
 
 def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
                   layout: Any = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Gradients of `attention` by q, k and v; the weights are made again from L, block by block, so memory stays O(T).
+    """Gradients of `attention` by q, k and v; the weights are recomputed from L, block by block, so memory stays O(T).
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     for rows, P in _score_blocks(q, k, scale, layout):
-        P -= np.maximum(L[:, rows], np.finfo(q.dtype).min).swapaxes(1, 2)[..., None]  # scores, and from here weights
+        P -= np.maximum(L[:, rows], np.finfo(q.dtype).min).swapaxes(1, 2)[..., None]  # scores, until exp(scores - L). L is -inf where no key is seen
         np.exp(P, out=P)
         keys = slice(P.shape[-1])
         dO_, O_, q_, k_, v_ = (a.swapaxes(1, 2) for a in (dO[:, rows], O[:, rows], q[:, rows], k[:, keys], v[:, keys]))  # (B, H, ·, Dh)
@@ -308,7 +308,7 @@ def normal_cdf(x: np.ndarray) -> np.ndarray:
 
 
 def _erfc_coefficients(degree: int = 26) -> list[float]:
-    """Chebyshev coefficients of log(erfc(z)/t) + z² in u, where it is nearly a straight line."""
+    """Chebyshev coefficients of log(erfc(z)/t) + z² as a function of u, which is nearly a straight line and so needs few terms."""
 
     def smooth(u: Any) -> Any:
         t = (5 + 3 * u) / 8

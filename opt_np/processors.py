@@ -1,7 +1,7 @@
-"""Processors: what changes the scores between the model and the choice of a token. Each is a function scores, ids -> scores; `chain` has HF's order.
+"""Processors: functions (scores, ids) -> scores that run between the model and the choice of a token; `chain` lists them in HF's order.
 
-They see all of a row, the padding on its left included, except for the repetition penalty (HF 5.23 does the same).
-A removed token has the score -inf. Equal to HF's classes in transformers/generation/logits_process.py; ties are said where they matter.
+They see the whole row, its left padding included; only the repetition penalty skips padding (as HF 5.23). A removed token has score -inf. Equal to
+HF's classes in transformers/generation/logits_process.py; where ties matter, the docstring says how they are broken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Proc
 
     padding: (B)        how many ids on the left of each row are no text; `prompt`: tokens in the prompt, padding included.
     """
-    least = max(len(s.eos_token_id) + 1, 2) if s.beams else 1  # beams go on only from tokens that are not an end, and HF keeps two where none is
+    least = max(len(s.eos_token_id) + 1, 2) if s.beams else 1  # a beam needs a token that is not an end; as HF, at least two are kept
     words = [word for word in s.bad_words_ids if [*word] not in [[end] for end in s.eos_token_id]]  # HF's rule: an end is no bad word
     shortest = s.min_length if s.min_new_tokens is None else 0
     steps: list[tuple[str, bool, Processor]] = [
@@ -53,7 +53,7 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
     """Scores after every processor, and the best token of each row, the first of equal ones; `tap` sees the scores after each processor.
 
     scores: (B, V);  ids: (B, T)  ->  (B, V), (B)        Raises ValueError.
-    Rows come in runs of so many `beams`. Scores that are elsewhere may bring processors of their own, as `after`; to the others they are arrays.
+    Rows come in runs of so many `beams`. Scores on a GPU (scores_cuda.py) bring some processors of their own, as `after`; the others see arrays.
     """
     for name, processor in processors:
         own = scores.after(processor) if hasattr(scores, "after") else None
@@ -61,9 +61,9 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
         if tap:
             tap(name, np.asarray(scores))
     tokens = scores.argmax(-1)
-    best = scores.max(-1) if hasattr(scores, "after") else scores[np.arange(len(tokens)), tokens]  # where there is NaN, it is the best
+    best = scores.max(-1) if hasattr(scores, "after") else scores[np.arange(len(tokens)), tokens]  # argmax picks NaN if there is any
     good = np.isfinite(best)
-    good |= (best == -np.inf) & np.repeat(good.reshape(-1, beams).any(1), beams)  # of some beams, one may be without a way on
+    good |= (best == -np.inf) & np.repeat(good.reshape(-1, beams).any(1), beams)  # a beam may have no token left, if another of its prompt has
     if not good.all():
         raise ValueError(f"row {int((~good).argmax()) // beams} has no token to choose: the model's scores are NaN or infinite (are its weights? "
                          f"strict=True tells), or the options remove every token")  # fmt: skip
@@ -118,7 +118,7 @@ def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[i
 
 
 def temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Scores that are farther apart below 1, and nearer above.  scores: (B, V)  ->  (B, V)"""
+    """Divides the scores: below 1 the distribution sharpens, above 1 it flattens.  scores: (B, V)  ->  (B, V)"""
     return scores / temperature
 
 

@@ -1,4 +1,4 @@
-"""int8 and int4 weights: small leaves beside which nothing changes. opt_np.ops.linear says what they mean; opt_fast packs them.
+"""int8 and int4 weights: a matrix's leaf changes, and no other code. opt_np.ops.dequantized defines what they mean; opt_fast packs them.
 
 A matrix (O, I) becomes `weight`, whole numbers, and `scale`, what one of them is worth: for int8 a number for each row, for int4 one for each group
 of 32 or 64 columns of a row. Numbers are rounded to the nearest, one matrix at a time; no text is needed.

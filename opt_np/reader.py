@@ -1,7 +1,7 @@
-"""What decoding asks of the model: a way of decoding is a generator, and this is what it and the model say to each other.
+"""The protocol between decoding and the model. A decoding method (greedy, beams …) is a generator that never calls the model itself.
 
-It yields a Reading when it needs the model, is sent the hidden states and logits back, and yields what it has found. So whoever runs it may read for
-it alone, as `read` does with a Reader, or for many of them at once (opt_fast/engine.py).
+When it needs logits it yields a Reading, and is sent an Answer; anything else that it yields is a result. So its caller decides how the model runs:
+`read` answers one generator with a Reader; opt_fast/engine.py batches the readings of many.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from opt_np.model import last_hidden_state, lm_logits
 
 
 class Reading(NamedTuple):
-    """Rows to be read, as far as they were not read before."""
+    """A request to run the model on these rows, whole; the reader skips what its cache already holds."""
 
     ids: np.ndarray  # (N, T)
     mask: np.ndarray  # (N, T)
-    copies: int = 1  # rows come in runs of so many equal ones, and one of each is read
+    copies: int = 1  # each prompt's row appears this many times in succession; only one of them is run
     hidden: bool = False  # whether the last hidden states are wanted, too
-    likely: int = 0  # so many tokens more will be asked for, each the best by the logits before it, unless an end comes: a reader may read on
-    ends: tuple[int, ...] = ()
+    likely: int = 0  # how many more greedy steps will follow, unless an end comes: a reader may run them ahead
+    ends: tuple[int, ...] = ()  # ids at which those steps stop
 
 
 Answer = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), if wanted, and the logits that follow, (N, V) float32
@@ -36,10 +36,10 @@ Decoding = Generator[Any, Answer, None]  # yields Readings, and what it finds
 
 @dataclass
 class Reader:
-    """The model, and what it has read of rows that grow: a cache while they fit its positions; with "slide", the last of them read again each step.
+    """The model and a KV cache, for rows that grow. Past max_position_embeddings (overflow="slide") each step recomputes the last window, uncached.
 
-    `first` is the first column that it reads: padding that all rows share, and what "truncate_left" drops, stand before it. `most` is for how many
-    rows and tokens it should make room at once.
+    `first` is the first column that is read: before it are only padding shared by all rows, and what "truncate_left" drops. `most`: the most rows
+    and tokens to expect, for allocation.
     """
 
     params: dict
@@ -55,7 +55,7 @@ class Reader:
     def __call__(self, reading: Reading) -> Answer:
         ids, mask, copies, hidden, *_ = reading
         longest, start, cache = self.cfg.max_position_embeddings, self.first, self.cache
-        if ids.shape[1] - start > longest:  # nanoGPT's rule: positions restart at 0 with every token, and no key stays right
+        if ids.shape[1] - start > longest:  # as nanoGPT: the window restarts at position 0 at every step, so no cached key stays valid
             start, cache = ids.shape[1] - longest, KVCache()
         new, seen, kept = ids[::copies, start + cache.length :], mask[::copies, start:], ... if hidden else np.s_[:, -1:]
         h = last_hidden_state(self.params, new, self.cfg, cache, seen, self.ops, kept=kept)
@@ -72,8 +72,8 @@ class Reader:
 
 
 def read(decoding: Decoding, reader: Callable[[Reading], Answer]) -> Iterator[Any]:
-    """What a way of decoding finds, with a reader for it alone."""
-    answer: Any = None
+    """Runs one decoding generator to its end, answering its Readings with `reader`, and yields its results."""
+    answer: Any = None  # a generator's first send has to be None
     while True:
         try:
             found = decoding.send(answer)
