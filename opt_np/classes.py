@@ -50,6 +50,13 @@ class OPTPreTrained:
         self.params = self.ops.pack(params)
         self.generation_config = generation_config or {}  # generation_config.json: this checkpoint's defaults for generate
 
+    def __getstate__(self) -> dict:
+        """For copies, also in other processes: a module is copied as its name."""
+        return {**vars(self), "ops": self.ops.__name__}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, ops=importlib.import_module(state["ops"]))
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
                         quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -693,3 +694,14 @@ def test_where_nothing_can_be_kept_kernels_compile_all_the_same(tmp_path, monkey
     assert capsys.readouterr().err.count("cannot be kept") == 1
     assert list(tmp_path.rglob("*.nbi"))
     kernel.for_this_process.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cpu"])
+def test_a_model_is_copied_and_pickled(backend):
+    """Also after it has been used, when it keeps pages and programs; what is copied shares no parameter."""
+    model, ids = OPTForCausalLM(EXACT, CFG, backend=backend), small.ids(CFG, 1, 5)
+    text = model.generate(ids, max_new_tokens=4)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.ops is model.ops
+        assert again.params["layers"][0]["fc1"]["bias"] is not model.params["layers"][0]["fc1"]["bias"]
+        np.testing.assert_array_equal(again.generate(ids, max_new_tokens=4), text)
