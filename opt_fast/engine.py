@@ -209,7 +209,7 @@ class Engine:
         self.pool = self.machine.pool
         self.running: dict[Handle, None] = {}  # those with pages, in the order in which they asked for their readings
         self.waiting: list[Handle] = []  # in the order in which they came
-        self.number, self.turn, self.busy = 0, threading.Condition(), False
+        self.number, self.turn, self.busy = 0, threading.Condition(), 0  # busy: the thread that does a round
 
     def submit(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Handle:
         """A request, with everything that model.generate takes, checked now.  input_ids: (B, T)        Raises ValueError, TypeError."""
@@ -232,6 +232,7 @@ class Engine:
 
     def stream(self, handle: Handle) -> Iterator[Step]:
         """The request's steps, as model.stream yields them; a cancelled one's end. Raises what went wrong in this request, ValueError for beams."""
+        self._own(handle)
         generate.no_beams(handle.request.settings)
         return self._stream(handle)
 
@@ -248,6 +249,7 @@ class Engine:
 
     def result(self, handle: Handle) -> np.ndarray:
         """All of it, as model.generate returns it.  ->  (B·num_return_sequences, T + new)        Raises what went wrong in this request."""
+        self._own(handle)
         self._until(lambda: handle.done)
         if handle.error:
             raise handle.error
@@ -257,6 +259,7 @@ class Engine:
 
     def cancel(self, handle: Handle) -> None:
         """Stops a request and gives back its pages, at the end of the present round; no matter if it has finished already."""
+        self._own(handle)
         with self.turn:
             if not handle.done:
                 handle.done = handle.cancelled = True
@@ -270,22 +273,28 @@ class Engine:
         self._until(lambda: next(rounds))
         return bool(self.running or self.waiting)
 
+    def _own(self, handle: Handle) -> None:
+        if handle.engine is not self:
+            raise ValueError(f"request {handle.number} was submitted to another engine; ask that one")
+
     # ---- rounds --------------------------------------------------------------------------------------------------------------------------
 
     def _until(self, there: Callable[[], bool]) -> None:
         """Rounds, by this thread unless another is at it, until something is there."""
         while True:
             with self.turn:
+                if self.busy == threading.get_ident():
+                    raise RuntimeError("within a round, as in what the engine calls itself, no request can be waited for; submit and cancel work")
                 while not (ready := there()) and self.busy:
                     self.turn.wait()
                 if ready:
                     return
-                self.busy = True
+                self.busy = threading.get_ident()
             try:
                 self._round()
             finally:
                 with self.turn:
-                    self.busy = False
+                    self.busy = 0
                     self._sweep()
                     self.turn.notify_all()
 

@@ -113,7 +113,12 @@ def compiled(function: Any, types_: Signature) -> int:
             _elsewhere.pop(function).wait()
             found = kept(function, types_)
         if found is None:
-            made: Any = numba.cfunc(types_, cache=True)(function)
+            made: Any
+            try:
+                made = numba.cfunc(types_, cache=True)(function)
+            except OSError as error:  # a full disk, for one
+                not_kept(str(error))
+                made = numba.cfunc(types_)(function)
             found = made._library, made.address
         _libraries.append(found[0])
         return found[1]
@@ -148,6 +153,10 @@ def kept(function: Any, types_: Signature) -> tuple[Any, int] | None:
         return found and (found.library, found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name))
     except (ImportError, AttributeError, TypeError):
         return None
+    except Exception:  # a damaged file: whatever pickle makes of it
+        with suppress(OSError):
+            FunctionCache(function).flush()
+        return None
 
 
 @contextmanager
@@ -177,7 +186,7 @@ def can_be_written(folder: Path) -> bool:
 @functools.cache
 def for_this_process() -> Path:
     """A folder that is gone when Python ends."""
-    print("opt_fast: compiled kernels cannot be kept for the next run; set NUMBA_CACHE_DIR to a folder that can be written", file=sys.stderr)
+    not_kept("set NUMBA_CACHE_DIR to a folder that can be written")
     folder = tempfile.mkdtemp(prefix="opt_fast-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -258,7 +267,23 @@ def workspace(size: int) -> np.ndarray:
 @functools.cache
 def announce() -> None:
     """Says, once, why the first call takes seconds."""
-    print("opt_fast: compiling kernels for this processor; it takes some seconds, once for each kind of weights", file=sys.stderr)
+    say("compiling kernels for this processor; it takes some seconds, once for each kind of weights")
+
+
+@functools.cache
+def not_kept(why: str) -> None:
+    say(f"compiled kernels cannot be kept for the next run; {why}")
+
+
+def say(text: str) -> None:
+    """To stderr, where there is one that can be written."""
+    if sys.stderr:
+        with suppress(OSError, ValueError):
+            print(f"opt_fast: {text}", file=sys.stderr)
+
+
+# Threads do not survive a fork, and OpenMP's library ends a child that uses them: the child computes alone.
+os.register_at_fork(after_in_child=lambda: numba.set_num_threads(1))
 
 
 class _Announcer(event.Listener):

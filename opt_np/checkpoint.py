@@ -5,9 +5,11 @@ Reading renames and casts, and never computes: the arrays are the file's. A miss
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -242,6 +244,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open(path, "rb").close()  # safetensors calls a file that may not be read missing
         file, read = safe_open(path, framework="numpy"), 0
         names, twins = names_once(path), {kept: dropped for dropped, kept in (file.metadata() or {}).items() if dropped.endswith(TIED)}
         for name in names:
@@ -457,22 +460,43 @@ def float_type(dtype: str) -> np.dtype:
 
 def copy_small_files(source: Any, folder: str | Path) -> None:
     """Copies the tokenizer's files and generation_config.json, as many as there are, of a hub.Source."""
-    for path in (source.config / "generation_config.json", *(source.tokenizer / name for name in TOKENIZER_FILES)):
-        if path.exists():
-            write_atomically(Path(folder) / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+    paths = (source.config / "generation_config.json", *(source.tokenizer / name for name in TOKENIZER_FILES))
+    found = {path.name: path.read_bytes() for path in paths if path.exists()}  # all, before the first is written: one may be unreadable
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in found.items():
+        write_atomically(Path(folder) / name, lambda temporary, content=content: temporary.write_bytes(content))
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a process killed while writing leaves at most one behind
+    """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one, never half of one.
+
+    The temporary file is in a folder of its own, as safetensors makes another beside it; what killed processes left of theirs is removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not is_running(left.suffixes[-2][1:]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = folder / path.name
     try:
+        folder.mkdir()
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~UMASK)  # safetensors makes its files private
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~UMASK)  # safetensors makes its files private
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_running(name: str) -> bool:
+    """Whether the process that a temporary folder is named after is there."""
+    try:
+        os.kill(int(name.split("-")[0]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's; a name that is not ours
+        return True
+    return True
 
 
 def write_numpy(path: Path, values: Any) -> None:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,11 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns its exit status."""
-    warnings.showwarning = lambda message, *_, **__: print(f"opt-np: warning: {message}", file=sys.stderr)
+    if sys.stderr is None:  # closed by the shell; what prints to it, progress bars for one, expects a file
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" instead of ending the output
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     try:
         args = vars(build_parser().parse_args(argv))
         status = args.pop("run")(**args) or 0
@@ -28,16 +33,25 @@ def main(argv: list[str] | None = None) -> int:
         say_no_more()
         return 0
     except (ValueError, OSError, MemoryError) as error:  # DataError and CheckpointError are ValueErrors
-        print(f"opt-np: {'not enough memory: ' if isinstance(error, MemoryError) else ''}{error}", file=sys.stderr)
+        say(f"{'not enough memory: ' if isinstance(error, MemoryError) else ''}{error}")
+        return 1
+    except Warning as warning:  # under python -W error
+        say(f"warning: {warning}")
         return 1
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, for a GPU's memory
             raise
-        print(f"opt-np: not enough memory: {error}", file=sys.stderr)
+        say(f"not enough memory: {error}")
         return 1
     except KeyboardInterrupt:
-        print("opt-np: stopped", file=sys.stderr)
+        say("stopped")
         return 130
+
+
+def say(text: str) -> None:
+    """To stderr, where that can be written: nobody reading it must not end the work."""
+    with suppress(OSError):
+        print(f"opt-np: {text}", file=sys.stderr, flush=True)
 
 
 def say_no_more() -> None:
@@ -67,6 +81,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def named(text: str) -> str:
+    """An argument that names a file, a folder or a model; an empty one, of a shell's variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a name")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     from opt_np import cli_look  # which imports this module
 
@@ -94,7 +115,7 @@ def add_command(commands: Any, name: str, run: Any, help: str) -> argparse.Argum
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m; without it, the one beside the source"
+        "--model", type=named, default=None, metavar="MODEL", help="a folder or a hub id, facebook/opt-125m; without it, the one beside the source"
     )
     parser.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     parser.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
@@ -199,7 +220,7 @@ def add_logits(commands: Any) -> None:
     add_model(p)
     add_stream_layers(p)
     p.add_argument("--top", type=int, default=5, metavar="K", help="how many candidates to show")
-    p.add_argument("--out", default=None, metavar="FILE.npy", help="also save the logits, (tokens, vocabulary), as a NumPy file")
+    p.add_argument("--out", type=named, default=None, metavar="FILE.npy", help="also save the logits, (tokens, vocabulary), as a NumPy file")
 
 
 def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
@@ -210,14 +231,13 @@ def logits(text: str, top: int, out: str | None, **how_to_load: Any) -> None:
 
     if top < 1:
         raise ValueError(f"--top is {top}; it must be at least 1")
-    if out:
-        explore.check_out(out)
+    target = out and explore.check_out(out)
     language_model, tokenizer = load(**how_to_load)
     ids = tokenizer.encode(given(text))
     rows = host(language_model([ids]).logits)[0]  # (T, V)
     rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows  # a sum of probabilities needs more bits
-    if out:
-        checkpoint.write_numpy(Path(out), rows)
+    if target:
+        checkpoint.write_numpy(target, rows)
     log_p = rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
     print(f"{'token':>16}  logprob  likeliest next")
     for t, row in enumerate(log_p):
@@ -262,7 +282,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str, dt
 
 def add_download(commands: Any) -> None:
     p = add_command(commands, "download", download, "Fetch a model from the Hugging Face hub, or bring it up to date; a killed download goes on.")
-    p.add_argument("model", help="a hub id, such as facebook/opt-125m")
+    p.add_argument("model", type=named, help="a hub id, such as facebook/opt-125m")
     p.add_argument("--revision", default="main", help="a branch, a tag, a commit or refs/pr/N")
 
 
@@ -281,8 +301,8 @@ def add_convert(commands: Any) -> None:
     p = add_command(
         commands, "convert", convert, "Write a model of any layout as safetensors with config and tokenizer, as HF and this project read it."
     )
-    p.add_argument("model", help="a folder or a hub id")
-    p.add_argument("out", metavar="OUT", help="a new or empty folder")
+    p.add_argument("model", type=named, help="a folder or a hub id")
+    p.add_argument("out", type=named, metavar="OUT", help="a new or empty folder")
     p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"), help="of the weights; without it, as they are stored")
     p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     p.add_argument("--strict", action="store_true", help="refuse weights that are NaN or infinite, instead of warning")
@@ -294,15 +314,15 @@ def convert(model: str, out: str, dtype: str | None, revision: str | None, stric
     new_folder(out)
     source = hub.find(model, revision)
     params, cfg = checkpoint.load_from(source, None, strict)
-    checkpoint.save(out, params, cfg, dtype)
     checkpoint.copy_small_files(source, out)
+    checkpoint.save(out, params, cfg, dtype)
     print(written(out))
 
 
 def add_quantize(commands: Any) -> None:
     p = add_command(commands, "quantize", quantize, "Write a model with int8 or int4 matrices, and tell how far each is from what it was.")
-    p.add_argument("model", help="a folder or a hub id")
-    p.add_argument("out", metavar="OUT", help="a new or empty folder")
+    p.add_argument("model", type=named, help="a folder or a hub id")
+    p.add_argument("out", type=named, metavar="OUT", help="a new or empty folder")
     p.add_argument("--kind", default="int8", choices=("int8", "int4"), help="int8: a scale for each row; int4: for each group of a row")
     p.add_argument("--group-size", type=int, default=None, choices=(32, 64), help="columns that share a scale, of int4 (default: 32)")
     p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
@@ -326,8 +346,8 @@ def quantize(model: str, out: str, kind: str, group_size: int | None, revision: 
             bar.update()
 
         params, cfg = checkpoint.load_from(source, None, strict=True, quantizer=quantizer(kind, group_size, seen))
-    checkpoint.save(out, params, with_kind(cfg, kind, group_size))
     checkpoint.copy_small_files(source, out)
+    checkpoint.save(out, params, with_kind(cfg, kind, group_size))
     width = max(map(len, errors))
     print(f"{'matrix':<{width}}  relative error")
     print("\n".join(f"{name:<{width}}  {100 * error:.2f} %" for name, error in errors.items()))
@@ -335,8 +355,13 @@ def quantize(model: str, out: str, kind: str, group_size: int | None, revision: 
 
 
 def new_folder(out: str) -> None:
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise ValueError(f"{out} is there already and not an empty folder; choose another name, so that nothing is overwritten")
+    """Raises ValueError for one that cannot be made, or that holds anything, before anything is computed for it."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder; choose another name, so that nothing is overwritten")
+    above = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{folder} cannot be written: {above} is read-only here")
 
 
 def written(out: str) -> str:
@@ -345,7 +370,7 @@ def written(out: str) -> str:
 
 def add_verify(commands: Any) -> None:
     p = add_command(commands, "verify", verify, "Prove that this port computes the model: layer by layer against PyTorch, then by published numbers.")
-    p.add_argument("model", nargs="?", default=None, metavar="MODEL", help="a folder or a hub id (default: the model that comes with the source)")
+    p.add_argument("model", type=named, nargs="?", default=None, metavar="MODEL", help="a folder or a hub id (default: the shipped model)")
     p.add_argument("--revision", default=None, help="revision of the hub repository: a branch, a tag, a commit or refs/pr/N")
     p.add_argument("--backend", default="numpy", choices=("auto", "numpy", "cpu", "cuda"), help="what is tested; NumPy in float64, others in float32")
     p.add_argument("--golden", default=None, metavar="ID", help="the published model of which MODEL is an unchanged copy: facebook/opt-125m")
@@ -377,16 +402,16 @@ def add_train(commands: Any) -> None:
     d = Options(out="")
     source = p.add_argument_group("what to learn from")
     source.add_argument("--task", default=d.task, choices=CHOICES["task"], help="language model, text classification, question answering")
-    source.add_argument("--text", nargs="+", default=None, metavar="FILE", help="plain text files, or folders of .txt (lm)")
-    source.add_argument("--data", metavar="FILE", help="JSON lines: text | text, label | question, context, answer, answer_start")
-    source.add_argument("--eval-text", nargs="+", default=None, metavar="FILE", help="text to evaluate on (lm)")
-    source.add_argument("--eval-data", metavar="FILE", help="JSON lines to evaluate on")
-    source.add_argument("--model", metavar="MODEL", help="start from this checkpoint, a folder or a hub id, and its tokenizer")
+    source.add_argument("--text", type=named, nargs="+", default=None, metavar="FILE", help="plain text files, or folders of .txt (lm)")
+    source.add_argument("--data", type=named, metavar="FILE", help="JSON lines: text | text, label | question, context, answer, answer_start")
+    source.add_argument("--eval-text", type=named, nargs="+", default=None, metavar="FILE", help="text to evaluate on (lm)")
+    source.add_argument("--eval-data", type=named, metavar="FILE", help="JSON lines to evaluate on")
+    source.add_argument("--model", type=named, metavar="MODEL", help="start from this checkpoint, a folder or a hub id, and its tokenizer")
     shape = p.add_argument_group("a model from nothing")
     for name, help in (("vocab_size", "ids of the tokenizer to learn"), ("hidden_size", "width D"), ("num_layers", "blocks"), ("num_heads", "heads")):
         add_option(shape, d, name, help)
     run = p.add_argument_group("the run")
-    run.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint, log.jsonl and the state to resume from go")
+    run.add_argument("--out", type=named, required=True, metavar="DIR", help="where the checkpoint, log.jsonl and the state to resume from go")
     run.add_argument("--resume", action="store_true", help="go on from the state in --out")
     run.add_argument("--backend", default=d.backend, choices=CHOICES["backend"], help="compute backend; auto: cpu where Numba is installed")
     for name, help in (
@@ -453,7 +478,18 @@ def given(text: str) -> str:
     """A text of the command line, or standard input for "-", less the line break that ends it."""
     if text == "-" and sys.stdin is None:
         raise ValueError("- stands for standard input, and that is closed; give the text itself")
-    return sys.stdin.read().removesuffix("\n") if text == "-" else text
+    return standard_input().removesuffix("\n") if text == "-" else text
+
+
+def standard_input() -> str:
+    """All of it, read as a file is: UTF-8, with or without a mark in front, and any line breaks."""
+    if not hasattr(sys.stdin, "buffer"):
+        return sys.stdin.read()
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input cannot be read as UTF-8 text: {error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def find_model(model: str | None) -> str | Path:

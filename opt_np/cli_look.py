@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from opt_np.cli import HOW_TO_LOAD, add_command, add_model, add_stream_layers, find_model, given, load
+from opt_np.cli import HOW_TO_LOAD, add_command, add_model, add_stream_layers, find_model, given, load, named
 
 
 def add(commands: Any) -> None:
@@ -27,8 +27,8 @@ def add_trace(commands: Any) -> None:
     p.add_argument("--fused", action="store_true", help="the steps as the backend runs them, attention and mlp each in one")
     p.add_argument("--against", choices=AGAINST, help="compare with the same model on another backend, in another dtype, quantised, or in PyTorch")
     p.add_argument("--each", action="store_true", help="with --against: give each block the reference's input, to see what error it adds")
-    p.add_argument("--beside", metavar="MODEL", help="show the steps of another model beside these, of a GPT-2 or an OPT")
-    p.add_argument("--out", metavar="FILE.npz", help="also save every step's values, by name, as a NumPy file")
+    p.add_argument("--beside", type=named, metavar="MODEL", help="show the steps of another model beside these, of a GPT-2 or an OPT")
+    p.add_argument("--out", type=named, metavar="FILE.npz", help="also save every step's values, by name, as a NumPy file")
 
 
 def trace(text: str, fused: bool, against: str | None, each: bool, beside: str | None, out: str | None, **how: Any) -> None:
@@ -42,8 +42,7 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
         raise ValueError("--each goes with --against another backend, dtype or quantisation, and without --fused")
     if fused and beside:
         raise ValueError("--beside compares the unfused steps; leave out --fused")
-    if out:
-        explore.check_out(out)
+    target = out and explore.check_out(out)
     language_model, tokenizer = load(**how)
     text = given(text)
     ids = [tokenizer.encode(text)]
@@ -61,8 +60,8 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
         print(f"the worst is {t.short(found.worst.name)}, off by {found.worst.error:.1e}")
         return
     print(t.table(steps))
-    if out:
-        write_numpy(Path(out), {step.name: step.value for step in steps})
+    if target:
+        write_numpy(target, {step.name: step.value for step in steps})
         print(f"{out}: the values of {len(steps)} steps")
 
 
@@ -108,7 +107,7 @@ def add_score(commands: Any) -> None:
     p.add_argument("--window", type=int, default=None, metavar="N", help="tokens read at one time; without it the model's context, 2048 at most")
     p.add_argument("--stride", type=int, default=None, metavar="N", help="for a text longer than the window: each next one begins N tokens later")
     p.add_argument("--perplexity", action="store_true", help="instead of tokens, the text's perplexity by each convention that people publish")
-    p.add_argument("--reliability", default=None, metavar="FILE.png", help="also tell how far confidence is from how often it is right, and plot it")
+    p.add_argument("--reliability", type=named, default=None, metavar="FILE.png", help="also print and plot how far confidence is from being right")
     p.add_argument("--mc-dropout", dest="samples", type=int, default=None, metavar="N", help="also tell what N passes with dropout disagree about")
     p.add_argument("--with", nargs="+", default=None, metavar="MODEL", help="more models, after the text: report how much all disagree")
 
@@ -141,7 +140,7 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
 
 def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", default=None, help="the text; - reads it from standard input")
-    parser.add_argument("--file", default=None, metavar="FILE", help="read the text from this file instead")
+    parser.add_argument("--file", type=named, default=None, metavar="FILE", help="read the text from this file instead")
 
 
 def text_of(text: str | None, file: str | None) -> str:
@@ -162,15 +161,15 @@ def text_of(text: str | None, file: str | None) -> str:
 def add_embed(commands: Any) -> None:
     p = add_command(commands, "embed", embed, "Make a vector of each text, or find out which layer's vectors find the right document.")
     p.add_argument("texts", nargs="*", default=None, metavar="TEXT", help="the texts")
-    p.add_argument("--file", default=None, metavar="FILE", help="a text on each line; - for standard input")
+    p.add_argument("--file", type=named, default=None, metavar="FILE", help="a text on each line; - for standard input")
     add_model(p)
     add_stream_layers(p)
     p.add_argument("--layer", type=int, default=None, metavar="N", help="0 for the embeddings, -1, which is the default, for what the head reads")
     p.add_argument("--pooling", default="mean", choices=("mean", "last", "weighted", "max"), help="of its tokens; weighted: later ones count more")
     p.add_argument("--skip-bos", action="store_true", help="leave out the </s> in front")
     p.add_argument("--no-normalize", action="store_true", help="leave the vectors as long as they are")
-    p.add_argument("--out", default=None, metavar="FILE.npy", help="save the vectors, (texts, width), as a NumPy file instead of printing them")
-    p.add_argument("--sweep", default=None, metavar="FILE.jsonl", help="lines of {query, document}: how often each layer finds a query's document")
+    p.add_argument("--out", type=named, default=None, metavar="FILE.npy", help="save the vectors, (texts, width), as a NumPy file, not printed")
+    p.add_argument("--sweep", type=named, default=None, metavar="FILE.jsonl", help="lines of {query, document}: how often layers find the document")
 
 
 def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, skip_bos: bool, no_normalize: bool, out: str | None,
@@ -189,11 +188,10 @@ def embed(texts: list[str], file: str | None, layer: int | None, pooling: str, s
     if bool(texts) == (file is not None):
         raise ValueError("give texts, or --file FILE with one on each line")
     texts = texts or lines_of(file)
-    if out:
-        explore.check_out(out)
+    target = out and explore.check_out(out)
     found = e.embed_texts(*load(**how_to_load), texts, -1 if layer is None else layer, pooling=pooling, normalize=not no_normalize, skip_bos=skip_bos)
-    if out:
-        write_numpy(Path(out), found)
+    if target:
+        write_numpy(target, found)
         print(f"{out}: {len(found)} vectors of {found.shape[1]} numbers")
     else:
         print("\n".join(json.dumps({"text": text, "embedding": row.tolist()}) for text, row in zip(texts, found, strict=True)))
@@ -209,7 +207,7 @@ def add_explore(commands: Any) -> None:
     p.add_argument("text", help="the text; - reads it from standard input")
     add_model(p)
     add_stream_layers(p)
-    p.add_argument("--out", required=True, metavar="FILE.html", help="the page to write; one that is there is replaced")
+    p.add_argument("--out", type=named, required=True, metavar="FILE.html", help="the page to write; one that is there is replaced")
 
 
 def explore(text: str, out: str, **how_to_load: Any) -> None:
@@ -229,7 +227,7 @@ def add_plan(commands: Any) -> None:
 
     p = add_command(commands, "plan", plan, "Estimate the memory and the least time of a generation, without loading the model.")
     sizes = ", ".join(f"opt-{size}" for size in SIZES)
-    p.add_argument("--model", required=True, help=f"one of {sizes}; or a folder or hub id, of which config.json is read")
+    p.add_argument("--model", type=named, required=True, help=f"one of {sizes}; or a folder or hub id, of which config.json is read")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once")
     p.add_argument("--prompt", type=int, default=None, metavar="N", help="tokens of each prompt; without it 512, or what the context holds")
     p.add_argument("--gen", type=int, default=128, metavar="N", help="new tokens of each row")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -188,14 +189,17 @@ def base64_of(array: np.ndarray) -> str:
 
 
 def check_out(path: str | Path) -> Path:
-    """Where a file can be written. Raises ValueError for a folder, for a device, and for a folder that is not there."""
-    path = Path(path)
+    """Where a file can be written, which for a link is what it leads to. Raises ValueError for a folder, a device, a folder that is not there or that
+    cannot be written."""
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the file to write in it")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file that can be replaced; name one")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {path.parent} is read-only here")
     return path
 
 

@@ -63,6 +63,7 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"input_ids is {input_ids.shape}; generation continues at least one token per row, (B, T): for one prompt pass [ids]")
     check_ids(cfg, input_ids)
+    input_ids = input_ids.astype(np.int64, copy=False)  # of whatever whole numbers: new ones are appended
     s = resolve(options, generation_config, cfg)
     if high := [word for word in s.bad_words_ids if max(word) >= cfg.vocab_size]:
         raise ValueError(f"bad_words_ids has {high[0]}; vocab_size={cfg.vocab_size} allows 0 to {cfg.vocab_size - 1}")

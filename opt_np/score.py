@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from opt_np import grad
+from opt_np import checkpoint, grad
 from opt_np import ops as numpy_ops
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
@@ -354,7 +354,7 @@ def reliability_plot(calibration: Calibration, path: str | Path) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy",
              title=f"ECE {calibration.ece:.4f}, {calibration.count.sum()} predictions")  # fmt: skip
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    checkpoint.write_atomically(Path(path), lambda temporary: figure.savefig(temporary, dpi=120))
 
 
 # ---- as data and as a table --------------------------------------------------------------------------------------------------------------

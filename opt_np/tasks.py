@@ -38,7 +38,10 @@ class DataError(ValueError):
 
 def read_texts(files: Iterable[str | Path]) -> list[str]:
     """Whole files as text; a folder stands for its .txt files. Raises DataError."""
-    paths = [p for f in files for p in (sorted(Path(f).glob("*.txt")) if Path(f).is_dir() else [Path(f)])]
+    try:
+        paths = [p for f in files for p in (sorted(p for p in Path(f).iterdir() if p.suffix == ".txt") if Path(f).is_dir() else [Path(f)])]
+    except OSError as error:
+        raise DataError(f"a folder cannot be read: {error}") from None
     if not paths:
         raise DataError(f"no .txt file in {', '.join(map(str, files))}")
     texts = []
@@ -56,7 +59,7 @@ def read_examples(path: str | Path, keys: Sequence[str]) -> dict[int, dict[str, 
     """A file of JSON lines, each an object with these keys, by line number. Raises DataError naming the line."""
     examples = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

@@ -119,6 +119,8 @@ class OPTTokenizer:
             raise ValueError(f'padding is {padding!r}; it is True or "longest" (to the longest row), or False')
         if bool(truncation) != (max_length is not None):
             raise ValueError("truncation=True needs max_length" if truncation else f"max_length={max_length} cuts nothing without truncation=True")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1")
         single = isinstance(text, str)
         texts, pairs = ([text], [text_pair]) if single else (list(text), list(text_pair) if text_pair is not None else [None] * len(text))
         rows = [self.encode(a, b, add_special_tokens) for a, b in zip(texts, pairs, strict=True)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +80,8 @@ class Options:
         for name, value in vars(self).items():
             if isinstance(value, int) and value >= 2**31:
                 raise ValueError(f"{flag(name)} is {value}; it must be below 2147483648")
+        if not math.isfinite(self.learning_rate):
+            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be finite")
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
@@ -132,9 +137,39 @@ def train(options: Options) -> dict[str, Any]:
 
     Raises DataError, CheckpointError and ValueError. Interrupted once (Ctrl-C), it finishes the step, saves, and returns.
     """
+    if not options.out:
+        raise ValueError("--out is empty; name the folder to train into")
+    with alone_in(Path(options.out)):
+        return train_in(Path(options.out), options)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Holds the folder, which is made, until the end: two runs in one would write over each other's files. Raises ValueError."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} cannot be written: it is read-only here")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains into {out}; wait until it has ended, or choose another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+        if made:
+            with suppress(OSError):
+                out.rmdir()  # nothing was written
+
+
+def train_in(out: Path, options: Options) -> dict[str, Any]:
+    """`train`, once the folder is ours."""
     from tqdm import tqdm  # here, for every other command would wait for it
 
-    out = Path(options.out)
     if (out / STATE).exists() and not options.resume:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
     if not (out / STATE).exists() and (out / "config.json").exists():
@@ -143,8 +178,10 @@ def train(options: Options) -> dict[str, Any]:
         warnings.warn(f"{out} holds no training run yet; starting one", stacklevel=2)
     run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
     first, line = run.optimizer["step"], {}
+    found: dict[str, Any] = {}
     if first >= options.steps:
         save(out, run, options)  # the run may have been killed between its last state and the checkpoint
+        found = run.task.evaluate(run.params, run.cfg, run.ops) if options.evaluated else {}
     with Log(out / "log.jsonl", first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
         for step in range(first, options.steps):
             line = train_step(run, options, step)
@@ -158,7 +195,7 @@ def train(options: Options) -> dict[str, Any]:
             bar.set_postfix_str(f"step {step + 1}/{options.steps}, loss {line['loss']:.3f}")
             if interrupt.asked:
                 break
-    return line or log.last or {"step": first}
+    return line or (log.last or {"step": first}) | found
 
 
 def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
@@ -273,9 +310,10 @@ def resumed_run(out: Path, options: Options) -> Run:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open(out / STATE, "rb").close()  # safetensors calls a file that may not be read missing
         with safe_open(out / STATE, framework="numpy") as file:
             metadata, state = file.metadata(), unflatten({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise checkpoint.CheckpointError(f"{out / STATE} cannot be read: {error}. Was it copied whole? Without it the run starts anew") from None
     if not {"config", "options", "checksum", "step"} <= (metadata or {}).keys():
         raise checkpoint.CheckpointError(
@@ -301,11 +339,20 @@ class Log:
     """One JSON object a step; on resuming, the lines after the step resumed from are dropped, for they will be written again."""
 
     def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines[:step] if line.endswith("}")]
-        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
-        self.last = json.loads(kept[-1]) if kept else {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = {found["step"]: line for line in lines if (found := self.parsed(line)) and found["step"] <= step}
+        checkpoint.write_text(path, "".join(kept[n] + "\n" for n in sorted(kept)))
+        self.last = self.parsed(kept[max(kept)]) if kept else {}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in __exit__)
+
+    @staticmethod
+    def parsed(line: str) -> dict[str, Any]:
+        """A line; {} for one that was damaged, as the last is where a machine stopped."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) and isinstance(found.get("step"), int) else {}
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
