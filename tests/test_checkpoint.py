@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import stat
+import subprocess
 import warnings
 
 import numpy as np
@@ -476,3 +477,18 @@ def test_a_quantised_model_is_saved_as_it_is(tmp_path):
 def test_a_class_without_a_head_makes_none(tmp_path):
     with pytest.raises(ValueError, match="OPTModel has no head to make"):
         OPTModel.from_pretrained(small.folder(tmp_path), new_head=True)
+
+
+def test_what_killed_writers_left_is_removed_and_a_files_mode_stays(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, other = tmp_path / f".a.txt.{gone.pid}-1.tmp", tmp_path / f".a.txt.{os.getpid()}-1.tmp"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "a.txt").write_text("half")
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "a.txt").chmod(0o600)
+    checkpoint.write_text(tmp_path / "a.txt", "new")
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o600

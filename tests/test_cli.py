@@ -377,3 +377,41 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(model):
     command = f"{sys.executable} -m opt_np generate 'the cat' --model {model} --backend numpy --max-new-tokens 20 | head -c 3"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "the", "")
+
+
+@pytest.mark.parametrize("words", ["logits hi --out", "generate hi --model", "convert MODEL", "train --text t.txt --out", "score --file"])
+def test_an_empty_name_is_not_the_current_folder(words, run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said, error = run(*(str(model) if word == "MODEL" else word for word in words.split()), "")
+    assert (status, said) == (2, "")
+    assert "it is empty; give a name" in error
+    assert not [*tmp_path.iterdir()]
+
+
+def test_standard_input_is_read_as_a_file_is(run, model, tmp_path, monkeypatch, capsys):
+    for number, text in enumerate((b"\xef\xbb\xbfthe dog\r\nthe cat", b"the dog\rthe cat")):
+        (tmp_path / "text.txt").write_bytes(text)
+        found = run("score", "--model", model, "--file", tmp_path / "text.txt")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), newline=""))
+        assert found[0] == 0, number
+        assert cli.main(["score", "--model", str(model), "-"]) == 0
+        assert capsys.readouterr().out == found[1]
+
+
+def test_nobody_has_to_listen_to_stderr(model, tmp_path):
+    command = [sys.executable, "-m", "opt_np", "generate", "the", "--model", str(model), "--max-new-tokens", "3", "--temperature", "2"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = [subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, check=False) for stderr in (subprocess.DEVNULL, writing)]
+    os.close(writing)
+    closed = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, check=False)
+    assert found[0].stdout.startswith(b"the")
+    assert [(ran.returncode, ran.stdout) for ran in (*found, closed)] == [(0, found[0].stdout)] * 3
+
+
+def test_a_link_leads_to_what_is_written(run, model, tmp_path):
+    (tmp_path / "page.html").write_text("old")
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    assert run("explore", "the cat", "--model", model, "--out", tmp_path / "link.html")[0] == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")

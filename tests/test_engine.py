@@ -734,3 +734,17 @@ def test_ids_are_checked_when_generation_is_asked_for(ids, backend):
     for call in (lm.generate, lm.stream):
         with pytest.raises(ValueError, match="input_ids"):
             call(ids)
+
+
+def test_a_request_belongs_to_its_engine_and_is_not_waited_for_within_a_round(monkeypatch):
+    one, other = Engine(LM), Engine(LM)
+    handle = one.submit(prompt(5), max_new_tokens=3)
+    for ask in (other.result, other.stream, other.cancel):
+        with pytest.raises(ValueError, match="request 1 was submitted to another engine"):
+            ask(handle)
+    real = one.machine.read
+    monkeypatch.setattr(one.machine, "read", lambda pieces: (one.result(handle), real(pieces)))
+    with pytest.raises(RuntimeError, match="within a round"):
+        one.result(handle)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(one.result(handle), LM.generate(prompt(5), max_new_tokens=3))

@@ -484,3 +484,43 @@ def test_weights_of_a_model_share_pieces_of_memory_and_each_begins_at_a_line():
     assert not any(place % kernel.LINE for place in places)
     assert kernel.address(gemm.pack(weight).panels) != places[1] + other.nbytes  # outside, each has its own
     assert (np.asarray(gemm.Packed(one, weight.shape)) == weight).all()
+
+
+# ---- a process's life --------------------------------------------------------------------------------------------------------------------
+
+CHILDREN = """
+import multiprocessing, numpy as np
+from opt_fast import gemm
+rng = np.random.default_rng(0)
+x, weight = rng.normal(size=(40, 300)).astype(np.float32), gemm.pack(rng.normal(size=(500, 300)).astype(np.float32))
+y = gemm.matmul(x, weight)
+def again(i):
+    return gemm.matmul(x, weight)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all((found == y).all() for found in pool.map(again, range(4)))
+print("children are done")
+"""
+DAMAGED = """
+import pathlib
+from opt_fast import kernel, rowwise
+found = rowwise.ADD.address
+(data,) = pathlib.Path(folder).rglob("*.nbc")
+index, = pathlib.Path(folder).rglob("*.nbi")
+for file, size in ((data, 0), (data, data.stat().st_size // 2), (index, 10)):
+    with open(file, "r+b") as half:
+        half.truncate(size)
+    for call in range(2):
+        assert kernel.compiled(rowwise.ADD._function, kernel.KERNEL), file
+    with kernel.kept_compiled():
+        assert kernel.kept(rowwise.ADD._function, kernel.KERNEL), file
+print("repaired")
+"""
+
+
+@pytest.mark.parametrize(("program", "said"), [(CHILDREN, "children are done"), (DAMAGED, "repaired")], ids=["forked", "damaged"])
+def test_kernels_survive(program, said, tmp_path):
+    """A fork, in whose child there are no threads; and what is left of files when a machine stops."""
+    own = {"NUMBA_CACHE_DIR": str(tmp_path)} if program is DAMAGED else {}
+    command = [sys.executable, "-c", f"folder = {str(tmp_path)!r}\n{program}"]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **own}, check=False, timeout=100)
+    assert (ran.returncode, ran.stdout.strip()) == (0, said), ran.stderr

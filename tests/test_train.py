@@ -1,6 +1,7 @@
 """Training: the loss falls, a run killed anywhere resumes to the same bits, and data that cannot be used is named by file and line."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -651,3 +652,32 @@ def test_an_answer_before_its_context_is_refused(tmp_path):
     (tmp_path / "qa.jsonl").write_text('{"question": "q", "context": "abc def", "answer": "e", "answer_start": -2}')
     with pytest.raises(DataError, match="does not stand at character -2"):
         QuestionAnswering(small.tokenizer(), str(tmp_path / "qa.jsonl"), None, 16, 1, 0)
+
+
+def test_two_runs_in_one_folder(text, tmp_path):
+    with train_module.alone_in(tmp_path / "run"), pytest.raises(ValueError, match=r"another process trains into .*run; wait"):
+        train(options(tmp_path / "run", text, steps=1))
+    assert not (tmp_path / "run").exists()
+    assert train(options(tmp_path / "run", text, steps=1))["step"] == 1
+
+
+def test_a_log_that_was_damaged_goes_on_with_what_can_be_read(text, tmp_path):
+    train(options(tmp_path, text, steps=4))
+    lines = (tmp_path / "log.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([lines[0], lines[1][:20], b"nonsense}", b"\xff\xfe", lines[3], b'{"step": "5"}', lines[3][:9]]))
+    train(options(tmp_path, text, steps=6, resume=True))
+    assert [line["step"] for line in log(tmp_path)] == [1, 4, 5, 6]
+
+
+def test_a_finished_run_is_evaluated_when_that_is_asked_for(text, tmp_path):
+    last = train(options(tmp_path, text, steps=2))
+    found = train(options(tmp_path, text, steps=2, resume=True, eval_text=(text,)))
+    assert found.pop("bits_per_byte") > 0
+    assert found.pop("eval_loss") > 0
+    assert found == last
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"out": ""}, "--out is empty"), ({"learning_rate": math.inf}, "--learning-rate is inf")])
+def test_what_no_run_can_have(text, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(options(changes.pop("out", "x"), text, **changes))
