@@ -1,14 +1,14 @@
 # %% [markdown]
 # # An OPT in one sitting
 #
-# OPT is a *decoder*: it reads a text and says, for every place in it, which token is likely to come next. This notebook follows one short text
-# through all of it. The code that you see is the package's own: `show` prints the very lines that run.
+# OPT is a *decoder*: it reads a text and predicts, at every position, which token is likely to come next. This notebook follows one short text
+# through all of it. The code that you see is the package's own: `show` prints the lines that actually run.
 #
-# The model is the one in the box, six layers of width 256, trained on old novels. The published sizes, 125m to 175b, run through the same lines.
+# The model is the shipped one, six layers of width 256, trained on old novels. The published sizes, 125m to 175b, run through the same lines.
 #
 # Letters in the code: B rows of a batch, T tokens (S with those that a cache holds), D the width, H heads of width Dh, F the mlp's width, V the
-# vocabulary; W is the table's width, D in all sizes but 350m; I and O are a matrix's inputs and outputs, `*N` any leading axes. Skip `tap` (notebook
-# 4), `cache` (5), `layout` (2), and the branches for opt-350m, which normalises after its sums: none changes a number here.
+# vocabulary; W is the table's width, D in all sizes but 350m; I and O are a matrix's inputs and outputs, `*N` any leading axes. For now, skip `tap`
+# (notebook 4), `cache` (5), `layout` (2), and the branches for opt-350m, which normalises after its sums: none of them changes a number here.
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,8 +36,9 @@ assert ids[0, 0] == tok.bos_token_id == 2
 # %% [markdown]
 # ## Numbers become vectors
 #
-# Each id looks up a row of a table, `embed_tokens`, and each *place* a row of another, `embed_positions`: without the second, order would enter only through the rule that no token sees a later one. Their sum is the **stream**: one vector of 256 numbers for each token, which all that follows reads
-# from and adds to.
+# Each id looks up a row of a table, `embed_tokens`, and each *position* a row of another, `embed_positions`. Without the second, order would enter
+# only through the rule that no token sees a later one. Their sum is the **residual stream**, or stream: one vector of 256 numbers for each token,
+# which every block reads from and adds to.
 
 # %%
 show(model.embeddings)
@@ -58,7 +59,7 @@ assert np.array_equal(x[0], by_hand)
 # $$x \leftarrow x + \mathrm{attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{mlp}(\mathrm{LN}(x))$$
 #
 # **Attention** moves information between tokens; the **mlp** works on each token alone. LayerNorm, $\mathrm{LN}$, brings what they read to a common
-# size. This is all of it:
+# scale. This is the whole block:
 
 # %%
 show(model.decoder_layer)
@@ -68,7 +69,7 @@ show(model.decoder_layer)
 #
 # $$\mathrm{LN}(x) = \frac{x - \bar x}{\sqrt{\mathrm{var}(x) + 10^{-5}}} \cdot w + b$$
 #
-# Mean and variance are over the 256 numbers of one token; $w$ and $b$ are learnt, a number each for every one of the 256.
+# Mean and variance are over the 256 numbers of one token; $w$ and $b$ are learnt, with one number each for every one of the 256.
 
 # %%
 block = params["layers"][0]
@@ -81,12 +82,12 @@ assert np.allclose(plain.var(-1), 1, atol=0.1)
 # %% [markdown]
 # ### Attention
 #
-# Every token asks a question, a **query** $q$; every token offers a **key** $k$ and a **value** $v$. All three are linear in $h$. The closer a key is
-# to a query, the more of its value the asking token takes; no token sees those after it:
+# Every token asks a question, a **query** $q$; every token offers a **key** $k$ and a **value** $v$. All three are linear in $h$. The better a key
+# matches a query, the more of its value the asking token takes; no token sees those after it:
 #
 # $$s = \frac{q\,k^\top}{\sqrt{d}}, \quad P = \mathrm{softmax}(s), \quad O = P\,v$$
 #
-# This happens in several **heads** side by side, each with its own part of the vectors, $d$ = 64 numbers wide; their outputs stand side by side and go
+# This happens in several **heads** side by side, each with its own part of the vectors, $d$ = 64 numbers wide; their outputs are concatenated and go
 # through one more matrix, `out_proj`. In the pictures below, a row is the token that asks, a column the one that it takes from.
 
 # %%
@@ -108,8 +109,8 @@ assert np.allclose(np.einsum("bhts,bshd->bthd", P, v), O, atol=1e-5)
 # %% [markdown]
 # ### Exercise 1: causal attention
 #
-# Write it for one head at a time, from the three formulas above; a score of a key that comes after its query is $-\infty$ before the softmax, so that its weight is 0. `check` compares yours with the package's on random inputs, and says how far off it
-# is.
+# Write it for one head at a time, from the three formulas above; a score of a key that comes after its query is $-\infty$ before the softmax, so that
+# its weight is 0. `check` compares yours with the package's on random inputs, and says how far off it is.
 
 
 # %%
@@ -129,7 +130,7 @@ check(my_attention, spec=ops.attention)
 # %% [markdown]
 # ### The mlp
 #
-# One matrix widens the 256 numbers to 1024, negative ones become zero, and a second matrix brings them back to 256.
+# One matrix widens the 256 numbers to 1024, negative values become zero, and a second matrix brings them back to 256.
 
 # %%
 show(ops.mlp)
@@ -161,7 +162,7 @@ check(my_layer_norm, spec=ops.layer_norm)
 # ## All blocks, and the head
 #
 # After the last block one more LayerNorm; then every token of the vocabulary gets a score: how well its row of `embed_tokens` fits the stream. The
-# table that numbers came in by is the one that they go out by: the two are **tied**.
+# table that turns ids into vectors is also the one that turns vectors into scores: the two are **tied**.
 
 # %%
 show(model.decoder, model.final, model.lm_logits)
@@ -177,7 +178,7 @@ assert np.allclose(logits, lm(ids).logits, atol=1e-3)
 # %% [markdown]
 # ## Scores become a choice
 #
-# Softmax makes probabilities of the scores. The likeliest next tokens:
+# Softmax turns the scores into probabilities. The likeliest next tokens:
 
 # %%
 P_next = ops.softmax(logits[0, -1])
@@ -188,7 +189,7 @@ plt.xlabel(f"probability after {text!r}")
 assert np.isclose(P_next.sum(), 1, atol=1e-5)
 
 # %% [markdown]
-# Take the likeliest, put it at the end, and start again: that is generating text. (`generate` keeps what it has computed: notebook 5.)
+# Take the likeliest, append it, and start again: that is how text is generated. (`generate` reuses what it has computed: notebook 5.)
 
 # %%
 row = ids
@@ -200,8 +201,8 @@ assert np.array_equal(row, lm.generate(ids, max_new_tokens=12))
 # %% [markdown]
 # ## What each layer would have said
 #
-# Since every block only *adds* to the stream, the head, last LayerNorm and table, can read it after any of them. At the embeddings it finds the token
-# that went in, since the table is tied; "layer 0" is after the first block; the answer comes up late:
+# Since every block only *adds* to the stream, the head (the last LayerNorm and the table) can be applied to it after any of them. At the embeddings
+# it finds the token that went in, since the table is tied; "layer 0" is after the first block; the answer comes up late:
 
 # %%
 layers = list(lens.logit_lens(lm, ids))

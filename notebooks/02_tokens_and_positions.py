@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Tokens and positions
 #
-# A model reads neither letters nor words: it reads ids, each at a place. Afterwards you can cut a word into tokens by hand, say why OPT's and
+# A model reads neither letters nor words: it reads ids, each at a position. Afterwards you can cut a word into tokens by hand, say why OPT's and
 # GPT-2's ids differ although both cut alike, and pad a batch so that no row notices its neighbours.
 
 # %%
@@ -26,9 +26,9 @@ print(f"{len(vocab)} tokens, {cfg.max_position_embeddings} positions")
 # %% [markdown]
 # ## Text is bytes
 #
-# UTF-8 writes every text as bytes, 1 to 4 for a character. GPT-2's tokenizer, which is OPT's too, starts from these 256 values, so no text is
-# unknown to it. Its files are text, though, and some bytes cannot be printed. So each byte has a letter that stands for it: a printable one for
-# itself, the others from U+0100 on. A space, byte 32, becomes `Ġ`.
+# UTF-8 writes every text as bytes, 1 to 4 for a character. GPT-2's tokenizer, which is OPT's too, starts from these 256 values, so no text is unknown
+# to it. Its files are text, though, and some bytes cannot be printed. So each byte is represented by a letter: printable bytes by themselves, the
+# others by letters from U+0100 on. A space, byte 32, becomes `Ġ`.
 
 # %%
 show(tokenizing.byte_alphabet)
@@ -44,9 +44,9 @@ assert set(letter.values()) <= set(vocab)  # each byte alone is a token: nothing
 # %% [markdown]
 # ## Merging: byte-pair encoding
 #
-# `merges.txt` is a list of pairs, in the order in which training found them: always the pair that was then the most frequent in the books. To cut a
-# word, begin with its letters, look at all neighbours, and join the pair that stands **earliest** in the list; repeat until no neighbours are in
-# it.
+# `merges.txt` is a list of pairs, in the order in which the tokenizer's training found them: at each step the pair that was then the most frequent in
+# the books. To cut a word, begin with its letters, look at all pairs of neighbours, and join the pair that is **earliest** in the list; repeat until
+# no pair is in it.
 
 # %%
 lines = (MODEL / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
@@ -65,7 +65,7 @@ assert [vocab[piece] for piece in pieces] == tok.encode(word, add_special_tokens
 
 # %% [markdown]
 # Before any merging, the text is cut into words, each with the space before it, so that no token reaches across two words. The space is part of the
-# token: `" man"` and `"man"` have different ids. A space lost in a prompt, or left at its end, changes what the model is told.
+# token: `" man"` and `"man"` have different ids. A space lost in a prompt, or left at its end, changes what the model reads.
 
 # %%
 for text in ("The man", "Theman", "the man", " The man"):
@@ -98,11 +98,12 @@ check(my_encode, tok.encode, *((word, None, False) for word in words))
 # %% [markdown]
 # ## The same merges, other ids
 #
-# GPT-2 numbers its tokens by its merges: the 256 bytes in the order of that alphabet, then merge 0, merge 1, and so on, and one special token at the end. OPT took over GPT-2's
-# 50000 merges, but its training code, fairseq, numbers tokens by how often they occur, behind four specials: in OPT `.` is 4 and ` the` is 5. So
-# both cut every text into the same pieces, and an id of one means another piece to the other.
+# GPT-2 numbers its tokens by its merges: the 256 bytes in the order of that alphabet, then merge 0, merge 1, and so on, and one special token at the
+# end. OPT took over GPT-2's 50000 merges, but its training code, fairseq, numbers tokens by how often they occur, behind four specials: in OPT `.` is
+# 4 and ` the` is 5. So both cut every text into the same pieces, but an id of one stands for a different piece in the other.
 #
-# Our small tokenizer has its own merges, and shows half of this: its ids are GPT-2's numbering moved up by the four specials. In OPT the order differs too.
+# Our small tokenizer has its own merges, and shows half of this: its ids are GPT-2's numbering moved up by the four specials. In OPT the order
+# differs too.
 
 # %%
 merges_only = Path(tempfile.mkdtemp())  # without vocab.json, ids follow from the merges alone
@@ -120,7 +121,7 @@ assert others[-3:] == [numbers[piece] for piece in ("resh", "old", ".")]  # each
 assert not set(ours) & set(others)
 
 # %% [markdown]
-# Read by the wrong table, the text is nonsense, but no error tells you so. This is what happens to an OPT that is given GPT-2's ids.
+# Read with the wrong table, the text is nonsense, but no error is raised. This is what happens to an OPT that is given GPT-2's ids.
 
 # %%
 print(repr(tok.decode(others)))
@@ -129,9 +130,10 @@ assert tok.decode(others) != text
 # %% [markdown]
 # ## One `</s>` in front
 #
-# Ids 0 to 3 are `<s>`, `<pad>`, `</s>` and `<unk>`. OPT begins every text with `</s>`, id 2, which also ends it: in training, texts stood one after
-# the other with `</s>` between them. `<s>` looks like a beginning, but OPT never saw it there. What another beginning does to the prediction of the *same* tokens, the mean of $-\ln P$ of each, on one sentence and our small model: a hint, no
-# more, and without a beginning all positions move by one as well (Meta's weights have not been measured here):
+# Ids 0 to 3 are `<s>`, `<pad>`, `</s>` and `<unk>`. OPT begins every text with `</s>`, id 2, which also ends it: in training, texts were concatenated
+# with `</s>` between them. `<s>` looks like a beginning, but OPT never saw it there. What another beginning does to the prediction of the *same*
+# tokens, the mean of $-\ln P$ of each, on one sentence and our small model: a hint, no more, and without a beginning all positions move by one as
+# well (Meta's weights have not been measured here):
 
 # %%
 text = "It was a cold and windy night, and the old man sat alone by the fire."
@@ -150,7 +152,8 @@ assert losses["</s>"] == min(losses.values())
 # ## Characters that span tokens
 #
 # An emoji that the books did not have stays four bytes, four tokens. None of them is a character, so none can be printed alone: decoding a piece
-# gives the replacement character `�`. Whoever prints while tokens come must hold bytes back until they are whole. `Detokenizer` does.
+# gives the replacement character `�`. A program that prints tokens as they come must hold bytes back until a character is complete. `Detokenizer`
+# does.
 
 # %%
 show(tokenizing.Detokenizer)
@@ -168,10 +171,12 @@ assert b"".join(tok.token_bytes(i) for i in ids[1:]).decode() == text
 # %% [markdown]
 # ## Positions, and an offset of 2
 #
-# Attention weighs keys by what they hold, not by where they stand; only the causal mask tells it a little about order. So the place of a token is looked up in a table of its own, learned like the words, and added. The table has
-# two rows more than there are positions: position $p$ reads row $p + 2$. In fairseq, the pad's id, 1, was also the row for padding, and real
-# positions came after it. Row 0 is never read; row 1 is what pads read; a checkpoint keeps both. Left: rows 0 and 1 are short, for training had no use for them, and so is the last; the longest is row 2, position 0, where `</s>` stands. Right:
-# nobody told the model that position 7 is near position 8; it learned some of that from text. (The single spikes there are left open.)
+# Attention weighs keys by what they hold, not by where they stand; only the causal mask tells it a little about order. So a token's position is
+# looked up in a table of its own, learned like the token table, and added. The table has two rows more than there are positions: position $p$ reads
+# row $p + 2$. In fairseq, the pad's id, 1, was also the row for padding, and real positions came after it. Row 0 is never read; row 1 is what pads
+# read; a checkpoint stores both. Left: rows 0 and 1 are short, for training had no use for them, and so is the last; the longest is row 2, position
+# 0, where `</s>` stands. Right: nobody told the model that position 7 is near position 8; it learned some of that from text. (The single spikes there
+# are not explained here.)
 
 # %%
 real = positions[2:] - positions[2:].mean(0)  # (512, D), what tells positions apart
@@ -189,7 +194,8 @@ assert np.linalg.norm(positions[:2], axis=1).max() < np.linalg.norm(positions[2:
 assert np.mean(cosine[:16]) > 0.15 > 0 > np.mean(cosine[240:272])  # near places are alike
 
 # %% [markdown]
-# `make_layout` is where the model decides what stands where. Without padding, positions count up from 0, or from the number of tokens in the cache.
+# `make_layout` is where the model decides the position of each token. Without padding, positions count up from 0, or from the number of tokens in the
+# cache.
 
 # %%
 show(model.make_layout)
@@ -226,8 +232,8 @@ for side in ("left", "right"):
     assert (layout.positions[pads] == -1).all()
 
 # %% [markdown]
-# The test of a batch: every row says what it says alone. In a batch the same sums are done in another order, so equality is up to rounding, which is
-# why float64 is used here.
+# The test of a batch: every row's output is the one it has alone. In a batch the same sums are done in another order, so equality is up to rounding,
+# which is why float64 is used here.
 
 # %%
 exact = OPTForCausalLM.from_pretrained(MODEL, dtype="float64")
@@ -262,7 +268,7 @@ check(my_positions, positions_of, *((np.array(mask),) for mask in masks))
 # %% [markdown]
 # ## What goes wrong without a mask
 #
-# Leave the mask out, and pads are words like others: they are seen, and they push the text to later positions. Already one does harm.
+# Leave the mask out, and pads are tokens like any others: they are seen, and they push the text to later positions. Even one does harm.
 
 # %%
 row = tok.encode("The old man sat by the")
@@ -283,8 +289,8 @@ assert distances[0] < 1e-12
 assert min(distances[1:]) > 0.05
 
 # %% [markdown]
-# `generate` continues at the end of a row, so prompts are usually padded on the left. This package's takes rows padded on the right as well: their tokens are
-# moved first (Hugging Face goes on after the pads, and gives such rows other positions).
+# `generate` continues at the end of a row, so prompts are usually padded on the left. This package's takes rows padded on the right as well: their
+# tokens are moved first (Hugging Face continues after the pads, and gives such rows other positions).
 
 # %%
 said = []
@@ -299,7 +305,7 @@ assert said[0] == said[1] == tok.batch_decode(single)
 # %% [markdown]
 # ## Past the last position
 #
-# There is no row for position 512 of this model (2048 of the published ones). A longer text is an error, not a silent cut: what the model should
+# There is no row for position 512 of this model (2048 of the published ones). A longer text is an error and not silently cut: what the model should
 # see is for you to decide. `generate` can drop the start of the prompt (`overflow="truncate_left"`), or read the last tokens that fit anew for each
 # token (`overflow="slide"`); scoring works in windows.
 
@@ -317,5 +323,5 @@ assert out.shape == (1, 514)  # the prompt is returned whole, but its start was 
 assert lm(long[:, :512], logits_to_keep=1).logits.shape == (1, 1, cfg.vocab_size)
 
 # %% [markdown]
-# So ids, mask and positions are all that a model is told about a text. What it knows itself stands in its checkpoint: next, those bytes are read by
-# hand ([notebook 3](03_a_checkpoint_by_hand.ipynb)).
+# So ids, mask and positions are all that a model is told about a text. What it has learned is in its checkpoint: next, those bytes are read by hand
+# ([notebook 3](03_a_checkpoint_by_hand.ipynb)).

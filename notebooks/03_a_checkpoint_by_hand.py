@@ -2,7 +2,7 @@
 # # A checkpoint by hand
 #
 # What a model has learned is one file of numbers. Here it is opened with nothing but `struct`, `json` and NumPy: afterwards you can say what each
-# byte is for, what a 16-bit float means, why the older kind of file can take over a computer, and what a reader of weights must refuse.
+# byte is for, what a 16-bit float means, why the older kind of file can take over a computer, and what a program that reads weights must refuse.
 
 # %%
 import json
@@ -29,7 +29,7 @@ print(sorted(path.name for path in MODEL.iterdir()))
 # %% [markdown]
 # ## The file
 #
-# `model.safetensors` has three parts: 8 bytes, which say how long the second part is; the second part, a JSON object with each tensor's type,
+# `model.safetensors` has three parts: 8 bytes, which give the length of the second part; the second part, a JSON object with each tensor's type,
 # shape, and where its bytes begin and end; then those bytes, one tensor after the other.
 
 # %%
@@ -65,9 +65,9 @@ print(f"{len(by_hand)} tensors read by hand equal those that checkpoint.load rea
 # %% [markdown]
 # ## The tree of names is the tree of calls
 #
-# The dots in the names make a tree, and in this package the parameters are that tree: nested dicts, and a list for the layers. A function is handed
-# the branch that it needs, and unpacks its leaves: `ops.linear(h, **p["fc1"])` passes `weight=` and `bias=`. Nothing is renamed between the file
-# and the line that computes with it.
+# The dots in the names make a tree, and in this package the parameters are that tree: nested dicts, and a list for the layers. A function gets the
+# branch that it needs, and unpacks its leaves: `ops.linear(h, **p["fc1"])` passes `weight=` and `bias=`. Nothing is renamed between the file and the
+# line that computes with it.
 
 # %%
 show(tree.unflatten, model.mlp)
@@ -94,8 +94,8 @@ assert {name.rpartition(".")[2] for name in unnamed} == {"out_proj"}  # gives se
 assert {name: a.shape for name, a in loaded.items()} == parameter_shapes(cfg)
 
 # %% [markdown]
-# The last line says more than it seems: from `config.json` alone follows the name and the shape of every tensor. A loader can therefore know that
-# nothing is missing, left over or misshapen, *before* it computes. Where the numbers are:
+# The last line shows more than it seems to: the name and the shape of every tensor follow from `config.json` alone. A loader can therefore check that
+# nothing is missing, left over or misshapen *before* it computes. Where the numbers are:
 
 # %%
 parts = {"embed_tokens": 0, "embed_positions": 0, "attention": 0, "mlp": 0, "LayerNorms": 0}
@@ -133,9 +133,9 @@ print(f"the largest number is {value[finite].max()}")
 assert value[w.view(np.uint16)] == w
 
 # %% [markdown]
-# bfloat16 divides its 16 bits otherwise: it is the upper half of a float32, with its 8 bits of exponent and only 7 of fraction. It reaches as far
-# as float32, to $3 \cdot 10^{38}$, where float16 ends at 65504; from $2^{-14}$ up to 65504 float16 is eight times finer. What storing a number costs, by its
-# size, and where this model's weights lie:
+# bfloat16 divides its 16 bits differently: it is the upper half of a float32, with its 8 bits of exponent and only 7 of fraction. It reaches as far
+# as float32, to $3 \cdot 10^{38}$, where float16 ends at 65504; from $2^{-14}$ up to 65504 float16 is eight times finer. Below: the rounding error of
+# storing a number in each format, by its size, and where this model's weights are:
 
 # %%
 x = np.exp2(np.random.default_rng(0).uniform(-30, 15.9, 20000))
@@ -167,9 +167,9 @@ for name, a in tree.flatten(wide).items():
 # %% [markdown]
 # ### Exercise 1: bfloat16
 #
-# From 16 bits, whole numbers as `uint16`, to the values: 1 bit of sign, 8 of exponent with 127 taken off, 7 of fraction. All given numbers are
-# finite and have $e > 0$. (There is a shorter way: put 16 zero bits behind them, and look at that as float32.) The package asks `ml_dtypes` for
-# this, in `checkpoint.read_safetensors`.
+# From 16 bits, given as integers (`uint16`), to the values: 1 bit of sign, 8 of exponent minus 127, 7 of fraction. All given numbers are finite and
+# have $e > 0$. (There is a shorter way: append 16 zero bits, and view the result as float32.) The package uses `ml_dtypes` for this, in
+# `checkpoint.read_safetensors`.
 
 
 # %%
@@ -188,7 +188,7 @@ check(my_bfloat16, bfloat16, (some,))
 # %% [markdown]
 # ## The older file: `pytorch_model.bin`
 #
-# Meta's OPT repositories hold this kind. It is a zip archive: a raw *storage* for each array, and `data.pkl`, which says how tensors are views of
+# Meta's OPT repositories have this kind. It is a zip archive: a raw *storage* for each array, and `data.pkl`, which describes the tensors as views of
 # them. Here is a small random OPT, saved by torch itself. Its head and its table of tokens are one matrix, under two names.
 
 # %%
@@ -208,8 +208,8 @@ assert len(storages) == len(state) - 1  # the tied matrix is stored once
 assert np.array_equal(whole.reshape(40, 8), weights["embed_tokens.weight"])
 
 # %% [markdown]
-# `data.pkl` is a *pickle*, and a pickle is a program for a small stack machine. Its instructions push numbers and texts, and some do more (`NEWOBJ` and `BUILD` too):
-# `GLOBAL` imports whatever the file names, and `REDUCE` calls it. Some of the first instructions, and all that this file imports:
+# `data.pkl` is a *pickle*, and a pickle is a program for a small stack machine. Its instructions push numbers and texts, and some do more (`NEWOBJ`
+# and `BUILD` too): `GLOBAL` imports whatever the file names, and `REDUCE` calls it. Some of the first instructions, and all that this file imports:
 
 # %%
 program = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(description)]
@@ -220,8 +220,8 @@ print(sorted(imports))
 assert imports <= pickle_bin.CONSTRUCTORS
 
 # %% [markdown]
-# An honest file imports two or three harmless names. A hostile one names what it likes. This one, of our own making, writes a file when it is
-# loaded; it could as well send your keys away. Nothing in the *reading* program has to be wrong for that: it is what `pickle.load` is for.
+# An honest file imports two or three harmless names. A hostile one names whatever it likes. This one, of our own making, writes a file when it is
+# loaded; it could just as well send away your keys. The *reading* program needs no bug for that: it is what `pickle.load` is for.
 
 
 # %%
@@ -238,8 +238,9 @@ assert (folder / "was-here.txt").exists()
 (folder / "was-here.txt").unlink()
 
 # %% [markdown]
-# `pickle_bin` never calls pickle. It is a stack machine of its own, which knows the few instructions that a dict of tensors needs. Constructors are
-# names to it, and what would be called becomes a plain description; anything else is refused, in one line that says what the file wanted.
+# `pickle_bin` never calls pickle. It is a stack machine of its own, which knows only the few instructions that a dict of tensors needs. Constructors
+# are mere names to it, and instead of calling anything it records a plain description; anything else is refused, with one line that says what the
+# file wanted.
 
 # %%
 show(pickle_bin.constructor, pickle_bin.made)
@@ -264,7 +265,7 @@ assert "\n" not in error
 assert not (folder / "was-here.txt").exists()  # nothing happened
 
 # %% [markdown]
-# The honest file it reads, without torch, to the same bits:
+# It reads the honest file, without torch, to the same bits:
 
 # %%
 read = dict(pickle_bin.read_bin(folder / "pytorch_model.bin"))
@@ -279,7 +280,7 @@ print(f"{len(read)} tensors read without torch")
 #
 # In a `.bin` a tensor is four things: a storage (a row of numbers), an offset where it begins, a shape, and strides. Element $(i, j)$ is number
 # $\text{offset} + i \cdot \text{stride}_0 + j \cdot \text{stride}_1$ of the storage. So a transpose is the same storage with other strides. The
-# starter is right for matrices that lie row after row. The package's own is `pickle_bin.view`.
+# starter is right for matrices that are stored row after row. The package's own is `pickle_bin.view`.
 
 
 # %%
@@ -301,9 +302,9 @@ check(my_strided, strided, *((numbers, *where) for where in views))
 # %% [markdown]
 # ## Tied weights
 #
-# The matrix that turns ids into vectors also turns vectors into scores (in opt-125m it is 31 % of the parameters). Files hold it once or twice,
-# under one name, the other, or both; `config.json` says with `tie_word_embeddings` whether the two are one. So both names are allowed, and if the
-# numbers differ while the config says "tied", somebody is wrong, and the reader does not guess who.
+# The matrix that turns ids into vectors also turns vectors into scores (in opt-125m it is 31 % of the parameters). Files hold it once or twice, under
+# one name, the other, or both; `config.json` says with `tie_word_embeddings` whether the two are one. So both names are allowed; but if the two
+# differ while the config says "tied", one of them is wrong, and the reader does not guess which.
 
 # %%
 state["lm_head.weight"] = state["lm_head.weight"] + 1  # a copy now, and another matrix
@@ -322,8 +323,9 @@ assert np.array_equal(untied["lm_head"]["weight"], untied["embed_tokens"]["weigh
 # %% [markdown]
 # ## Damaged files
 #
-# The worst that a loader can do is to go on: with a missing tensor made up at random, or an unknown one dropped, a model still runs and talks, only
-# worse, and nobody knows why. So whatever is wrong is one error, in one line, that names the file or tensor, says what is wrong, and what to look at.
+# The worst thing that a loader can do is to continue: with a missing tensor filled in at random, or an unknown one dropped, a model still runs and
+# produces text, only worse, and nobody knows why. So every defect gives one error, in one line, that names the file or tensor, and says what is wrong
+# and where to look.
 
 # %%
 checkpoint.save(folder / "whole", tree.unflatten(weights), small)
@@ -356,8 +358,8 @@ print("\n".join(told))
 assert said(checkpoint.load, folder / "whole") == ""
 
 # %% [markdown]
-# Saving keeps the same promise from the other side: a file is written beside the old one and renamed when it is complete, so that a crash leaves
-# the old weights or the new ones, and what was saved reads back to the same bits.
+# Saving makes the corresponding promise: a file is written beside the old one and renamed when it is complete, so that a crash leaves the old weights
+# or the new ones, and what was saved reads back to the same bits.
 
 # %%
 again, _ = checkpoint.load(folder / "whole", dtype=None)
@@ -369,5 +371,5 @@ assert all(a.dtype == ml_dtypes.bfloat16 for a in tree.flatten(rounded).values()
 assert (folder / "whole" / "model.safetensors").stat().st_size < len(good) * 0.8
 
 # %% [markdown]
-# The bytes are right. Whether the *computation* with them is right is another question: next, the model is compared with PyTorch's, number by
-# number, and mistakes are planted and found ([notebook 4](04_verify_and_bisect.ipynb)).
+# The bytes are right. Whether the *computation* with them is right is another question: next, the model is compared with PyTorch's, value by value,
+# and mistakes are planted and found ([notebook 4](04_verify_and_bisect.ipynb)).

@@ -2,9 +2,9 @@
 # # Verify and bisect
 #
 # Two programs for one model never give quite the same numbers. Is it rounding, or a mistake? Here OPT is compared with Hugging Face's, on PyTorch:
-# afterwards you can tell the two apart by their size, find the very operation in which a wrong model goes wrong, and read a trace.
+# afterwards you can tell the two apart by their size, find the operation in which a wrong model goes wrong, and read a trace.
 #
-# The numbers in the tables are measured: their leading digits vary from machine to machine, and their powers of ten hardly do.
+# The numbers in the tables are measured: their leading digits vary from machine to machine, their powers of ten hardly do.
 
 # %%
 import dataclasses
@@ -29,9 +29,9 @@ ids = np.random.default_rng(0).integers(4, 99, (2, 12))  # (B, T)
 # %% [markdown]
 # ## An oracle
 #
-# The oracle is a small random OPT of Hugging Face's `transformers`; our model gets the very same arrays. Three choices matter. The weights are
-# random **everywhere**: a fresh model has biases of 0 and LayerNorms of 1, and a bug in a bias would not show. All is float64, so that rounding is far below
-# any mistake. And the attention is `sdpa`: what their `eager` does is seen at the end.
+# The oracle is a small random OPT of Hugging Face's `transformers`; our model gets the same arrays. Three choices matter. The weights are random
+# **everywhere**: a fresh model has biases of 0 and LayerNorms of 1, and a bug in a bias would not show. Everything is float64, so that rounding is
+# far below any mistake. And the attention is `sdpa`; the end of this notebook shows what their `eager` does.
 
 # %%
 SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 4, "ffn_dim": 128,
@@ -60,13 +60,14 @@ print(f"logits: the largest difference is {error:.0e} of the largest logit")
 assert error < 1e-12
 
 # %% [markdown]
-# They agree to the last digits: float64 carries 16, and a sum in another order costs the last one or two. A mistake in a formula changes one of the first
-# few. Between the two lie ten powers of ten, so there is no question of judgement, which is what float64 is for.
+# They agree to the last digits: float64 carries 16, and a sum in another order costs the last one or two. A mistake in a formula changes one of the
+# first few. Between the two lie ten powers of ten, so there is no question of judgement, which is what float64 is for.
 #
 # ## Hidden state by hidden state
 #
-# Equal logits for one kind of OPT say little about the others: opt-350m has its norms elsewhere, and projections at both ends; Galactica, Meta's OPT for science, has gelu
-# and no biases. And equal logits could hide two mistakes. So every hidden state is compared, for each kind.
+# Equal logits for one kind of OPT show little about the others: opt-350m has its norms in other places, and projections at both ends; Galactica,
+# Meta's OPT for science, has gelu and no biases. And equal logits could hide two mistakes that cancel. So every hidden state is compared, for each
+# kind.
 
 # %%
 KINDS = {
@@ -96,8 +97,8 @@ print("\n".join(rows))
 # %% [markdown]
 # ## Reading a trace
 #
-# Hidden states say in which block, not where in it. `trace.record` notes every step of a pass: its name, which is the path of Hugging Face's
-# module, the equation, shape, FLOPs, bytes, and its values. Here is the first block; `trace.table` prints all columns.
+# Hidden states show in which block a difference arises, not where in it. `trace.record` records every step of a pass: its name, which is the path of
+# Hugging Face's module, the equation, shape, FLOPs, bytes, and its values. Here is the first block; `trace.table` prints all columns.
 
 # %%
 right = trace.record(lm, ids)
@@ -111,9 +112,10 @@ assert right[-1].name == "lm_head"
 
 # %% [markdown]
 # The first line: for 2·12 ids, rows of 64 numbers are looked up; no arithmetic. A `Wᵀ` of a (64, 64) matrix on 24 tokens is 2·24·64·64 FLOPs, and
-# 24·64 more for the bias: 0.198 million. The two big ones of a block are `fc1` and `fc2`, twice that width here, four times in the published sizes. (A FLOP is one addition or multiplication; scores count only the pairs that a mask leaves.)
+# 24·64 more for the bias: 0.198 million. The two big ones of a block are `fc1` and `fc2`, twice that width here, four times in the published sizes.
+# (A FLOP is one addition or multiplication; scores count only the pairs that a mask leaves.)
 #
-# `trace.record_torch` makes the same list of PyTorch's pass, by hooks on its modules. `compare` aligns two lists by name, and names the first step
+# `trace.record_torch` makes the same list for PyTorch's pass, by hooks on its modules. `compare` aligns two lists by name, and names the first step
 # that differs by more than rounding.
 
 # %%
@@ -130,8 +132,8 @@ assert same.only_b == []
 # %% [markdown]
 # ## Planting bugs
 #
-# Now six models that are wrong, as ports of OPT have been. A model here is functions, so a wrong one is made by replacing one operation, one array,
-# or one line of the config. `q scaled twice` is what transformers 4.52.0 to 4.52.2 did to every OPT.
+# Now six models that are wrong in ways in which ports of OPT have been wrong. A model here is a set of functions, so a wrong one is made by replacing
+# one operation, one array, or one line of the config. `q scaled twice` is what transformers 4.52.0 to 4.52.2 did to every OPT.
 
 
 # %%
@@ -173,9 +175,9 @@ assert firsts[3:] == ["lm_head", "layers.0.self_attn_layer_norm", "layers.2.self
 assert found["last norm skipped"].only_b == ["model.decoder.final_layer_norm"]
 
 # %% [markdown]
-# Six for six, by name. PyTorch has no module for the scores, so `q scaled twice` is seen one step later, in what the heads give out; against our
-# own right trace it is seen in `attn_scores` itself. A step that was skipped shows as one that only PyTorch has. And `a matrix transposed` is a
-# reminder: the matrix is square, nothing crashes.
+# Six for six, by name. PyTorch has no module for the scores, so `q scaled twice` shows one step later, in the heads' output; against our own correct
+# trace it shows in `attn_scores` itself. A step that was skipped shows as one that only PyTorch has. And `a matrix transposed` is a reminder: the
+# matrix is square, so nothing crashes.
 
 # %%
 own = trace.compare(trace.record(bugs["q scaled twice"], ids), right)
@@ -183,8 +185,8 @@ print(own.verdict())
 assert own.first.name.endswith("layers.0.self_attn.attn_scores")
 
 # %% [markdown]
-# The same can be done without a copy of the model, while it runs: a `tap` sees every value by its name, and what it returns goes on instead. A bug
-# planted in layer 2 leaves all before it untouched, to the bit.
+# The same can be done without a copy of the model, while it runs: a `tap` is called with every value and its name, and what it returns is used
+# instead. A bug planted in layer 2 leaves everything before it unchanged, to the bit.
 
 
 # %%
@@ -202,8 +204,8 @@ assert np.isclose(tapped.first.error, 0.001, rtol=0.01)
 # %% [markdown]
 # ## Why the first, and not the worst
 #
-# Each line is one wrong model, step by step. Where it leaves the floor is where the bug is. After that the error goes where it likes: it may grow,
-# or shrink, and its peak says nothing.
+# Each line is one wrong model, step by step. Where it leaves the floor is where the bug is. After that the error may grow or shrink, and its peak
+# means nothing.
 
 # %%
 fig, ax = plt.subplots(figsize=(9, 3.8), layout="constrained")
@@ -225,8 +227,8 @@ assert max(errors[:first]) < 1e-12
 # %% [markdown]
 # ### Exercise 1: the first
 #
-# Given the values of all steps of two passes, two lists of arrays, say the number of the first step at which they differ by more than $10^{-10}$ of
-# the largest absolute value of the first list's step. The starter names the worst. (The package's own is `trace.compare`.)
+# Given the values of all steps of two passes, two lists of arrays, return the number of the first step at which they differ by more than $10^{-10}$
+# of the largest absolute value of the first list's step. The starter names the worst. (The package's own is `trace.compare`.)
 
 
 # %%
@@ -255,8 +257,8 @@ check(my_first, first_to_differ, *((values[0], values[i]) for i in (3, 1, 5, 6, 
 # ## Rounding, or a bug?
 #
 # People run float32, where rounding is half a billion times larger. It grows with depth, so a fixed bound on the logits would be too strict for a
-# deep model or too lax for a shallow one. Instead, measure how far *both* are from the float64 truth: ours may be at most twice as far as
-# PyTorch's. On the model in the box, layer by layer:
+# deep model or too lax for a shallow one. Instead, measure how far *both* are from the float64 truth: ours may be at most twice as far as PyTorch's.
+# On the shipped model, layer by layer:
 
 # %%
 text = np.random.default_rng(1).integers(4, 4096, (1, 128))
@@ -293,9 +295,9 @@ assert distances(torch64)[-1] < 1e-13 < 1e-8 < distances(mine)[-1]
 assert distances(mine)[-1] < 1e-5 < lines["float64, wrong eps"][-1]
 
 # %% [markdown]
-# Three levels, far apart: float64's rounding, float32's, and a mistake. But some mistakes are smaller than float32's rounding, and only float64
-# sees them. One is in the oracle itself: with `attn_implementation="eager"`, transformers computes the softmax in float32 even when everything else
-# is float64. A comparison in float32 could never have told.
+# Three levels, far apart: float64's rounding, float32's, and a mistake. But some mistakes are smaller than float32's rounding, and only float64 sees
+# them. One is in the oracle itself: with `attn_implementation="eager"`, transformers computes the softmax in float32 even when everything else is
+# float64. A comparison in float32 could never have shown that.
 
 # %%
 eager, ours64 = oracle_and_ours(attention="eager")
@@ -307,8 +309,8 @@ assert 1e-10 < c.first.error < 1e-6  # float32's last digits
 # %% [markdown]
 # ### Exercise 2: what to compare
 #
-# At padding, programs differ and are allowed to: nobody reads what stands there. Write the measure that `opt-np verify` uses: the largest
-# difference over the largest absolute value of *theirs*, both at real tokens only. `real` is true at tokens. (The package's own is `verify.relative_error`.)
+# At padding, programs differ and are allowed to: nothing reads those values. Write the measure that `opt-np verify` uses: the largest difference over
+# the largest absolute value of *theirs*, both at real tokens only. `real` is true at tokens. (The package's own is `verify.relative_error`.)
 
 
 # %%
@@ -328,8 +330,9 @@ check(my_error, verify.relative_error, *cases)
 # ## What `opt-np verify` does
 #
 # All of this, on your machine and for your model: `opt-np verify facebook/opt-125m`. The tensors as both libraries read them; every point of the
-# forward pass in float64, for six batches (plain, pads on either side, a hole in the mask, keys and values kept from step to step with and without pads, many tokens); the fused operations
-# that really run; the rounding of float32; and numbers that others published. Here for a small random model in a folder:
+# forward pass in float64, for six batches (plain, pads on either side, a hole in the mask, keys and values cached from step to step with and without
+# pads, many tokens); the fused operations that actually run; the rounding of float32; and numbers that others published. Here for a small random
+# model in a folder:
 
 # %%
 folder = tempfile.mkdtemp()
@@ -348,4 +351,4 @@ assert max(c.measured for c in checks if c.group == verify.LAYERS) < 1e-12
 # "not run" above is theirs. And a comparison proves that two programs agree: that the oracle is right is another matter, as 4.52.0 showed; `verify`
 # refuses it.
 #
-# A right forward pass gives one token. Next: many tokens, without starting over for each ([notebook 5](05_cache_and_decoding.ipynb)).
+# A correct forward pass gives one token. Next: many tokens, without starting over for each ([notebook 5](05_cache_and_decoding.ipynb)).

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Cache and decoding
 #
-# A model gives one distribution, over the next token. Text comes from choosing, again and again, and two questions follow: how not to start over
-# each time, and how to choose. Afterwards you can build the cache by hand, say what each option of `generate` does to a real distribution, and
+# A model gives one distribution, over the next token. Text comes from choosing again and again, which raises two questions: how to avoid starting
+# over each time, and how to choose. Afterwards you can build the cache by hand, say what each option of `generate` does to a real distribution, and
 # compute a step of beam search and of contrastive search with a pencil.
 
 # %%
@@ -48,8 +48,8 @@ assert over[0] == cached[0]  # the first token costs the same: the prompt is rea
 # %% [markdown]
 # ## What can be kept
 #
-# Attention is causal: nothing that an earlier token computed depends on a later one. So of all earlier tokens only what later ones *read* of them
-# is needed again: their keys and values, in every layer. Queries are not: an earlier token has asked its question already.
+# Attention is causal: nothing that an earlier token computed depends on a later one. So only what later tokens *read* from earlier ones is needed
+# again: their keys and values, in every layer. Their queries are not: an earlier token has asked its question already.
 
 # %%
 show(KVCache.extend)
@@ -68,8 +68,8 @@ assert last.shape == (1, 1, cfg.num_attention_heads, cfg.head_dim)
 assert np.allclose(last[:, 0], whole[:, -1], rtol=0, atol=1e-12)
 
 # %% [markdown]
-# The whole model, one token at a time from a `KVCache`, against all at once. They are equal up to rounding: NumPy multiplies one row in another
-# order than many. (The CPU backend of `opt_fast` promises more, equal bits; its tests hold it to that.)
+# The whole model, one token at a time from a `KVCache`, against all at once. They are equal up to rounding: NumPy multiplies one row in a different
+# order than many rows. (The CPU backend of `opt_fast` promises more: equal bits, which its tests check.)
 
 # %%
 cache = KVCache()
@@ -82,9 +82,9 @@ assert cache.length == ids.shape[1]
 assert cache.nbytes == costs.cache_bytes(cfg, 1, ids.shape[1], number=8)
 
 # %% [markdown]
-# The price is memory: two vectors for each token and layer. For one short row that is little; for many long rows it is more than the weights, and
-# the sooner so the smaller the model (here in 16 bits). A cache can also be cut (`crop`), to take tokens back, and copied (`fork`), to go on in two
-# ways.
+# The price is memory: two vectors for each token and layer. For one short row that is little; for many long rows it is more than the weights, and it
+# gets there sooner the smaller the model is (here in 16 bits). A cache can also be cut (`crop`), to take tokens back, and copied (`fork`), to
+# continue in two ways.
 
 # %%
 for size in ("125m", "6.7b", "175b"):
@@ -115,12 +115,13 @@ assert np.array_equal(row, lm.generate(start, max_new_tokens=24))
 # %% [markdown]
 # ## Bending a distribution
 #
-# The alternative is to draw. Drawn as it is, the distribution's long tail comes up again and again: thousands of tokens, each unlikely, together
-# not. Three options bend it before the draw, all on the scores $s$ (logits), in this order:
+# The alternative is to draw. Sampled unchanged, the distribution's long tail comes up again and again: thousands of tokens, each unlikely, but not
+# unlikely together. Three options bend it before the draw, all on the scores $s$ (logits), in this order:
 #
 # * **temperature** $\tau$: $s/\tau$. Below 1 the likely get likelier; towards 0 it is greedy.
 # * **top-k**: only the $k$ highest scores stay; the others become $-\infty$.
-# * **top-p**: the smallest set of likeliest tokens whose probabilities add up to at least $p$ stays: many where the model is unsure, few where it is sure.
+# * **top-p**: the smallest set of likeliest tokens whose probabilities add up to at least $p$ stays: many where the model is unsure, few where it is
+#   sure.
 
 # %%
 scores = exact(ids).logits[:, -1]  # (B, V)
@@ -152,7 +153,7 @@ fig.suptitle(f"after {text!r}", fontsize=10)
 assert (bent["top-p 0.8"] > -np.inf).sum() == 10
 
 # %% [markdown]
-# How many tokens top-p keeps depends on the place. Here for every place of a sentence:
+# How many tokens top-p keeps depends on the position. Here for every position of a sentence:
 
 # %%
 line = tok.encode("The captain looked at the ship, and said that he would go in the morning.")
@@ -218,9 +219,8 @@ assert len(np.unique(free)) > len(np.unique(row))
 # %% [markdown]
 # ## Drawing, and seeds
 #
-# To draw from a distribution, add its probabilities up and see where a random number from $[0, 1)$ falls. That number comes from the seed, the
-# row's place in the batch and the step, and from nothing else. So what a row says does not depend on who its neighbours are, or how long they go
-# on.
+# To draw from a distribution, add its probabilities up and see where a random number from $[0, 1)$ falls. That number comes from the seed, the row's
+# place in the batch and the step, and from nothing else. So a row's text does not depend on which rows are beside it, or how long they continue.
 
 # %%
 show(generate.choose, generate.Request.random_numbers)
@@ -250,8 +250,8 @@ assert a[0] == drawn_from("The old man")[0]  # no neighbour at all
 # %% [markdown]
 # ## Beams
 #
-# Greedy takes the best step, not the best path. Beam search keeps the $k$ best *beginnings*: each goes on with every token, and of all $k \cdot V$
-# sums
+# Greedy takes the best step, not the best path. Beam search keeps the $k$ best *beginnings*: each is continued with every token, and of all
+# $k \cdot V$ sums
 #
 # $$\text{score} = \textstyle\sum_t \log P(\text{token}_t \mid \text{before})$$
 #
@@ -298,7 +298,7 @@ assert means["8 beams"] > means["greedy"] > means["drawn"]
 # ### Exercise 2: one step of beams
 #
 # Given the beams' scores so far and the log probabilities of what may follow each, return three arrays: the new scores, best first, the beams that
-# they come from, and their tokens. The starter lets every beam go on once, with its best token. (The package's own is in `beam.search`.)
+# they come from, and their tokens. The starter continues every beam once, with its best token. (The package's own is in `beam.search`.)
 
 
 # %%
@@ -323,8 +323,8 @@ check(my_beam_step, beam_step, *cases)
 # %% [markdown]
 # ## Contrastive search
 #
-# Circles can also be seen from inside: a token that only repeats has a hidden state much like an earlier one's. Contrastive search looks at the $k$
-# likeliest tokens, reads each, and takes the one with the highest
+# Repetition can also be seen in the hidden states: a token that only repeats has a hidden state much like an earlier one's. Contrastive search looks
+# at the $k$ likeliest tokens, reads each, and takes the one with the highest
 #
 # $$(1 - \alpha)\, P(\text{token}) - \alpha \max_j \cos(h_{\text{token}}, h_j)$$
 #
@@ -357,8 +357,8 @@ assert len(np.unique(out)) > len(np.unique(row))
 # %% [markdown]
 # ## Streaming
 #
-# `stream` yields a step per token, with its log probability, the entropy of the distribution that it was chosen from, and, with a tokenizer, the
-# text that has become certain. A text to stop at may begin and end inside tokens.
+# `stream` yields a step per token, with its log probability, the entropy of the distribution that it was chosen from, and, with a tokenizer, the text
+# that has become certain. A stop string may begin and end inside tokens.
 
 # %%
 prompt = [tok.encode("She said")]
@@ -373,8 +373,8 @@ assert "".join(texts).endswith("do.")
 assert "do." not in [tok.decode([i]) for i in new]  # no token holds it
 
 # %% [markdown]
-# A character that is several tokens (notebook 2) comes with its last one; until then the text is empty. The model in the box says few such
-# characters, so here are the ids of a text, as if it had said them, one after the other:
+# A character that is several tokens (notebook 2) comes with its last one; until then the text is empty. The shipped model produces few such
+# characters, so here are the ids of a text, fed in order as if the model had produced them:
 
 # %%
 said = tok.encode("Déjà vu 🙂", add_special_tokens=False)
@@ -386,5 +386,5 @@ assert "🙂" in pieces
 assert pieces.count("") >= 5  # bytes held back
 
 # %% [markdown]
-# All of this only *used* the weights. Where they come from: next, the way back through a block, gradient by gradient
-# ([notebook 6](06_backprop_through_a_block.ipynb)).
+# All of this only *used* the weights. Where they come from: next, the backward pass through a block, gradient by gradient ([notebook
+# 6](06_backprop_through_a_block.ipynb)).

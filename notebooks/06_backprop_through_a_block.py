@@ -3,7 +3,7 @@
 #
 # Training asks one question of every weight: if you grow a little, does the loss grow or fall, and how fast? The answers, the **gradients**, come
 # from the chain rule, applied from the loss back to the embeddings. This notebook derives it for each operation of OPT on paper, shows the few lines
-# that compute it, and calls two witnesses: differences of the loss itself, and torch.
+# that compute it, and checks it against two witnesses: finite differences of the loss itself, and torch.
 
 # %%
 import matplotlib.pyplot as plt
@@ -19,8 +19,8 @@ B, T, D, H, F, V = 2, 5, 12, 3, 16, 11
 # %% [markdown]
 # ## How to check a gradient
 #
-# Write $dy$ for $\partial\,\mathrm{loss} / \partial y$: an array of $y$'s shape. A **backward function** gets $dy$ and gives $dx$. The first
-# witness needs no calculus: move one number of $x$ by $\pm\varepsilon$ and look at the loss,
+# Write $dy$ for $\partial\,\mathrm{loss} / \partial y$: an array of $y$'s shape. A **backward function** takes $dy$ and returns $dx$. The first
+# witness needs no calculus: change one element of $x$ by $\pm\varepsilon$ and look at the loss,
 #
 # $$\frac{\partial\,\mathrm{loss}}{\partial x_i} \approx \frac{\mathrm{loss}(x + \varepsilon e_i) - \mathrm{loss}(x - \varepsilon e_i)}{2\varepsilon}$$
 #
@@ -69,7 +69,7 @@ assert close(dx, 3 * x**2)
 # %% [markdown]
 # ## Linear
 #
-# $y = x W^\top + b$, or $y_{no} = \sum_i x_{ni} W_{oi} + b_o$. A number $x_{ni}$ enters every $y_{no}$ of its row, with the factor $W_{oi}$; a
+# $y = x W^\top + b$, or $y_{no} = \sum_i x_{ni} W_{oi} + b_o$. An element $x_{ni}$ enters every $y_{no}$ of its row, with the factor $W_{oi}$; a
 # weight $W_{oi}$ enters the column $y_{no}$ of every row, with the factor $x_{ni}$; $b_o$ the same with the factor 1. So
 #
 # $$dx_{ni} = \sum_o dy_{no} W_{oi}, \qquad dW_{oi} = \sum_n dy_{no} x_{ni}, \qquad db_o = \sum_n dy_{no}$$
@@ -96,12 +96,13 @@ assert np.allclose(dp["weight"], np.einsum("bto,bti->oi", dy, x))  # the formula
 # $\hat x = (x - \bar x)\,r$ with $r = (\mathrm{var} + \epsilon)^{-1/2}$, and $y = \hat x \odot w + b$. For weight and bias as before:
 # $dw = \sum_n dy_n \odot \hat x_n$, $db = \sum_n dy_n$; and $d\hat x = dy \odot w$. Then for one row of $D$ numbers:
 #
-# 1. $x_i$ enters $\hat x_i$ directly, with the factor $r$; the mean, with $1/D$; and $r$, through the variance, since $\partial\,\mathrm{var} / \partial x_i = 2 (x_i - \bar x) / D$.
+# 1. $x_i$ enters $\hat x_i$ directly, with the factor $r$; the mean, with $1/D$; and $r$, through the variance, since
+#    $\partial\,\mathrm{var} / \partial x_i = 2 (x_i - \bar x) / D$.
 # 2. So $\partial r / \partial x_i = -\tfrac12 r^3 \cdot 2 (x_i - \bar x) / D = -r^2 \hat x_i / D$.
 # 3. $\partial \hat x_j / \partial x_i = r (\delta_{ij} - 1/D) + (x_j - \bar x)\,\partial r / \partial x_i = r\,(\delta_{ij} - 1/D - \hat x_j \hat x_i / D)$.
 # 4. Summed with $d\hat x_j$: $\;dx = r\,\big(d\hat x - \mathrm{mean}(d\hat x) - \hat x\;\mathrm{mean}(d\hat x \odot \hat x)\big)$.
 #
-# In words: LayerNorm forgets the mean and the size of $x$, so what would only change these is taken out of the gradient.
+# In words: LayerNorm discards the mean and the scale of $x$, so the components that would only change these are removed from the gradient.
 
 # %%
 show(ops.layer_norm_bwd)
@@ -141,8 +142,8 @@ check(my_layer_norm_dx, spec=layer_norm_dx)
 # %% [markdown]
 # ## The mlp
 #
-# $a = h W_1^\top + b_1$, $\;u = \max(a, 0)$, $\;y = u W_2^\top + b_2$. Twice linear, and between them the kink: where $a > 0$ the gradient passes, where
-# $a < 0$ nothing moves the loss. ($a = 0$ has no derivative; it is taken as 0.) Galactica's gelu is $x\,\Phi(x)$, so by the product rule
+# $a = h W_1^\top + b_1$, $\;u = \max(a, 0)$, $\;y = u W_2^\top + b_2$. Twice linear, and between them the kink: where $a > 0$ the gradient passes,
+# where $a < 0$ nothing moves the loss. ($a = 0$ has no derivative; it is taken as 0.) Galactica's gelu is $x\,\Phi(x)$, so by the product rule
 # $\Phi(x) + x\,\varphi(x)$, with the normal distribution function $\Phi$ and its density $\varphi$. (Galactica is Meta's OPT for science.)
 
 # %%
@@ -174,12 +175,12 @@ for function in ("relu", "gelu"):
 # 1. $O$ is linear in $v$ and in $P$: $\;dv_j = P_j\,dO$, summed over the queries, and $dP_j = dO \cdot v_j$.
 # 2. $P_j = e^{s_j} / \sum_l e^{s_l}$, so $\partial P_j / \partial s_i = P_j (\delta_{ij} - P_i)$, and
 #    $\;ds_i = \sum_j dP_j P_j (\delta_{ij} - P_i) = P_i \big(dP_i - \sum_j P_j dP_j\big)$.
-# 3. The sum needs no weights: $\sum_j P_j\,dP_j = \sum_j P_j\,dO \cdot v_j = dO \cdot O$. FlashAttention lives on this (notebook 9).
+# 3. The sum needs no weights: $\sum_j P_j\,dP_j = \sum_j P_j\,dO \cdot v_j = dO \cdot O$. FlashAttention depends on this (notebook 9).
 # 4. $s$ is linear in $q$ and in $k$: $\;dq = c \sum_i ds_i k_i$, $\;dk_i = c\,ds_i\,q$, summed over the queries.
 #
-# A hidden key has $P_i = 0$, so $ds_i = 0$: the future gets no gradient, and nobody has to see to it.
+# A hidden key has $P_i = 0$, so $ds_i = 0$: the future gets no gradient, and no code is needed for it.
 #
-# In the code, `L` is $\log \sum_j e^{s_j}$ of each query, kept from the forward pass, so that $P = e^{s - L}$ can be made again. Where dropout appears
+# In the code, `L` is $\log \sum_j e^{s_j}$ of each query, saved by the forward pass, so that $P = e^{s - L}$ can be recomputed. Where dropout appears
 # (zeroing numbers at random in training), it is off here.
 
 # %%
@@ -221,7 +222,7 @@ assert not np.triu(ds, 1).any()  # nothing flows to what was hidden
 #
 # $$dz = P - \mathrm{onehot}(y)$$
 #
-# All of learning starts here: push every token down by its probability, and the right one up by what was missing. The numbers of a row add up to 0.
+# All learning starts here: push every token down by its probability, and the right one up by what it lacked. The elements of a row add up to 0.
 
 # %%
 show(ops.cross_entropy)
@@ -244,8 +245,8 @@ assert np.abs(dz.sum(-1)).max() < 1e-12
 # %% [markdown]
 # ## A whole block
 #
-# Backward is forward, read from the last line to the first. At each $x + f(\mathrm{LN}(x))$ the gradient takes both ways and adds up: the plain way is
-# why deep stacks can be trained, for nothing on it can shrink the gradient.
+# Backward is forward, read from the last line to the first. At each $x + f(\mathrm{LN}(x))$ the gradient takes both paths, and the results are added:
+# the direct path is why deep stacks can be trained, since nothing on it can shrink the gradient.
 
 # %%
 show(grad.decoder_layer_bwd)
@@ -271,8 +272,9 @@ for name, gradient in flatten(dp).items():
         assert close(gradient, moved[name], digits=7), name
 
 # %% [markdown]
-# One of the sixteen is special. The keys' bias adds the same number, $c\,q \cdot b$, to all scores of a query, and a softmax does not see that: the
-# gradient is 0, up to rounding, whatever the data. OPT has this bias in every layer, and no data teaches it: what little it moves in training is rounding, which AdamW magnifies.
+# One of the sixteen is special. The keys' bias adds the same number, $c\,q \cdot b$, to all scores of a query, and a softmax is not changed by that:
+# the gradient is 0, up to rounding, whatever the data. OPT has this bias in every layer, and no data teaches it: what little it moves in training is
+# rounding, which AdamW magnifies.
 
 # %%
 useless = {name: np.abs(gradient).max() for name, gradient in flatten(dp).items()}
@@ -282,16 +284,17 @@ assert min(size for name, size in useless.items() if name != "self_attn.k_proj.b
 # %% [markdown]
 # ## The tied table: two gradients in one
 #
-# `embed_tokens` is used twice, by tokens coming in and by logits going out, and a number that enters the loss in two ways collects both. At the head it
-# is the weight of a linear map, $dE = dz^\top h$: *every* row learns, at every place. At the bottom it is a lookup, $x_n = E_{i_n}$, with $i_n$ the id that goes in at place $n$: a row collects
-# the $dx_n$ of the places where its token stands, and the pad's row (torch's `padding_idx`) collects nothing there.
+# `embed_tokens` is used twice, by tokens coming in and by logits going out, and a number that enters the loss in two ways collects both. At the head
+# it is the weight of a linear map, $dE = dz^\top h$: *every* row learns, at every place. At the bottom it is a lookup, $x_n = E_{i_n}$, with $i_n$
+# the id that goes in at place $n$: a row collects the $dx_n$ of the places where its token stands, and the pad's row (torch's `padding_idx`) collects
+# nothing there.
 
 # %%
 show(grad.embed_bwd)
 
 # %% [markdown]
-# Labels are the ids themselves: `loss_and_grads` shifts them by one inside, so that place $n$ is judged by the token at $n + 1$. A label of -100 is not
-# counted, and the loss is the mean over those that are.
+# Labels are the ids themselves: `loss_and_grads` shifts them by one inside, so that place $n$ is judged by the token at $n + 1$. A label of -100 is
+# not counted, and the loss is the mean over those that are.
 
 # %%
 ids = rng.integers(4, V, (B, T))
@@ -344,14 +347,15 @@ check(my_embed_bwd, spec=grad.embed_bwd)
 # %% [markdown]
 # ## One step of AdamW
 #
-# With all gradients at hand, each weight moves by at most about one learning rate against its gradient's sign: AdamW divides a running mean of gradients by the
-# root of a running mean of their squares. For a weight $p$ with gradient $g$, in step $t$:
+# With all gradients computed, each weight moves by at most about one learning rate against its gradient's sign: AdamW divides a running mean of
+# gradients by the root of a running mean of their squares. For a weight $p$ with gradient $g$, in step $t$:
 #
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2$$
 #
 # $$p \leftarrow p - \eta\lambda\,p - \eta\;\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + 10^{-8}}$$
 #
-# $\eta$ is the learning rate, $\beta_1, \beta_2$ how much the running means keep. The divisions by $1 - \beta^t$ undo that $m$ and $v$ began at 0. Weight decay, $\lambda$, is for matrices only.
+# $\eta$ is the learning rate, $\beta_1, \beta_2$ how much of their past the running means retain. The divisions by $1 - \beta^t$ correct for $m$ and
+# $v$ starting at 0. Weight decay, $\lambda$, is for matrices only.
 
 # %%
 show(optim.adamw_step)
@@ -380,8 +384,8 @@ assert grad.loss_and_grads(ours, ids, labels, cfg, mask)[0] < loss
 # %% [markdown]
 # ## Gradients of a real model
 #
-# How large are the gradients where? The model in the box on one sentence, beside a fresh one of the same shape. Of each kind of matrix the root of the
-# mean square, so that sizes do not count:
+# How large are the gradients, and where? The shipped model on one sentence, beside a fresh one of the same shape. The table shows the root mean
+# square for each kind of matrix, so that matrix sizes do not matter:
 
 # %%
 lm, tok = OPTForCausalLM.from_pretrained(MODEL), OPTTokenizer.from_pretrained(MODEL)
@@ -411,8 +415,8 @@ assert span["fresh"] > 100 > 30 > span["trained"]
 
 # %% [markdown]
 # In a fresh model the queries hardly learn: $dq$ is a sum of $ds_i k_i$, and both the keys and the differences of $dO \cdot v_j$ that make $ds$ are
-# small, while $dv_j = P_j\,dO$ has neither factor. So values learn first.
-# In the trained one the kinds have come together. Training clips the norm over all tensors together, so that one odd batch cannot throw the model far:
+# small, while $dv_j = P_j\,dO$ has neither factor. So values learn first. In the trained one the kinds have come together. Training clips the norm
+# over all tensors together, so that one odd batch cannot throw the model far:
 
 # %%
 _, grads = found["trained"]
@@ -424,5 +428,5 @@ assert np.isclose(norm, before, rtol=1e-4)
 assert np.isclose(after, min(1.0, before), rtol=1e-4)
 
 # %% [markdown]
-# That is all of training but the data: forward, backward, a step. The tests hold the same gradients against HF's model for twelve variants. Next, the
-# same few functions teach a tiny model something one can watch it learn ([notebook 7](07_training_an_induction_head.ipynb)).
+# That is all of training but the data: forward, backward, a step. The tests compare the same gradients with HF's model for twelve variants. Next, the
+# same few functions teach a tiny model something that one can watch it learn ([notebook 7](07_training_an_induction_head.ipynb)).

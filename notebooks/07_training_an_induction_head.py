@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Training an induction head
 #
-# Nobody tells a transformer how to look things up in its own text; it finds out. Here a two-layer OPT learns it from nothing in under a minute, on
-# rows of random tokens that repeat: for a while nothing happens, then the loss on the repetition falls, within a quarter of the training. The notebook watches two heads
-# while it does, takes them apart afterwards, and reads the circuit off the weights. Everything is the package's: `init`, `grad.loss_and_grads`, `optim`.
+# Nobody tells a transformer how to look things up in its own text; it finds out. Here a two-layer OPT learns it from scratch in under a minute, on
+# rows of random tokens that repeat: for a while nothing happens, then the loss on the repetition falls, within a quarter of the training. The
+# notebook watches two heads during training, analyses them afterwards, and reads the circuit off the weights. Everything is the package's: `init`,
+# `grad.loss_and_grads`, `optim`.
 
 # %%
 import os
@@ -20,9 +21,9 @@ B, T, V, D = 32, 32, 16, 64
 # %% [markdown]
 # ## Rows that repeat
 #
-# Each row is a ring of $p$ different random tokens, read round and round until 32 stand there. In the first round nobody can know what comes; from the
-# second on the text says it: find the same token one round ago, and say what followed it. The period $p$ differs from row to row, 8 to 16, so that
-# counting places does not help: one has to *look*.
+# Each row is a ring of $p$ different random tokens, repeated until the row has 32. In the first round the next token cannot be known; from the second
+# on the text determines it: find the same token one round ago, and predict what followed it. The period $p$ differs from row to row, 8 to 16, so that
+# counting positions does not help: one has to *look*.
 
 
 # %%
@@ -41,7 +42,8 @@ print(test_ids[:3])
 assert all(np.array_equal(row[p:], row[:-p]) for row, p in zip(test_ids, period, strict=True))
 
 # %% [markdown]
-# What can be hoped for? On the repetition a loss of 0. In the first round the only help is that no token comes twice: after $t$ tokens $16 - t$ are left, $\ln(16 - t)$ nats; from place 8 on $\ln(17 - t)$, for the round may be over. Blind guessing costs $\ln 16$.
+# What loss is possible? On the repetition 0. In the first round the only help is that no token comes twice: after $t$ tokens $16 - t$ are left,
+# $\ln(16 - t)$ nats; from place 8 on $\ln(17 - t)$, for the round may be over. Blind guessing costs $\ln 16$.
 
 # %%
 blind = np.log(V)
@@ -61,11 +63,11 @@ assert floor < blind
 # %% [markdown]
 # ## The model and the training loop
 #
-# Two layers, one head each, 64 wide; the mlp is kept tiny, for what is to be learnt needs attention only. Three choices make it fast. Weights start at
-# 0.1, for a score is a sum of $D$ products, and with 64 of them instead of 768 it would start too near to 0: from 0.02, the config's default, nothing is
-# learnt in 450 steps. Positions start as sines and
-# cosines, so that "a little to the left" is the same turn everywhere (they are trained like all else): from random ones it takes some 100 steps longer.
-# The learning rate is 0.003: with 0.01 layer 0 comes to give all its attention to one place before it knows which, and stays there.
+# Two layers, one head each, 64 wide; the mlp is tiny, since what is to be learnt needs only attention. Three choices make it fast. Weights start at
+# 0.1, for a score is a sum of $D$ products, and with 64 of them instead of 768 it would start too near to 0: from 0.02, the config's default, nothing
+# is learnt in 450 steps. Positions start as sines and cosines, so that "a little to the left" is the same turn everywhere (they are trained like all
+# else): from random ones training takes some 100 steps longer. The learning rate is 0.003: with 0.01 layer 0 comes to give all its attention to one
+# place before it knows which, and stays there.
 
 
 # %%
@@ -101,8 +103,8 @@ assert abs(losses(model)[1] - blind) < 1
 # ## Two scores to watch
 #
 # **Layer 1**: on the repetition, the share of its attention that the head gives to tokens whose *predecessor* is the current token. That is what an
-# induction head does: "A B … A": from the second A to the B. **Layer 0**: the share that the head gives to the token itself and the four before it. For
-# that is what layer 1 needs: a place must have been told what stands before it, or nobody could find it by that.
+# induction head does: "A B … A": from the second A to the B. **Layer 0**: the share that the head gives to the token itself and the four before it.
+# That is what layer 1 needs: a position must carry what came before it, or no query could find it by that.
 
 
 # %%
@@ -149,8 +151,10 @@ assert induction > 0.5 and recent > 0.6
 
 # %% [markdown]
 # A plateau at $\ln 16$, a fall, and nearly 0. Layer 0 moves first: by step 100 it looks at what is near, while the loss has hardly noticed. (A reason
-# may be that no token comes back within eight: to know what was just there, and not to say it, is worth a little by itself.) The loss begins to fall before layer 1's score rises: to look at about the right stretch helps already. Then its attention narrows to the answers. The two are of use only together, so that each small gain
-# of one makes the other's worth more. The first round comes down a little too, towards its own floor.
+# may be that no token comes back within eight: knowing which tokens were just there, and not predicting them, is worth a little by itself.) The loss
+# begins to fall before layer 1's score rises: to look at about the right stretch helps already. Then its attention narrows to the answers. The two
+# are useful only together, so each small gain of one makes a gain of the other worth more. The first round comes down a little too, towards its own
+# floor.
 
 # %%
 halfway = int(steps[np.argmax(history[:, 1] < blind / 2)])
@@ -160,7 +164,7 @@ assert 50 < halfway < 350 and took < 250
 assert np.argmax(history[:, 2] > 0.5) < np.argmax(history[:, 3] > 0.2)  # layer 0 first
 
 # %% [markdown]
-# Luck? Two other seeds, for weights and data, 300 steps each:
+# Was that luck? Two other seeds, for weights and data, 300 steps each:
 
 # %%
 others = [fresh(seed) for seed in (1, 2)]
@@ -189,8 +193,8 @@ print(f"there layer 1 gives {P[at, at - 10].mean():.0%} to the answer, 10 places
 assert P[at, at - 10].mean() > 0.4
 
 # %% [markdown]
-# Layer 1's stripes are the induction: one round back, and one to the right. Layer 0 keeps to the diagonal, but it is not the previous-token head of the
-# textbooks, with all its weight on $t - 1$. How much does it give to each distance?
+# Layer 1's stripes are the induction: one round back, and one to the right. Layer 0 keeps to the diagonal, but it is not the previous-token head of
+# the textbooks, with all its weight on $t - 1$. How much does it give to each distance?
 
 # %%
 cache = model.run_with_cache(test_ids)[1]
@@ -205,8 +209,8 @@ assert (np.diff(back[1:6]) < 0).all()  # less and less
 assert back[1] > 1 / 12 > back[8]
 
 # %% [markdown]
-# It fades with distance: every place carries a summary of itself and the few tokens before it, the nearest first. That is enough here, for in a ring all
-# neighbours come back together. Training found what this task rewards, not what papers draw; the circuit below shows how it makes do.
+# It fades with distance: every place carries a summary of itself and the few tokens before it, the nearest first. That is enough here, for in a ring
+# all neighbours come back together. Training found what this task rewards, not the circuit of the papers; the circuit below shows how it works.
 #
 # ## Without one of them
 #
@@ -230,7 +234,7 @@ assert min(ablated["without layer 0's"][1], ablated["without layer 1's"][1]) > 0
 
 # %% [markdown]
 # And the link between them. Layer 1 makes its queries, keys and values from a stream to which layer 0's head has added its summaries. Make one of the
-# three from a stream with the summaries of *another row*, and leave the other two. In the textbook's circuit only the keys would mind:
+# three from a stream with the summaries of *another row*, and leave the other two. In the textbook's circuit only the keys would be affected:
 
 # %%
 cache = model.run_with_cache(test_ids)[1]
@@ -246,15 +250,15 @@ for c, name in zip("qkv", ("queries", "keys", "values"), strict=True):
 assert min(cut.values()) > 10 * ablated["both heads"][1]
 
 # %% [markdown]
-# All three mind. So the summaries are used in three ways, and the weights must say how.
+# All three are affected. So the summaries are used in three ways, and the weights must show how.
 #
 # ## The circuit, from the weights alone
 #
 # No text now, only matrices of 16 tokens by 16. $E_b$ is a token as it stands in the stream; $R_b = \mathrm{LN}(E_b)\,W_V^{0\top} W_O^{0\top}$ is the
 # trace that it leaves in the summaries of the places after it. Layer 1's score between what a query has ($x$) and what a key has ($y$) is
-# $\;x W_Q^{1\top} \cdot y W_K^{1\top} / \sqrt d$; what it says of something found, $y W_V^{1\top} W_O^{1\top} \cdot E_a$; and the summary speaks to the
-# head of the model directly, $R_b \cdot E_a$. A red diagonal: same token, more; a blue one: same token, less. (Layer 1's LayerNorm enters by its weight only, and biases are left out; the means of
-# rows and columns are taken off. Signs and patterns are those of real scores, sizes are not.)
+# $\;x W_Q^{1\top} \cdot y W_K^{1\top} / \sqrt d$; what it says of something found, $y W_V^{1\top} W_O^{1\top} \cdot E_a$; and the summary speaks to
+# the head of the model directly, $R_b \cdot E_a$. A red diagonal: same token, more; a blue one: same token, less. (Layer 1's LayerNorm enters by its
+# weight only, and biases are left out; the means of rows and columns are taken off. Signs and patterns are those of real scores, sizes are not.)
 
 
 # %%
@@ -292,9 +296,9 @@ for ax, (name, M) in zip(axes.flat, tables.items(), strict=True):
 # 3. *Trace in the value, red*: say what is in that place's summary: the next token, and those before it.
 # 4. *Own summary, directly, blue*: and do not say what stands in my own. Those before it cancel, and the next one is left.
 #
-# So it *is* an induction head, by where it looks, made of a summary and two subtractions, where the textbook's has a previous-token head
-# (Elhage et al., [A Mathematical Framework for Transformer Circuits](https://transformer-circuits.pub/2021/framework/index.html)). Heads of the same
-# score need not work alike. The other two seeds found the same four signs:
+# So it *is* an induction head, by where it looks, made of a summary and two subtractions, where the textbook's uses a previous-token head (Elhage et
+# al., [A Mathematical Framework for Transformer Circuits](https://transformer-circuits.pub/2021/framework/index.html)). Heads with the same score
+# need not work alike. The other two seeds found the same four signs:
 
 # %%
 models = {"seed 0": model, "seed 1": others[0], "seed 2": others[1], "untrained": before}
@@ -345,5 +349,5 @@ print(*(f"{rate:.5f}" for rate in rates))
 assert rates[0] < rates[1] < rates[2] == rates[3] == 3e-3
 
 # %% [markdown]
-# That was a model made to have the circuit. Does one that learnt from novels have it, and what do its heads do?
-# ([Notebook 8](08_looking_inside.ipynb).)
+# That was a model trained to have the circuit. Does one that learnt from novels have it, and what do its heads do? ([Notebook
+# 8](08_looking_inside.ipynb).)

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Looking inside
 #
-# A trained model is a pile of numbers that nobody wrote. This notebook asks the one in the box how it works: what its heads look at, which part of it
-# carries a word from the start of a text to its end, and which part says what. Every method is tried first, or again, where the answer is known,
-# for an instrument that always says yes shows nothing. All values have names, and can be read and replaced: `opt_np.taps`; the arithmetic is `opt_np.lens`.
+# A trained model is a pile of numbers that nobody wrote. This notebook examines how the shipped model works: what its heads look at, which part of it
+# carries a word from the start of a text to its end, and which part contributes what to the output. Every method is also tried where the answer is
+# known, since an instrument that always says yes shows nothing. All values have names, and can be read and replaced: `opt_np.taps`; the arithmetic is
+# `opt_np.lens`.
 
 # %%
 import os
@@ -28,8 +29,8 @@ def words(ids):
 # %% [markdown]
 # ## Every value has a name
 #
-# `run_with_cache` gives the logits and every value on the way, by the name of HF's module or by TransformerLens's. With them the model's own equations
-# can be checked: a block adds what its attention and its mlp say, and nothing else happens to the stream.
+# `run_with_cache` returns the logits and every intermediate value, by the name of HF's module or by TransformerLens's. With them the model's own
+# equations can be checked: a block adds the outputs of its attention and its mlp, and nothing else happens to the stream.
 
 # %%
 text = "The old man sat by the fire, and the old woman sat by the window."
@@ -45,7 +46,7 @@ for i in range(L):
 # %% [markdown]
 # ## What each head looks at
 #
-# A head's **pattern** says for every token (a row) how much of each earlier one (a column) it takes; a row adds up to 1. All heads of all layers:
+# A head's **pattern** gives for every token (a row) how much it takes from each earlier one (a column); a row adds up to 1. All heads of all layers:
 
 # %%
 patterns = np.stack([cache["pattern", i][0] for i in range(L)])  # (L, H, T, S)
@@ -58,7 +59,8 @@ assert np.allclose(patterns.sum(-1), 1)
 assert not np.triu(patterns, 1).any()
 
 # %% [markdown]
-# One of them large. Layer 0, head 1 is choosy when a " the" looks: "the", "by", "and" and the comma get next to nothing, and the later ones give most to " fire". It will turn up again.
+# One of them large. Layer 0, head 1 is choosy when a " the" looks: "the", "by", "and" and the comma get next to nothing, and the later ones give most
+# to " fire". It will turn up again.
 
 # %%
 title = "layer 0, head 1: the share that each row gives each column"
@@ -72,7 +74,7 @@ assert row.argmax() == 7 and row[:16][small].sum() < 0.1
 # %% [markdown]
 # ## `</s>`, the place to look at when there is nothing to see
 #
-# A softmax must give its whole 1 to somebody. Many models learn to give it to the first token, which stands before every text and says nothing about
+# A softmax must distribute a total of 1. Many models learn to give it to the first token, which is in front of every text and carries nothing about
 # this one: an **attention sink** (Xiao et al., [arXiv:2309.17453](https://arxiv.org/abs/2309.17453)). How much does each head give to `</s>`, over
 # the rows of three sentences? A head that spread its attention evenly would give $1/(t+1)$ at place $t$.
 
@@ -103,9 +105,9 @@ assert to_first[1, 0] > 0.6 > 3 * evenly
 # ## Is there an induction head?
 #
 # An **induction head** finds an earlier copy of the current token and looks at what came after it: in "A B … A" it looks at B, and so predicts B. In
-# the textbook it has help from a **previous-token head** in an earlier layer, which tells every token who stood before it. (Notebook 7 trained one from
-# nothing, which had found help of another kind.) Three scores tell heads apart on a row of random tokens that comes twice, $n$ tokens and the same
-# $n$ again:
+# the textbook it has help from a **previous-token head** in an earlier layer, which tells every token which one came before it. (Notebook 7 trained
+# one from scratch, which had found help of another kind.) Three scores tell heads apart on a row of random tokens that comes twice, $n$ tokens and
+# the same $n$ again:
 #
 # | score | the share that a token gives to | at |
 # |---|---|---|
@@ -130,8 +132,9 @@ def scores(model, tokens):
 # ### The control: a model made by hand
 #
 # To trust the scores, try them on a model whose heads are known. Here are two layers with the circuit set by hand: the stream has a place for the
-# token (numbers 0 to 29 of 96), one for its position (32 to 61) and one for the token before (64 to 93). Head 0 of layer 0 asks "who stands at
-# my position less one?" and writes down that token; head 0 of layer 1 asks "who has me as the token before?" and says that one. Heads 1 do nothing.
+# token (numbers 0 to 29 of 96), one for its position (32 to 61) and one for the token before (64 to 93). Head 0 of layer 0 asks "which token is at my
+# position minus one?" and writes it into the stream; head 0 of layer 1 asks "which position has me as the token before?" and predicts that position's
+# token. Heads 1 do nothing.
 
 
 # %%
@@ -168,7 +171,7 @@ assert known["previous token"][0, 0] > 0.95 and known["induction"][1, 0] > 0.95
 assert known["duplicate token"].max() < 0.2
 
 # %% [markdown]
-# The scores find both heads, and say of the idle ones what they are: evenly spread. So now the model in the box, on random tokens of its vocabulary:
+# The scores find both heads, and show that the idle ones are evenly spread. Now the shipped model, on random tokens of its vocabulary:
 
 # %%
 tokens_lm = rng.integers(260, lm.config.vocab_size, (8, 14))  # (8, 14)
@@ -184,9 +187,10 @@ print(f"layer {best[0]}, head {best[1]}: {found['induction'].max():.3f}; evenly 
 assert found["induction"].max() < 0.2 and found["previous token"].max() < 0.5
 
 # %% [markdown]
-# **It has none.** (An even spread over the 16 to 28 tokens that a token of the second copy sees would score about 1/21.) Its best "induction head" does little better than a head that spreads its attention evenly, and no head looks mainly at the previous
-# token. It is small, and saw 18 million tokens of training; induction heads came in other people's runs after billions (Olsson et al.,
-# [arXiv:2209.11895](https://arxiv.org/abs/2209.11895)). Its loss says the same: reading the tokens a second time does not make it guess them.
+# **It has none.** (An even spread over the 16 to 28 tokens that a token of the second copy sees would score about 1/21.) Its best "induction head"
+# does little better than a head that spreads its attention evenly, and no head looks mainly at the previous token. It is small, and saw 18 million
+# tokens of training; induction heads came in other people's runs after billions (Olsson et al.,
+# [arXiv:2209.11895](https://arxiv.org/abs/2209.11895)). Its loss shows the same: reading the tokens a second time does not help it predict them.
 
 
 # %%
@@ -214,8 +218,8 @@ assert second_half(lm, tokens_lm) > np.log(lm.config.vocab_size)
 # %% [markdown]
 # ## Without one head
 #
-# What a head looks at is not yet what it is good for. **Ablation** asks directly: silence a head, and see how much worse the model predicts. For the
-# model by hand, on the second copy; for the one in the box on what it was made for, the opening of a novel that it never saw in training.
+# What a head looks at is not yet what it is good for. **Ablation** asks directly: silence a head, and see how much worse the model predicts. The
+# model made by hand is tested on the second copy; the shipped one on what it was made for, the opening of a novel that it never saw in training.
 
 # %%
 novel = (
@@ -246,8 +250,8 @@ assert np.unravel_index(lost.argmax(), lost.shape) == (1, 1)
 assert 0.1 < lost.max() < 0.3 and np.median(lost) < 0.05
 
 # %% [markdown]
-# In the model by hand both heads of the circuit are needed, and only they. (Mind the two scales.) In the one in the box one head, layer 1's
-# head 1, is worth a sixth of a nat on this page; every other costs a few hundredths or nothing. A page is short: the small ones are within its chance.
+# In the model by hand both heads of the circuit are needed, and only they. (Note the two scales.) In the shipped one a single head, layer 1's head 1,
+# is worth a sixth of a nat on this page; every other costs a few hundredths or nothing. A page is short: the small values are within chance.
 
 # %%
 order = np.argsort(-lost, axis=None)[:3]
@@ -263,7 +267,8 @@ assert np.allclose(same, lm.run_with_hooks(page, without(0, 1)), atol=1e-9)
 #
 # The model has no induction head, and yet it remembers: after "The man saw the ship. The man saw the" it finds " ship" ten times likelier than after
 # the same with "house". How does the word get to the end? Run the text with *house*, but put in, at one layer and place, the stream of the run with
-# *ship*. If the answer comes back, what matters passes there. As a measure, the difference of the two words' logits: 0 is the house's, 1 the ship's.
+# *ship*. If the answer comes back, the information passes there. As a measure, the difference of the two words' logits: 0 is the house's, 1 the
+# ship's.
 
 # %%
 clean, corrupt = (np.array([tok.encode(f"The man saw the {word}. The man saw the")])
@@ -305,7 +310,8 @@ assert back[1, -1] > 0.5  # before layer 1 most of it is at the end already
 assert np.abs(back[:, :5]).max() < 1e-9  # nothing before the word can know
 
 # %% [markdown]
-# Most of it jumps in layer 0, from the word straight to the last token; the rest follows later, mainly in layers 3 and 4. By which head? Put in what a single head says, at all places:
+# Most of it jumps in layer 0, from the word straight to the last token; the rest follows later, mainly in layers 3 and 4. By which head? Put in what
+# a single head says, at all places:
 
 # %%
 by_head = np.zeros((L, H))
@@ -323,15 +329,15 @@ assert carrier == (0, 1) and by_head[carrier] > 0.5
 assert looks.argmax() == 5 and gone < high / 2
 
 # %% [markdown]
-# It is the head of the large picture, the one that from a "the" passes over small words. So this model copies without induction: a head of the first layer
-# gathers what stood there so far, and the rest of the model makes that likelier again. It does not ask what came *after* "saw the" last time. An
-# induction head would; this is the poor man's way, and in a novel no bad bet. This was one pair of sentences: try others.
+# It is the head of the large picture, the one that from a "the" passes over small words. So this model copies without induction: a head of the first
+# layer gathers what stood there so far, and the rest of the model makes that likelier again. It does not ask what came *after* "saw the" last time.
+# An induction head would; this is a crude substitute, and in a novel not a bad one. This was one pair of sentences: try others.
 
 # %% [markdown]
 # ## Which part said so: attribution
 #
 # The last logit is the head's product with the last stream, and the stream is a sum of what each part has put there. Given the size that the last
-# LayerNorm divides by, everything after is linear, so the logit itself is a sum, one term for each part:
+# LayerNorm divides by, everything after is linear, so the logit itself is a sum, one term for each part of the model:
 #
 # $$\mathrm{logit}_v = E_v \cdot \mathrm{LN}\Big(\sum_i x_i\Big) = \Big[\sum_i E_v \cdot \Big(w \odot \frac{x_i - \bar x_i}{\sigma}\Big)\Big] + E_v \cdot b$$
 #
@@ -356,13 +362,15 @@ assert max(said, key=said.get) == "layer 0 mlp"
 assert abs(said["layer 0 head 1"]) < 0.2
 
 # %% [markdown]
-# The head that carries the word says almost nothing itself: it writes for others to read, first of all the mlp of its own layer, which turns the
-# summary into words. Patching finds who *matters*, attribution who *speaks*; the two need not be the same.
+# The head that carries the word contributes almost nothing to the logit itself: it writes for other parts to read, first of all the mlp of its own
+# layer, which turns the summary into words. Patching finds the parts that *matter*, attribution those that write to the logit; the two need not be
+# the same.
 #
 # ### Exercise 1: what each head adds
 #
-# `out_proj` takes the heads' outputs side by side, $H$ times $D_h$ numbers, and gives $D$. A matrix times vectors side by side is a sum: head $j$
-# meets only columns $j D_h$ to $(j+1) D_h$ of the matrix. Return what each head adds, on an axis of its own. (The package's answer: `taps.head_results`.)
+# `out_proj` takes the heads' outputs side by side, $H$ times $D_h$ numbers, and gives $D$. A matrix times vectors side by side is a sum: head $j$ is
+# multiplied only by columns $j D_h$ to $(j+1) D_h$ of the matrix. Return what each head adds, on an axis of its own. (The package's answer:
+# `taps.head_results`.)
 
 
 # %%
@@ -386,8 +394,8 @@ assert np.allclose(together, clean_cache["attn_out", 3], atol=1e-9)
 # %% [markdown]
 # ## What the stream would say at each layer
 #
-# The **logit lens** reads the stream after any block as if it were the last. For every place of the sentence, the word that would be said there, and
-# how sure:
+# The **logit lens** reads the stream after any block as if it were the last. For every position of the sentence, the word that would be predicted
+# there, and with what probability:
 
 # %%
 guesses = list(lens.logit_lens(lm, clean))  # (name, (B, T, V)), the embeddings first
@@ -402,8 +410,8 @@ for (i, t), p in np.ndenumerate(sure):
 assert np.allclose(guesses[-1][1], clean_logits, atol=1e-9)
 
 # %% [markdown]
-# The embeddings mostly say the token itself, for the table is read as it was written: that is what tying does. (A "?" is half a character: the row
-# is one of bytes.) From the first block on the model speaks of what comes next, and from layer 1 on gets it right more and more.
+# The embeddings mostly say the token itself, for the table is read as it was written: that is what tying does. (A "?" is half a character: the row is
+# one of bytes.) From the first block on the model predicts what comes next, and from layer 1 on it is right more and more often.
 
 # %%
 itself = [(at_layer[0].argmax(-1) == clean[0]).mean() for _, at_layer in guesses]
@@ -416,8 +424,8 @@ assert nll[-1] == min(nll)
 # %% [markdown]
 # ### Exercise 2: the lens
 #
-# What the model would say if the stream ended as `x`: the last LayerNorm, `ops.layer_norm(x, **model.params["final_layer_norm"])`, then each token's score, the product
-# with its row of `model.params["embed_tokens"]["weight"]`, $(V, D)$. (The package's answer: `lens.unembed`.)
+# What the model would say if the stream ended as `x`: the last LayerNorm, `ops.layer_norm(x, **model.params["final_layer_norm"])`, then each token's
+# score, the product with its row of `model.params["embed_tokens"]["weight"]`, $(V, D)$. (The package's answer: `lens.unembed`.)
 
 
 # %%
@@ -445,5 +453,5 @@ assert np.allclose(found["attention"], np.stack([clean_cache["pattern", i][0] fo
 assert found["top_ids"][-1, -1, 0] == clean_logits[0, -1].argmax()
 
 # %% [markdown]
-# So much for what a model does with its numbers. Next, how fast they can be had: attention without ever writing its matrix down
-# ([notebook 9](09_flash_attention.ipynb)).
+# So much for what a model does with its values. Next, how fast they can be computed: attention without ever storing its matrix ([notebook
+# 9](09_flash_attention.ipynb)).

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Attention without its matrix
 #
-# Plain attention makes a matrix of T × T scores for every head, and throws it away. FlashAttention computes the same result, forward and backward,
-# and never holds more than a small tile of it. At the end you will have derived it, broken it, checked its gradients, seen it run on the
-# processor's vectors, and know which of a machine's two limits it moves attention away from.
+# Plain attention computes a matrix of T × T scores for every head, and discards it. FlashAttention computes the same result, forward and backward,
+# and never holds more than a small tile of it. At the end you will have derived it, broken it, checked its gradients, seen it run on the processor's
+# vector units, and know which of a machine's two limits it moves attention away from.
 #
 # The papers: FlashAttention ([arXiv:2205.14135](https://arxiv.org/abs/2205.14135)) and FlashAttention-2
 # ([arXiv:2307.08691](https://arxiv.org/abs/2307.08691)). $d$ is the width of a head throughout, `Dh` in the code.
@@ -86,7 +86,7 @@ assert not np.isnan(ops.softmax(s)).any()
 # %% [markdown]
 # ## The online softmax
 #
-# Now suppose that the scores of a query arrive in pieces, and that we may not keep them. For what has come so far, keep three things:
+# Now suppose that the scores of a query arrive in pieces, and that we may not store them. For those that have arrived so far, keep three things:
 #
 # * $m$, the largest score,
 # * $l = \sum_j e^{s_j - m}$, the sum under that maximum,
@@ -116,8 +116,8 @@ for _ in range(200):
 print("200 ways to cut 40 scores, one result")
 
 # %% [markdown]
-# $L = m + \log l = \log \sum_j e^{s_j}$ comes with it: one number for each query, from which any of its weights can be made again: $P_j = e^{s_j -
-# L}$. The backward pass will live on that.
+# $L = m + \log l = \log \sum_j e^{s_j}$ comes with it: one number for each query, from which any of its weights can be recomputed:
+# $P_j = e^{s_j - L}$. The backward pass depends on that.
 
 # %% [markdown]
 # ### Where to begin
@@ -148,8 +148,8 @@ assert not ops.softmax(infinite).any()
 # %% [markdown]
 # ## Tiles
 #
-# FlashAttention-2 does this for a block of queries at once. A **tile** is Br queries × Bc keys: their scores are made, used, and forgotten. This is
-# the whole algorithm in NumPy, for one head, and the specification of every kernel in this project:
+# FlashAttention-2 does this for a block of queries at once. A **tile** is Br queries × Bc keys: their scores are computed, used, and discarded. This
+# is the whole algorithm in NumPy, for one head, and the specification of every kernel in this project:
 
 # %%
 show(flash.attention, flash.tile_scores)
@@ -169,8 +169,8 @@ for Br, Bc in ((1, 1), (4, 7), (16, 16), (64, 64), (5, 100)):
     assert np.allclose(O, plain, rtol=1e-12, atol=1e-14)
 
 # %% [markdown]
-# A causal query does not see the keys after it, so tiles above the diagonal need not be computed: the inner loop ends before them. To see which
-# are, put a note-taker in the place of `tile_scores`:
+# A causal query does not see the keys after it, so tiles above the diagonal need not be computed: the inner loop ends before them. To see which are,
+# replace `tile_scores` by a function that records its calls:
 
 
 # %%
@@ -204,8 +204,8 @@ for ax, (T, S, Br, Bc) in zip(axes, cases, strict=True):
 #
 # ### Exercise 1: the running maximum
 #
-# Write causal attention for one head, two keys at a time, without ever holding a row of scores. The starter keeps the maximum, and forgets to
-# shrink what it has summed when the maximum grows. What to write is in the section on the online softmax; `L` is $m + \log l$.
+# Write causal attention for one head, two keys at a time, without ever holding a row of scores. The starter tracks the maximum, but forgets to shrink
+# its sums when the maximum grows. The formulas are in the section on the online softmax; `L` is $m + \log l$.
 
 
 # %%
@@ -231,9 +231,9 @@ check(my_attention, flash.attention, (*random_head(7, 7), 0.5), (*random_head(9,
 # %% [markdown]
 # ## Fewer queries than keys
 #
-# When a text is continued, the new tokens are the last ones, and their keys stand behind those in the cache: T queries against S keys, T < S. The
-# causal mask is **aligned to the end**: query t stands at key S − T + t. (Aligned to the start, a single new token would see nothing but the first
-# key.) So computing only the last queries gives the last rows of computing all, the third picture above:
+# When a text is continued, the new tokens are the last ones, and their keys come after those in the cache: T queries against S keys, T < S. The
+# causal mask is **aligned to the end**: query t is at key S − T + t. (Aligned to the start, a single new token would see nothing but the first key.)
+# So computing only the last queries gives the last rows of computing all, the third picture above:
 
 # %%
 Q, K, V = random_head(20, 20)
@@ -261,12 +261,12 @@ assert np.allclose(O[5:], alone, rtol=1e-12)  # as if the pads were not there
 # %% [markdown]
 # ## The backward pass
 #
-# Given $dO$, how the loss changes with each number of $O$, we want $dQ$, $dK$, $dV$. With $P$ at hand:
+# Given $dO$, how the loss changes with each element of $O$, we want $dQ$, $dK$, $dV$. With $P$ known:
 #
 # $$dV = P^\top dO, \quad dP = dO\,V^\top, \quad ds_{ij} = P_{ij}\Big(dP_{ij} - \sum_k P_{ik}\,dP_{ik}\Big), \quad dQ = \frac{ds\,K}{\sqrt d},
 # \quad dK = \frac{ds^\top Q}{\sqrt d}$$
 #
-# Two things need a whole row: $P$, and the sum in the middle. $P$ we can make again, tile by tile, from $L$. And the sum needs no row at all:
+# Two things need a whole row: $P$, and the sum in the middle. $P$ can be recomputed, tile by tile, from $L$. And the sum needs no row at all:
 #
 # $$D_i = \sum_j P_{ij}\,dP_{ij} = \sum_j P_{ij} \sum_c dO_{ic} V_{jc} = \sum_c dO_{ic} \sum_j P_{ij} V_{jc} = \sum_c dO_{ic}\, O_{ic}$$
 
@@ -306,7 +306,7 @@ for name, array, grad in zip("QKV", (Q, K, V), grads, strict=True):
 # %% [markdown]
 # ### Exercise 2: the backward pass, in one tile
 #
-# Here all of $P$ may be held. The starter leaves $D$ out; everything else stands. (The package's own answer is the inner loop above.)
+# Here all of $P$ may be held. The starter leaves out $D$; everything else is there. (The package's own answer is the inner loop above.)
 
 
 # %%
@@ -386,7 +386,7 @@ print("forward and backward agree with NumPy")
 # %% [markdown]
 # ## Which limit?
 #
-# A machine has two limits: FLOPs in a second, and bytes in a second that memory delivers. Which of them holds depends on the **arithmetic
+# A machine has two limits: FLOPs in a second, and bytes in a second that memory delivers. Which of them applies depends on the **arithmetic
 # intensity**, the FLOPs that are done for each byte moved:
 #
 # $$\text{FLOP/s} \le \min(\text{peak},\ \text{intensity} \times \text{bandwidth})$$
@@ -467,26 +467,25 @@ assert np.isclose(steps[0].flops / steps[0].bytes, softmax)
 assert 2 * whole < h200[1] / h200[0] < 2 * tiled
 
 # %% [markdown]
-# On a GPU the bend of the limits lies far to the right: an H200 could do some 200 FLOPs while a byte arrives. Plain attention as a whole stands on
-# the slope there, at a thirteenth of what the arithmetic could do; flash attention at 2048 tokens stands beyond the bend. (Nothing was run on one
-# here.)
+# On a GPU the bend of the roofline is far to the right: an H200 could do some 200 FLOPs while a byte arrives. Plain attention as a whole is on the
+# slope there, at a thirteenth of what the arithmetic could do; flash attention at 2048 tokens is beyond the bend. (Nothing here was run on a GPU.)
 #
-# A processor's core bends earlier. Taken as a whole, plain attention need not wait for memory; but it is three steps one after the other,
-# and the softmax alone, 5 FLOPs for each pair, stands on the slope; it passes over T × T numbers several times, and works above the diagonal, too.
-# Where the scores fit into the processor's cache, memory is not asked for them.
+# A processor's core bends earlier. Taken as a whole, plain attention need not wait for memory; but it is three steps one after the other, and the
+# softmax alone, 5 FLOPs for each pair, stands on the slope; it passes over T × T numbers several times, and works above the diagonal, too. Where the
+# scores fit into the processor's cache, they are not read from memory.
 #
-# Decoding, with one query, stands far to the left whatever the algorithm: every key is read for two products and used once. No tile helps there,
-# only fewer bytes ([notebook 10](10_int8_and_int4.ipynb)), and for the weights more rows at once ([notebook 11](11_what_a_token_costs.ipynb)).
+# Decoding, with one query, is far to the left whatever the algorithm: every key is read for two products and used once. No tile helps there, only
+# fewer bytes ([notebook 10](10_int8_and_int4.ipynb)), and for the weights more rows at once ([notebook 11](11_what_a_token_costs.ipynb)).
 
 # %% [markdown]
 # ## And on a GPU?
 #
 # The kernels for GPUs ([docs/gpu.md](../docs/gpu.md)) read beside `flash.py`: `attention_numba.py` climbs from a naive kernel to this algorithm, and
-# `kernels/flash_fwd_mma.cu` has it on tensor cores. Nothing in this notebook has been run on a GPU. The same are tiles, $m$, $l$ and $a$, the
-# division at the end, $L$ and $D$. What differs: a block of threads takes a head and Br queries; its tiles lie in shared memory, up to some 200 KB,
-# which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums; and with one query there are too
-# few blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging is the online softmax once
-# more: two triples $(m, l, a)$ make one.
+# `kernels/flash_fwd_mma.cu` has it on tensor cores. Nothing in this notebook has been run on a GPU. What is the same: tiles, $m$, $l$ and $a$, the
+# division at the end, $L$ and $D$. What differs: a block of threads takes a head and Br queries; its tiles are in shared memory, up to some 200 KB,
+# which it fills itself while it computes; the products are done by tensor cores, in 16 bits with float32 sums; and with one query there are too few
+# blocks to fill the machine, so the keys are split between blocks, and partial results are merged. The merging is the online softmax once more: two
+# triples $(m, l, a)$ make one.
 
 # %%
 Q, K, V = random_head(1, 30)
@@ -500,4 +499,4 @@ assert np.isclose(np.logaddexp(*Ls), L[0], rtol=1e-12)
 
 # %% [markdown]
 # Attention's matrix is gone, and its result is the same. What is left to move are the weights: [notebook 10](10_int8_and_int4.ipynb) makes them
-# whole numbers of 8 and 4 bits.
+# integers of 8 and 4 bits.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Weights in 8 bits and in 4
 #
-# A weight can be stored as a small whole number, and a row or a group of weights shares what one of them is worth. This notebook makes such weights
-# by hand, follows their error from one row through all of the model, shows what a few large channels do to it and what helps, and ends at the
-# kernel that multiplies whole numbers exactly. All measurements are on the small model in the box; Meta's weights have not been measured.
+# A weight can be stored as a small integer, with one scale factor shared by a row or a group of weights. This notebook makes such weights by hand,
+# follows their error from one row through the whole model, shows what a few large channels do to it and what helps, and ends with the kernel that
+# multiplies integers exactly. All measurements are on the small shipped model; Meta's weights have not been measured.
 
 # %%
 import copy
@@ -23,8 +23,8 @@ params, cfg = lm.params, lm.config
 # %% [markdown]
 # ## A row in 8 bits
 #
-# The largest weight of a row becomes 127 or −127; every other is rounded to the nearest whole number. The step between two of them, the `scale`, is
-# kept as a float32 for each row:
+# The largest weight of a row becomes 127 or −127; every other is rounded to the nearest integer. The step between two integers, the `scale`, is
+# stored as a float32 for each row:
 #
 # $$\text{scale} = \frac{\max_i |w_i|}{127}, \quad n_i = \mathrm{round}(w_i / \text{scale}), \quad \hat w_i = n_i \cdot \text{scale}$$
 
@@ -67,7 +67,8 @@ assert leaves4["scale"][3, 0] == steps[best]
 assert np.array_equal(ops.dequantized(**leaves4)[3, :32], tried[best] * steps[best])
 
 # %% [markdown]
-# The row and its grids: int8's lie so close that the row hardly moves; int4's 16 levels, different in each group, are all that 32 weights can be.
+# The row and its grids: int8's levels are so close that the row hardly moves; int4 has only 16 levels for the 32 weights of a group, different in
+# each group.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
@@ -88,7 +89,7 @@ assert set(tried[best] * steps[best]) <= set(levels)
 # ### Exercise 1: unpack
 #
 # Write what 4-bit weights mean: from bytes (O, I/2) and scales (O, I/32) to float32 (O, I). The lower half of a byte is `byte & 15`, the upper
-# `byte >> 4`; 8 is taken off both; each is worth its group's scale. The starter puts all the lower halves first, and takes nothing off.
+# `byte >> 4`; subtract 8 from both; each is multiplied by its group's scale. The starter puts all the lower halves first, and subtracts nothing.
 
 
 # %%
@@ -126,8 +127,8 @@ assert np.isclose(measured[5], quantize.relative_error(W, leaves), rtol=1e-4)
 assert quantize.relative_error(W, leaves4) < 0.7 * measured[1]  # groups take a third off
 
 # %% [markdown]
-# All matrices of the blocks, six in each of six layers. They differ little: what counts is how far a row's (or a group's) largest weight stands
-# above the others. `fc2`, with rows of 1024, has larger largest ones, and layer 0's `out_proj` has a few weights ten times the usual size.
+# All matrices of the blocks, six in each of six layers. They differ little: what counts is how far a row's (or a group's) largest weight stands above
+# the others. `fc2`, with rows of 1024, has larger extremes, and layer 0's `out_proj` has a few weights ten times the usual size.
 
 # %%
 names = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")] + ["fc1", "fc2"]
@@ -174,9 +175,9 @@ for name, f in cases.items():
 assert found["rows"] > 0.2
 
 # %% [markdown]
-# Large columns take the scale for themselves: the other 250 are left two of 127 steps. Small columns are rounded to nothing, and what they are
-# multiplied with is large. The cure costs almost nothing: bring uneven columns to one size first, by powers of two, which lose no bit, and keep the
-# powers in a third array beside `weight` and `scale`, `columns`. A product then multiplies $x$ by them before it begins.
+# Large columns set the scale: the other 250 are left two of 127 steps. Small columns are rounded to nothing, although the activations that they are
+# multiplied by are large. The cure costs almost nothing: bring uneven columns to a common size first, by powers of two, which lose no bit, and store
+# the powers in a third array beside `weight` and `scale`, `columns`. A product then multiplies $x$ by them before it begins.
 
 # %%
 show(quantize.quantize_matrix, quantize.column_sizes)
@@ -207,10 +208,11 @@ check(my_column_sizes, quantize.column_sizes, (W * factor,), (W / factor,))
 # %% [markdown]
 # ## What the weights are multiplied with
 #
-# A product of whole numbers needs whole numbers on both sides, so $x$ is rounded, too, as it comes. Many engines round a token's numbers to 8 bits, with one scale for all of them or one for each block of 32. Where large channels of $x$ meet small
-# columns, `columns` evens both out, if $x$ is rounded after it was multiplied by them, as the kernel does. Where the columns are of ordinary size,
-# nothing evens $x$, and the scale must fit the largest: the table below rounds $x$ first, so that it shows this case. This project rounds $x$ to
-# **16 bits**, 384 numbers on a scale.
+# A product of integers needs integers on both sides, so $x$ is rounded, too, when the product is computed. Many engines round a token's activations
+# to 8 bits, with one scale for all of them or one for each block of 32. Where large channels of $x$ are multiplied by small columns, `columns` evens
+# both out, if $x$ is rounded after it was multiplied by them, as the kernel does. Where the columns are of ordinary size, nothing evens out $x$, and
+# the scale must fit the largest: the table below rounds $x$ first, so that it shows this case. This project rounds $x$ to **16 bits**, with one scale
+# for 384 values.
 #
 # Now in the whole model, with float32 weights, and with six large channels made in every LayerNorm. `linear` of a backend is all that is replaced:
 
@@ -295,8 +297,8 @@ assert off["six large channels", "int8", "float32"] < 1.2 * off["as it is", "int
 #
 # ## Through the model
 #
-# Where does the error of int8 weights go? `trace.record` notes every step of a pass, and `trace.compare` says how far two passes are apart at each,
-# of its largest value:
+# Where does the error of int8 weights go? `trace.record` records every step of a pass, and `trace.compare` gives the difference of two passes at each
+# step, relative to its largest value:
 
 # %%
 lms, passes, compared = {"float32": lm}, {"float32": trace.record(lm, ids)}, {}
@@ -346,9 +348,9 @@ assert abs(found["int4"] / found["float32"] - 1) < 0.08
 #
 # ## Exact sums
 #
-# `ops.linear` makes the whole float32 matrix again at each use: the specification, and slow. `opt_fast/gemm_int.py` multiplies the whole numbers. A
-# 16-bit number of $x$ times an 8-bit weight, 384 times, is at most $384 \cdot 127 \cdot 32767 < 2^{31}$: it fits a 32-bit sum, which therefore is
-# exact, in any order. Only then come the scales, in float32. With whole numbers for $x$ and scales of 1 one can see it:
+# `ops.linear` rebuilds the whole float32 matrix at each use: this is the specification, and slow. `opt_fast/gemm_int.py` multiplies the integers. A
+# 16-bit element of $x$ times an 8-bit weight, 384 times, is at most $384 \cdot 127 \cdot 32767 < 2^{31}$: it fits a 32-bit sum, which therefore is
+# exact, in any order. Only then come the scales, in float32. With integers for $x$ and scales of 1 this can be seen:
 
 # %%
 x = rng.integers(-32767, 32768, (5, 384)).astype(np.float32)
@@ -363,11 +365,11 @@ assert np.array_equal(kernel, true.astype(np.float32))  # each the float32 neare
 assert not np.array_equal(floats, true.astype(np.float32))  # sums in float32 are not
 
 # %% [markdown]
-# **What lies in memory.** A processor multiplies 16-bit numbers two at a time and adds both products to one 32-bit sum. So two neighbours in k of
+# **What is stored.** The processor multiplies pairs of 16-bit integers and adds both products of a pair to one 32-bit sum. So two neighbours in k of
 # one output are needed side by side, for as many outputs as the vector has lanes. A 16-bit word holds two int8 numbers (or four int4), ordered so
 # that one shift turns a vector of words into a vector of such pairs: nothing is unpacked into memory, and nothing is masked. A word that is shifted
-# down to one number still holds those above it, 256 (or 16) times as large; what they add is the sum of the next vector's columns, which is taken off
-# at the end, exactly. The lower number is stored with 128 added, which is taken off as well.
+# down to one weight still holds those above it, 256 (or 16) times as large; what they add is a multiple of the sum of the next vector's columns,
+# which is subtracted at the end, exactly. The lower weight is stored with 128 added, which is subtracted as well.
 
 # %%
 show(gemm_int.word_order)
@@ -392,8 +394,8 @@ for kind in ("int8", "int4"):
 # %% [markdown]
 # ## What is saved
 #
-# Decoding reads every weight for every token, so its time is the weights' bytes over the memory's bandwidth: half the bytes take half the time. A scale of 4 bytes for a row is next to nothing; int4's float16 for each 32 makes 4.5 bits of 4. Positions, biases and LayerNorms
-# stay floats.
+# Decoding reads every weight for every token, so its time is the weights' bytes over the memory's bandwidth: half the bytes take half the time. A
+# scale of 4 bytes for a row is next to nothing; int4's float16 for each 32 makes 4.5 bits of 4. Positions, biases and LayerNorms stay floats.
 
 # %%
 print("GB         float32   float16      int8      int4   bits a weight in int4")

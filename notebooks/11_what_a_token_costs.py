@@ -1,9 +1,9 @@
 # %% [markdown]
 # # What a token costs
 #
-# Parameters, operations, bytes, and the seconds that follow from them can be written down before anything is loaded. This notebook writes them down
-# for all nine sizes of OPT, counts what the model in the box really does, and asserts that both are equal, step by step. Then you will know why one
-# token takes as long as it takes, what 8 bits and a batch are worth, and when a cache is larger than its model.
+# Parameters, operations, bytes, and the seconds that follow from them can be computed before anything is loaded. This notebook computes them for all
+# nine sizes of OPT, counts what the shipped model actually does, and asserts that both are equal, step by step. Then you will know why one token
+# takes as long as it takes, what 8 bits and a batch are worth, and when a cache is larger than its model.
 
 # %%
 import matplotlib.pyplot as plt
@@ -41,7 +41,7 @@ for size, (L, H, D) in SIZES.items():
     assert by_hand == costs.parameters(cfg)
 
 # %% [markdown]
-# For the large ones, $12 L D^2$ is nearly all. Where the numbers sit:
+# For the large ones, $12 L D^2$ is nearly all. Where the parameters are:
 
 
 # %%
@@ -127,7 +127,7 @@ for size, cfg in configs.items():
 
 # %% [markdown]
 # Without a past, $2 \cdot \text{parameters}$ is right to two per cent (looking up a position costs nothing, so its table does not count). Attention
-# adds $L H S\,(4 d_h + 5) \approx 4 L D S$, which no parameter is behind, and which grows with the context:
+# adds $L H S\,(4 d_h + 5) \approx 4 L D S$, which no parameter accounts for, and which grows with the context:
 
 # %%
 contexts = 2 ** np.arange(0, 15)
@@ -150,9 +150,8 @@ assert share[11] < 0.03  # 175b
 # %% [markdown]
 # ## Counted while it runs
 #
-# Formulas can be wrong. `trace.record` runs the model and counts from the arrays that each operation is given and returns: FLOPs, bytes of weights,
-# bytes of activations read and written. Here is the model in the box reading seven tokens, then one more from the cache, each against
-# `costs.steps`:
+# Formulas can be wrong. `trace.record` runs the model and counts from the arrays that each operation takes and returns: FLOPs, bytes of weights,
+# bytes of activations read and written. Here is the shipped model reading seven tokens, then one more from the cache, each against `costs.steps`:
 
 # %%
 lm = OPTForCausalLM.from_pretrained(MODEL)
@@ -186,8 +185,9 @@ assert sum(s.flops for s in decode) == flops_of_a_token(lm.config, 8)
 # %% [markdown]
 # ### opt-350m
 #
-# The odd one: its LayerNorms stand after the sums, there is none at the end, and `project_in` and `project_out` bring 512 to 1024 and back. A
-# random model of that kind, three layers deep and small, counts as the formulas say. The int8 model's FLOPs are equal, too; so are its bytes, except for one array, `columns`:
+# The exception: its LayerNorms come after the sums, there is none at the end, and `project_in` and `project_out` bring 512 to 1024 and back. A random
+# model of that kind, three layers deep and small, counts as the formulas say. The int8 model's FLOPs are equal, too; so are its bytes, except for one
+# array, `columns`:
 
 # %%
 sizes = {"num_hidden_layers": 3, "hidden_size": 64, "ffn_dim": 256, "word_embed_proj_dim": 32}
@@ -220,8 +220,8 @@ assert saved == cfg.vocab_size * 512 - 2 * 512 * 1024
 # %% [markdown]
 # ## Bytes
 #
-# To make one token, every weight has to come from memory once, and so have the keys and values of all tokens before it: $2 L D$ numbers for each.
-# (Of the table of tokens one row is looked up, but as the head it is read whole.)
+# To produce one token, every weight has to be read from memory once, and so have the keys and values of all tokens before it: $2 L D$ numbers for
+# each. (Of the table of tokens one row is looked up, but as the head it is read whole.)
 
 # %%
 show(costs.cache_bytes)
@@ -246,15 +246,15 @@ assert moved[-1] - moved[0] == costs.cache_bytes(cfg, 1, int(contexts[-1] - cont
 # %% [markdown]
 # ## Reading a prompt, and writing
 #
-# A prompt of T tokens uses each weight T times once it has come; a decoding step uses it once. So the two live on different sides of the machine's
-# limits ([notebook 9](09_flash_attention.ipynb)): FLOPs for each byte moved, against what the machine can do while a byte arrives. A step takes at
-# least
+# A prompt of T tokens uses each weight T times once it has been read; a decoding step uses it once. So the two are on different sides of the
+# machine's limits ([notebook 9](09_flash_attention.ipynb)): FLOPs for each byte moved, against what the machine can do while a byte arrives. A step
+# takes at least
 #
 # $$\max\left(\frac{\text{bytes}}{\text{bandwidth}},\ \frac{\text{FLOPs}}{\text{FLOP/s}}\right)$$
 #
 # The machines are H100 and H200 as their maker states them (16 bits; `plan.DEVICES`), and an imagined laptop with 16 GB, 20 GB/s and 200 GFLOP/s.
-# **These are bounds from below, not measurements**; nothing here was run on a GPU. Weights are in the kind named, and all that is computed, keys
-# and values too, in 16 bits (`number=2`).
+# **These are lower bounds on the time, not measurements**; nothing here was run on a GPU. Weights are stored in the type named, and everything
+# computed, keys and values included, in 16 bits (`number=2`).
 
 # %%
 machines = {"laptop": (16e9, 20e9, 200e9)}  # bytes, bytes/s, FLOP/s
@@ -297,8 +297,8 @@ axes[0].legend(fontsize=8)
 assert not fits[-2:].all()
 
 # %% [markdown]
-# Hollow: the weights do not fit into that machine's memory. One row, 512 tokens before. The lines are copies of each other, moved by the bandwidth
-# and by the bits: at one row a machine's FLOPs do not matter.
+# Hollow markers: the weights do not fit into that machine's memory. One row, with 512 tokens before. The lines are copies of each other, moved by the
+# bandwidth and by the bits: at one row a machine's FLOPs do not matter.
 
 # %%
 both = [f"{name} {kind}" for name in ("laptop", "h200") for kind in kinds]
@@ -317,7 +317,7 @@ assert line[5] != "-"
 # %% [markdown]
 # ## Batches
 #
-# Several rows share each weight that comes, so tokens a second grow with the batch, until arithmetic is the limit. With float16 weights and no
+# Several rows share each weight that is read, so tokens per second grow with the batch, until arithmetic is the limit. With float16 weights and no
 # context the intensity is about one FLOP per byte and row, so that the bend is at as many rows as the machine does FLOPs while a byte arrives. But
 # **keys and values are not shared**: each row brings its own.
 
@@ -343,9 +343,9 @@ assert bound[0][0] == 512  # the power of two after 989/3.35 = 295
 assert bound[128] == bound[512] == bound[2000] == []
 
 # %% [markdown]
-# Already with 128 tokens before, decoding waits for memory at any batch: in the end the caches are all that is read, $4LDS$ bytes a row, for $2\cdot$parameters $+ 4LDS$ FLOPs: 198 FLOPs a byte at 128 tokens, less than
-# the 295 that an H100 could do. (Below some 85 tokens it would be arithmetic.) This is why so much is done about keys and values: fewer bits, shared prefixes,
-# pages without gaps.
+# Already with 128 tokens before, decoding waits for memory at any batch: for large batches the caches are nearly all that is read, $4LDS$ bytes a
+# row, for $2\cdot$parameters $+ 4LDS$ FLOPs: 198 FLOPs a byte at 128 tokens, less than the 295 that an H100 could do. (Below some 85 tokens
+# arithmetic would be the limit.) This is why so much work goes into keys and values: fewer bits, shared prefixes, pages without gaps.
 
 # %%
 contexts, batches = np.array([128, 256, 512, 1024, 2048]), np.array([1, 4, 16, 64, 256])
@@ -399,8 +399,8 @@ print(f"6.7b in int4 on the laptop: {1 / per_token:.1f} tokens/s at most")
 assert np.isclose(per_token, work.bytes / 99 / 20e9)
 
 # %% [markdown]
-# (On the CPU backend keys and values are float32, and a device's memory is planned as if that backend ran there, for there is no other yet; what is
-# "lost to malloc" was freed and not given back.) These are limits; what this package reaches of them on a real processor, and against other engines, is in
-# [docs/performance.md](../docs/performance.md).
+# (On the CPU backend keys and values are float32, and a device's memory is planned as if that backend ran there: `plan` knows no other. What is
+# "lost to malloc" was freed and not given back.) These are limits; what this package reaches of them on a real processor, and against other engines,
+# is in [docs/performance.md](../docs/performance.md).
 #
 # That was the last notebook. To go through the whole model once more, knowing all this, return to [the first](01_opt_in_one_sitting.ipynb).

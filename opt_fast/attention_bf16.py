@@ -1,14 +1,14 @@
-"""Attention of models in bfloat16 or whole numbers, where the processor multiplies bfloat16: FlashAttention-2 as in attention_cpu.py.
+"""Attention for bfloat16, int8 and int4 models, where the processor multiplies bfloat16: FlashAttention-2 as in attention_cpu.py.
 
-Queries, keys, values and weights are rounded to bfloat16, as HF does in that type; sums, the softmax and what it divides by stay float32. Keys are
-the rows of a product: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ. So 16 queries stand side by side in a vector and each lane has a softmax of its own, keys are used
-as they lie, and two neighbouring rows of weights make the pairs that the second product wants. Products are in the tiles of gemm_amx.py, or where
-there are none the same of 16 vectors, by gemm.py's products of pairs.
+Queries, keys, values and weights are rounded to bfloat16, as HF does in that dtype; sums, softmax and its denominator stay float32. Keys are the rows
+of both products: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ. So the scores of 16 queries for one key fill a vector, each lane has a softmax of its own, keys need no
+transposing, and two neighbouring rows of weights form the pairs that the second product needs. Products use the tiles of gemm_amx.py, or, where the
+processor has none, 16 vectors in the same role and gemm.py's products of pairs.
 
-A query that is alone, as in decoding, takes keys and values from where they stand, and computes the same sums: its scores in tiles where keys lie as
-they want them, the rest in vectors. In tiles (TDPBF16PS) those sums are, of 32 neighbours, the first, third … and the second, fourth … apart, then
-both, then what there was. These instructions take subnormal numbers as 0, and so do all in this kernel: the same bits whether a query comes alone or
-with others, and whether keys are kept in float32 or in bfloat16.
+A single query, as in decoding, reads keys and values in place and computes the same sums: its scores in tiles if keys are stored in a tile's layout,
+the rest in vectors. A tile instruction (TDPBF16PS) sums the 1st, 3rd … of 32 neighbours and the 2nd, 4th … separately, adds the two sums, and adds
+that to the previous total. It takes subnormals as 0, and so does all of this kernel: results are bit-identical whether a query is alone or among
+others, and whether keys are stored in float32 or in bfloat16.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ from opt_fast.kernel import (
 )
 from opt_fast.paged_cache import PAGE
 
-as_stored = floats  # keys and values: the kernel has variants
+as_stored = floats  # the pointer type of keys and values; kernel variants rebind it
 IN_TILES, WIDE = bool(UNIT), TILE._replace(width=SIDE)
-PAIR = 2 * SIDE  # keys or numbers of d, of a row of a tile
+PAIR = 2 * SIDE  # keys, or elements of d, in a row of a tile
 BLOCKS = BC // PAIR  # of keys
-LINE_SIZE = PAIR * SIDE  # of what is copied beside, where heads are no whole tiles
-POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # of 2ᶠ: 3e-6 is the least relative error in |f| ≤ 1/2 of those that are 1 at 0, where a
-# bfloat16 has 4e-3
+LINE_SIZE = PAIR * SIDE  # float32 of a buffer for heads that do not fill their tiles
+POWERS = 0.009582853, 0.055906426, 0.2402410, 0.6931242, 1.0  # polynomial of 2ᶠ for |f| ≤ 1/2, exactly 1 at 0: the least relative error is 3e-6, that
+# of a bfloat16 4e-3
 
 assert BC % PAIR == PAGE % PAIR == 0
 
 
 def needed(queries: int, Dh: int) -> int:
-    """Numbers of memory that a task of so many queries needs."""
+    """Scratch memory, in float32 elements, of a task with this many queries."""
     deep, wide, groups = math.ceil(Dh / PAIR), math.ceil(Dh / SIDE), math.ceil(queries / SIDE)
     tiles = BC // SIDE * deep + BLOCKS * wide + groups * (deep + wide)
     return BC * SIDE + tiles * TILE_BYTES // 4 + 2 * groups * SIDE + LINE_SIZE + wide * SIDE
@@ -124,8 +124,8 @@ def _forward(table: Any) -> None:
 @inner
 def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mask: Any, hides: int, past: int, count: int, H: int, Dh: int,
                   scale: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
-    """Some queries of a head, the first of which sees `past` keys besides its own."""
-    deep, wide, groups = (Dh + PAIR - 1) // PAIR, (Dh + SIDE - 1) // SIDE, (count + SIDE - 1) // SIDE  # tiles along d, as pairs and as single ones
+    """`count` queries of a head, the first of which sees `past` keys besides its own."""
+    deep, wide, groups = (Dh + PAIR - 1) // PAIR, (Dh + SIDE - 1) // SIDE, (count + SIDE - 1) // SIDE  # tiles along d: of pairs, of single elements
     scores, keys = floats(place), place + 4 * BC * SIDE
     values = keys + BC // SIDE * deep * TILE_BYTES
     queries = values + wide * BLOCKS * TILE_BYTES
@@ -146,11 +146,11 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             pack_keys(at(k, here), step, some, Dh, bytes_(keys + j // SIDE * deep * TILE_BYTES), line)
             pack_values(at(v, here), step, some, Dh, bytes_(values + j // PAIR * TILE_BYTES), line)
         for j in range((tile + PAIR - 1) // PAIR * PAIR if hides else 0):
-            if j >= tile or not shown[j]:  # lest a weight of 0 times NaN be NaN
+            if j >= tile or not shown[j]:  # a weight of 0 times NaN would be NaN
                 for d in range(wide * SIDE):
                     uint16s(values + (d // SIDE * BLOCKS + j // PAIR) * TILE_BYTES)[d % SIDE * PAIR + j % PAIR] = 0
-        for g in range(max(0, key - past) // SIDE, groups):  # from the first queries that see this tile
-            limit = past + g * SIDE + 1 - key  # the group's first query sees so many keys of the tile
+        for g in range(max(0, key - past) // SIDE, groups):  # from the first group that sees this tile
+            limit = past + g * SIDE + 1 - key  # how many keys of the tile the group's first query sees
             seen = min(tile, limit + min(SIDE, count - g * SIDE) - 1)
             blocks, sums = (seen + PAIR - 1) // PAIR, at(acc, g * wide * SIDE * SIDE)
             score(scores, bytes_(keys), deep * TILE_BYTES, bytes_(queries + g * deep * TILE_BYTES), deep, (seen + SIDE - 1) // SIDE)
@@ -164,8 +164,8 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
 
 @inner
 def hide_unseen(scores: Any, apart: int, limit: int, seen: int, tile: int, n: int, shown: Any, hides: int) -> None:
-    """Hides from 16 queries, the first of which sees `limit` keys of a tile, those that they do not see: of n keys' scores, `apart`, of which the
-    last query sees fewer than `seen` or as many."""
+    """Sets 16 queries' scores to -inf for future and hidden keys: for n keys, `apart` in scores, of which the first query sees `limit` and the last
+    at most `seen`."""
     for j in range(max(0, min(limit, seen)), n):
         hide(at(scores, j * apart), j - limit + 1 if j < tile else SIDE)
     for j in range(seen if hides else 0):
@@ -175,7 +175,7 @@ def hide_unseen(scores: Any, apart: int, limit: int, seen: int, tile: int, n: in
 
 @inner
 def write_rows(sums: Any, group: int, n: int, l: Any, Dh: int, rows: Any, step: int, line: Any) -> None:
-    """n queries' sums, which are columns, one group of queries after the other, divided by their l, as rows."""
+    """Divides n queries' sums by their l and writes them as rows; in `sums` they are columns, group by group."""
     wide = (Dh + SIDE - 1) // SIDE
     for i in range(0, n, SIDE):
         some, here = min(SIDE, n - i), at(sums, i // group * wide * SIDE * group + i % group)
@@ -189,7 +189,7 @@ def write_rows(sums: Any, group: int, n: int, l: Any, Dh: int, rows: Any, step: 
 
 @inner
 def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, scores: Any, O: Any, L: Any) -> None:
-    """One query: keys and values are used where they stand."""
+    """A single query: keys and values are read in place."""
     in_tiles = lie_in_tiles(k) and Dh % PAIR == 0
     acc, weights = at(scores, BC), pairs_of(scores)
     m, l = at(acc, Dh), at(acc, Dh + 1)
@@ -235,7 +235,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
 
 
 def by_vectors(adds: bool) -> Any:
-    """As gemm_amx.over_tiles for one tile of sums, by products of pairs in vectors: kernel(sums, start, start_row, x, gap, strip, n, _)."""
+    """gemm_amx.over_tiles for one tile of sums, with vector products of pairs instead: kernel(sums, start, start_row, x, gap, strip, n, _)."""
 
     @intrinsic
     def kernel(typing_context, sums, start, start_row, x, gap, strip, n, asked):
@@ -267,12 +267,12 @@ def by_vectors(adds: bool) -> Any:
 
 
 def products(count: int, adds: bool) -> Any:
-    """For so many tiles of sums, which are one after the other; what they begin with is added to, or written over."""
+    """The kernel for `count` contiguous tiles of sums, to which it adds, or which it overwrites."""
     return over_tiles(*[PAIRS] * count, adds=adds) if UNIT else by_vectors(adds)
 
 
 def over_all(name: str, adds: bool) -> Any:
-    """kernel(sums, x, gap, strip, n, count): the same for any number of tiles of sums. Named for the linker, as attention_cpu.of_a_head says."""
+    """kernel(sums, x, gap, strip, n, count): `products` for any number of tiles of sums. `name` is for the linker, as in attention_cpu.of_a_head."""
     three, two, one = (products(count, adds) for count in (3, 2, 1))
 
     def kernel(sums: Any, x: Any, gap: int, strip: Any, n: int, count: int) -> None:
@@ -298,7 +298,7 @@ score, weigh = over_all("score", adds=False), over_all("weigh", adds=True)  # of
 
 @intrinsic
 def bytes_of(typing_context, numbers):
-    """The same address, for tiles."""
+    """The pointer cast to bytes, for tiles."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.IntType(8).as_pointer())
@@ -307,13 +307,13 @@ def bytes_of(typing_context, numbers):
 
 
 def as_pairs(builder: Any, first: Any, second: Any) -> Any:
-    """LLVM: two vectors of bfloat16 as one of pairs."""
+    """LLVM: interleaves two vectors of bfloat16 into one of pairs."""
     return builder.or_(builder.zext(first, WORDS), builder.shl(builder.zext(second, WORDS), every(WORDS, SIDE)))
 
 
 @inner
 def pack_keys(k: Any, step: int, n: int, Dh: int, keys: Any, line: Any) -> None:
-    """n keys as tiles of 16 keys by 16 pairs of d, all pairs of some keys side by side; zeros beyond Dh."""
+    """Packs n keys as tiles of 16 keys by 16 pairs of d, with all tiles of the same keys in succession; 0 beyond Dh."""
     whole, deep = Dh // PAIR * PAIR, (Dh + PAIR - 1) // PAIR
     for j in range(n):
         target = at(keys, j // SIDE * deep * TILE_BYTES + j % SIDE * 4 * SIDE)
@@ -327,7 +327,7 @@ def pack_keys(k: Any, step: int, n: int, Dh: int, keys: Any, line: Any) -> None:
 
 @inner
 def pack_values(v: Any, step: int, n: int, Dh: int, values: Any, line: Any) -> None:
-    """n values as tiles of 16 numbers of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; beyond n the last again, for which weights are 0."""
+    """Packs n values as tiles of 16 of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; the last is repeated beyond n, where weights are 0."""
     for j in range(0, n, PAIR):
         rows = min(PAIR, n - j)
         for t in range((Dh + SIDE - 1) // SIDE):
@@ -343,7 +343,7 @@ def pack_values(v: Any, step: int, n: int, Dh: int, values: Any, line: Any) -> N
 
 @intrinsic
 def pack_turned(typing_context, rows, step, n, scale, tile):
-    """32 numbers of 16 rows, times `scale`: a tile of 16 pairs of numbers by 16 rows; of the last of n rows again where they are fewer."""
+    """32 elements of 16 rows, times `scale`, as a tile of 16 pairs of elements by 16 rows; the last of n rows is repeated."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, scale, tile = arguments
@@ -359,7 +359,7 @@ def pack_turned(typing_context, rows, step, n, scale, tile):
 
 
 def packing_queries(name: str, pack: Any, size: int) -> Any:
-    """A kernel over the d of 16 queries, by one for 32 numbers of them, whose tile takes so many bytes. Named as over_all's."""
+    """A kernel that packs all of d for 16 queries, with `pack` for 32 elements each, whose tile takes `size` bytes. `name` is for the linker."""
 
     def kernel(q: Any, step: int, n: int, Dh: int, scale: Any, queries: Any, line: Any) -> None:
         for t in range((Dh + PAIR - 1) // PAIR):
@@ -385,7 +385,7 @@ def side_by_side(builder: Any, low: Any, high: Any) -> Any:
 
 @intrinsic
 def pack_pairs(typing_context, rows, step, n, tile):
-    """16 numbers of 32 rows: a tile of 16 numbers by 16 pairs of rows; of the last of n rows again where they are fewer."""
+    """16 elements of 32 rows as a tile of 16 elements by 16 pairs of rows; the last of n rows is repeated."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, tile = arguments
@@ -403,7 +403,7 @@ def pack_pairs(typing_context, rows, step, n, tile):
 
 @intrinsic
 def hide(typing_context, scores, queries):
-    """A key is hidden from so many of the first queries."""
+    """Hides a key from the first `queries` of 16 queries: their scores become -inf."""
 
     def generate(context, builder, signature, arguments):
         scores, queries = arguments
@@ -416,7 +416,8 @@ def hide(typing_context, scores, queries):
 
 
 def raised(builder: Any, width: int, scores: Any, n: Any, m: Any, acc: Any, d: Any, weight_of: Any) -> tuple[Any, Any, Any]:
-    """LLVM: 16 queries' maxima under scores of n keys, `width` apart; these, or 0 where none was seen; by what older sums, d rows of acc, shrank."""
+    """LLVM: raises 16 queries' maxima to their scores of n keys, `width` apart, and rescales older sums, d rows of acc. Returns the maxima, those to
+    subtract (0 where no key was seen), and the factors."""
 
     def row(base: Any, k: Any, r: int = 0) -> Any:
         return builder.gep(base, [builder.add(builder.mul(k, INDEX(width)), INDEX(r * width))])
@@ -425,7 +426,7 @@ def raised(builder: Any, width: int, scores: Any, n: Any, m: Any, acc: Any, d: A
         return [larger(builder, load(builder, row(scores, k, r), VECTOR), so_far) for r, so_far in enumerate(carried)]
 
     before = load(builder, m, VECTOR)
-    found = loop(builder, n, 4, [before] * 4, highest_of)  # four keys at a time do not wait for each other
+    found = loop(builder, n, 4, [before] * 4, highest_of)  # four independent maxima, against latency
     highest = larger(builder, larger(builder, found[0], found[1]), larger(builder, found[2], found[3]))
     shown = seen_yet(builder, highest)
     shrink = weight_of(builder, before, shown)
@@ -440,11 +441,11 @@ def raised(builder: Any, width: int, scores: Any, n: Any, m: Any, acc: Any, d: A
 
 @intrinsic
 def soften(typing_context, scores, n, m, l, acc, d):
-    """Scores of n keys become weights, in pairs of keys, under the queries' new maxima; older sums, `d` rows of acc, shrink."""
+    """Turns scores of n keys into weights, in pairs of keys, relative to the queries' new maxima; rescales older sums, `d` rows of acc."""
 
     def generate(context, builder, signature, arguments):
         scores, n, m, l, acc, d = arguments
-        count = 4  # keys at a time: as many sums that do not wait for each other
+        count = 4  # keys at a time, with a sum each, against latency
         highest, shown, shrink = raised(builder, SIDE, scores, n, m, acc, d, weight_of)
 
         def row(base: Any, k: Any, r: int = 0) -> Any:
@@ -468,14 +469,14 @@ def soften(typing_context, scores, n, m, l, acc, d):
 
 
 def seen_yet(builder: Any, highest: Any) -> Any:
-    """LLVM: 0 where no score was seen, for -inf - -inf would be NaN."""
+    """LLVM: the maximum, or 0 where no key was seen, as -inf - -inf would be NaN."""
     return builder.select(builder.fcmp_ordered("==", highest, every(VECTOR, -math.inf)), every(VECTOR, 0.0), highest)
 
 
 def weighing_by(powers: tuple[float, ...]) -> Any:
-    """LLVM: exp(score - highest) = 2ⁿ · 2ᶠ, n whole and |f| ≤ 1/2, by the coefficients of 2ᶠ, the highest first; exactly 1 for the highest.
+    """LLVM: exp(score - highest) = 2ⁿ · 2ᶠ, n an integer and |f| ≤ 1/2; `powers` are 2ᶠ's coefficients, highest first. exp(0) is exactly 1.
 
-    0 where it would be subnormal. NaN stays NaN: it comes from bfloat16, so the lower bits, which are added to the exponent, are 0.
+    0 where score - highest < LOWEST. NaN stays NaN: it comes from bfloat16, so the lower bits, which are added to the exponent, are 0.
     """
 
     def weight_of(builder: Any, score: Any, highest: Any) -> Any:
@@ -483,7 +484,7 @@ def weighing_by(powers: tuple[float, ...]) -> Any:
             return every(VECTOR, float(np.float32(value)))
 
         less = builder.fsub(score, highest)
-        magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
+        magic = number(1.5 * 2**23)  # so large that its last bit is worth 1: adding it rounds to an integer
         shifted = multiply_add(builder, less, number(1 / math.log(2)), magic, True)
         f = multiply_add(builder, less, number(1 / math.log(2)), builder.fsub(magic, shifted), True)
         p = number(powers[0])
@@ -497,13 +498,13 @@ def weighing_by(powers: tuple[float, ...]) -> Any:
 
 
 def rounded_weight(builder: Any, weight: Any) -> Any:
-    """LLVM: the bits of the nearest bfloat16 above 16 others, which say nothing; of two as near the larger."""
+    """LLVM: weights rounded to bfloat16 (to nearest, ties up) in the upper halves of words; the lower halves are arbitrary."""
     return builder.add(builder.bitcast(weight, WORDS), every(WORDS, 0x8000))
 
 
 @intrinsic
 def divide(typing_context, acc, apart, l, rows, step):
-    """16 rows of sums, `apart`, of 16 queries each, by the queries' l: a row for each query, `step` apart; exactly 0 where no key is seen."""
+    """Divides 16 rows of sums, `apart`, by the 16 queries' l, and writes a row for each query, `step` apart; exactly 0 where no key is seen."""
 
     def generate(context, builder, signature, arguments):
         acc, apart, l, rows, step = arguments
@@ -521,11 +522,11 @@ def divide(typing_context, acc, apart, l, rows, step):
 weight_of = weighing_by(POWERS)
 
 
-# ---- one query: what tiles compute, in vectors -------------------------------------------------------------------------------------------
+# ---- a single query: in vectors, the same sums as in tiles -------------------------------------------------------------------------------
 
 
 def softening_one(weight_of: Any, put: Any) -> Any:
-    """kernel(scores, n, m, l, pairs): scores of n keys, whole vectors, become weights, as with others; returns by what earlier sums shrink."""
+    """kernel(scores, n, m, l, pairs): turns scores of n keys (whole vectors) into weights, as `soften` does; returns the factor for older sums."""
 
     @intrinsic
     def kernel(typing_context, scores, n, m, l, pairs):
@@ -559,7 +560,7 @@ def softening_one(weight_of: Any, put: Any) -> Any:
 
 
 def put_neighbours(builder: Any, pairs: Any, k: Any, number: Any) -> None:
-    """LLVM: weights of 16 keys, rounded, in place of scores."""
+    """LLVM: stores the weights of 16 keys, rounded, over scores."""
     halves = builder.trunc(builder.lshr(rounded_weight(builder, number), every(WORDS, 16)), HALVES)
     store(builder, halves, builder.gep(pairs, [builder.udiv(k, INDEX(2))]))
 
@@ -575,7 +576,7 @@ def across_neighbours(builder: Any, four: Any) -> Any:
 
 @intrinsic
 def pairs_of(typing_context, numbers):
-    """The same address, for words."""
+    """The pointer cast to words."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], SINGLE.as_pointer())
@@ -585,7 +586,7 @@ def pairs_of(typing_context, numbers):
 
 @intrinsic
 def round_scaled(typing_context, x, scale, n, pairs):
-    """n numbers, whole vectors, times `scale`, as pairs of bfloat16."""
+    """n values (whole vectors) times `scale`, as pairs of bfloat16."""
 
     def generate(context, builder, signature, arguments):
         x, scale, n, pairs = arguments
@@ -603,7 +604,7 @@ def round_scaled(typing_context, x, scale, n, pairs):
 
 
 def met(builder: Any, word: Any, pairs: Any, sums: list) -> list:
-    """LLVM: a pair meets a vector of pairs: products are added to one vector of sums, or as tiles do it to two, of first and of second numbers."""
+    """LLVM: adds the products of a pair and a vector of pairs to one vector of sums; or, as tiles do it, to two: of first and of second elements."""
     if not IN_TILES:
         return [pair_products(builder, broadcast(builder, word, WORDS), pairs, sums[0], WIDE)]
     both = [[builder.shl(x, constant(x, 16)), builder.and_(x, constant(x, 0xFFFF0000))] for x in (word, pairs)]
@@ -618,25 +619,25 @@ def constant(like: Any, value: int) -> Any:
 
 
 def opened(totals: list) -> list:
-    """LLVM: the sums with which a block of 16 pairs begins."""
+    """LLVM: the initial sums of a block of 16 pairs."""
     return [[every(VECTOR, 0.0)] * 2 for _ in totals] if IN_TILES else [[total] for total in totals]
 
 
 def closed(builder: Any, totals: list, sums: list) -> list:
-    """LLVM: what there is after the block."""
+    """LLVM: the totals after the block."""
     return [builder.fadd(total, builder.fadd(*both)) for total, both in zip(totals, sums, strict=True)] if IN_TILES else [total for (total,) in sums]
 
 
 @intrinsic
 def dots(typing_context, scores, q, keys, step, n, Dh):
-    """scores[j] = q · key j for 16 keys, `step` apart; beyond the n there are, of the last again. Dh is a multiple of 16."""
+    """scores[j] = q · key j for 16 keys, `step` apart; the last of the n keys stands in for those beyond. Dh is a multiple of 16."""
 
     def generate(context, builder, signature, arguments):
         scores, q, keys, step, n, Dh = arguments
         stored, places = signature.args[2].dtype, rows_from(builder, keys, step, n, SIDE)
 
         def body(d: Any, carried: list) -> list:
-            there = builder.icmp_signed("<", builder.add(d, INDEX(SIDE)), Dh)  # or the last 16 numbers stand alone
+            there = builder.icmp_signed("<", builder.add(d, INDEX(SIDE)), Dh)  # else only the last 16 elements are left
             second = builder.select(there, builder.add(d, INDEX(SIDE)), d)
             lines = []
             for place in places:
@@ -658,7 +659,7 @@ def dots(typing_context, scores, q, keys, step, n, Dh):
 
 @inner
 def fetch(rows: Any, step: int, Dh: int) -> None:
-    """Asks for 16 rows before they are used: they lie in short pieces, of which the processor would know too late."""
+    """Prefetches 16 rows: in pieces this short, the hardware prefetcher would be too late."""
     for r in range(SIDE):
         for d in range(0, Dh, PAIR):
             ask(at(rows, r * step + d))
@@ -666,7 +667,7 @@ def fetch(rows: Any, step: int, Dh: int) -> None:
 
 @intrinsic
 def ask(typing_context, numbers):
-    """For 32 numbers."""
+    """Prefetches 32 elements."""
 
     def generate(context, builder, signature, arguments):
         size = 4 if signature.args[0].dtype == types.float32 else 2
@@ -684,7 +685,7 @@ def loads_whole(keys: Any) -> bool:
 
 @intrinsic
 def lie_in_tiles(typing_context, keys):
-    """Whether 16 keys, as they lie, are a tile, which meets a tile of one column: a query."""
+    """Whether 16 keys can be loaded in place as a tile, to be multiplied by a tile of one column, the query."""
 
     def generate(context, builder, signature, arguments):
         return ir.IntType(1)(loads_whole(signature.args[0]))
@@ -694,7 +695,7 @@ def lie_in_tiles(typing_context, keys):
 
 @intrinsic
 def dots_in_tiles(typing_context, scores, q, keys, step, n):
-    """As `dots`, for 16 keys of n times 32 numbers in bfloat16."""
+    """As `dots`, for 16 keys of n times 32 elements in bfloat16."""
 
     def generate(context, builder, signature, arguments):
         if not loads_whole(signature.args[2]):
@@ -719,7 +720,7 @@ def dots_in_tiles(typing_context, scores, q, keys, step, n):
 
 
 def weighing(vectors: int) -> Any:
-    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d] for so many vectors of d; a weight after an odd n is 0."""
+    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d] for `vectors` vectors of d; a weight after an odd n is 0."""
 
     @intrinsic
     def kernel(typing_context, sums, weights, values, step, n):

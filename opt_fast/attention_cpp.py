@@ -1,7 +1,7 @@
-"""The kernels of CUDA C++ (kernels/*.cu) over torch tensors: how each is launched, on torch's current stream.
+"""Launches the CUDA C++ attention kernels (kernels/*.cu) over torch tensors, on torch's current stream.
 
-They take float16 and bfloat16, heads of 64, 80 or 128, and rows of different lengths by `ranges`: five numbers for each row of the batch, its first
-query, its queries, its first key, its keys, and the key before which its first query stands.
+They take float16 and bfloat16 and heads of 64, 80 or 128. For rows of different lengths they take `ranges`, five int32 for each row of the batch:
+its first query, its number of queries, its first key, its number of keys, and its past (query t is at its key past + t; Range in kernels/tiles.cuh).
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ def sm90(
 
 
 def in_cpp(kernel: Mma | Sm90, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs a forward kernel of CUDA C++ on torch's current stream."""
+    """Runs one of the two forward kernels on torch's current stream."""
     B, T, H, _ = q.shape
     O, L = results(q)
-    if not k.numel():  # the copy engine wants something to copy
+    if not k.numel():  # a tensor map cannot describe an empty tensor
         return O.zero_(), L.fill_(-math.inf).swapaxes(1, 2)
     if O.numel():
-        q, k, v = aligned(q), aligned(k), aligned(v)  # a copy is freed only after the kernel is on the stream
+        q, k, v = aligned(q), aligned(k), aligned(v)  # copies are freed after the launch, and so reused after the kernel
         with gpu_of(q):
             run(kernel, q, f"{kernel.name}.cu", kernel.name, kernel.grid(B, T, H), kernel.arguments(q, k, v, O, L, scale, ranges), **kernel.macros)
     return O, L.swapaxes(1, 2)
 
 
 def results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for O, (B, T, H, Dh), and L, (B, H, T)."""
+    """Allocates O, (B, T, H, Dh), and L, (B, H, T)."""
     B, T, H, _ = q.shape
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
 
 
 def rowsum(dO: Tensor, O: Tensor) -> Tensor:
-    """dO: (B, T, H, Dh);  O: (B, T, H, Dh)  ->  (B, H, T)"""
+    """D = Σ dO·O.  dO: (B, T, H, Dh);  O: (B, T, H, Dh)  ->  (B, H, T)"""
     return (dO.float() * O.float()).sum(-1).swapaxes(1, 2).contiguous()
 
 
 def gradients(q: Tensor, k: Tensor, ranges: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dq, (B, T, H, Dh), dk and dv, (B, S, H, Dh); zeros where kernels leave alone what lies outside the ranges, and where none runs."""
+    """Allocates dq, (B, T, H, Dh), dk and dv, (B, S, H, Dh): zeros with `ranges`, whose outside kernels do not write, and where no kernel runs."""
     make = torch.empty if ranges is None and q.numel() and k.numel() else torch.zeros
     dq, dk, dv = (make(a.shape, dtype=q.dtype, device=q.device) for a in (q, k, k))
     return dq, dk, dv
@@ -66,7 +66,7 @@ def gradients(q: Tensor, k: Tensor, ranges: Tensor | None) -> tuple[Tensor, Tens
 
 def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
             ranges: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """kernels/flash_bwd_mma.cu, its two kernels, for what `mma` takes; no number depends on the order in which blocks run.
+    """kernels/flash_bwd_mma.cu, its two kernels, for what `mma` takes; no result depends on the order in which blocks run.
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
@@ -83,7 +83,7 @@ def mma_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, s
 
 def sm90_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None = None,
              deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """kernels/flash_bwd_sm90.cu, for Hopper: as `mma_bwd`, but dq is added up in whatever order blocks come; `deterministic` is `mma_bwd` itself.
+    """kernels/flash_bwd_sm90.cu, for Hopper: as `mma_bwd`, but dq is summed in the order in which blocks run; `deterministic` calls `mma_bwd`.
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  ranges: (B, 5)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
@@ -103,7 +103,7 @@ def sm90_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, 
 
 
 def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None, splits: int | None = None) -> tuple[Tensor, Tensor]:
-    """kernels/flash_decode_mma.cu, for what `mma` takes and up to 16 queries; `splits` of the keys change a result by rounding only.
+    """kernels/flash_decode_mma.cu, for what `mma` takes and up to 16 queries; the number of `splits` changes a result by rounding only.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  ranges: (B, 5)  ->  (B, T, H, Dh), (B, T, H)
     """
@@ -113,7 +113,7 @@ def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | N
     O, L = results(q)
     if O.numel():
         pieces = max(-(-S // kernel.keys), 1)
-        places = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # blocks at a time
+        places = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count  # blocks that run at a time
         splits = min(splits or split_count(B * H, pieces, places), pieces)
         O_part, L_part = (torch.empty((splits, *shape), dtype=torch.float32, device=q.device) for shape in ((B, T, H, Dh), (B, H, T)))
         q, k, v = aligned(q), aligned(k), aligned(v)
@@ -126,7 +126,7 @@ def mma_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | N
 
 def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: Tensor, file: str, name: str, grid: tuple[int, int, int],
         arguments: list[Any], **macros: int) -> None:  # fmt: skip
-    """A kernel of CUDA C++ for tensors such as q, on torch's current stream."""
+    """Compiles (or takes from the cache) and launches a CUDA C++ kernel for q's device, dtype and head size, on torch's current stream."""
     from opt_fast import nvrtc
 
     with gpu_of(q):
@@ -136,7 +136,7 @@ def run(kernel: Mma | Sm90 | MmaBwd | Sm90Bwd | Round | MmaDecode | Combine, q: 
 
 @contextmanager
 def gpu_of(q: Tensor) -> Iterator[None]:
-    """The tensor's GPU is the current one, and its context this thread's: tensor maps are made in it, too."""
+    """Makes the tensor's GPU the current one, and its context this thread's; tensor maps need that as well as launches."""
     from opt_fast import nvrtc
 
     with torch.cuda.device(q.device):
@@ -151,13 +151,13 @@ class Mma:
 
     def __init__(self, Dh: int) -> None:
         self.macros: dict[str, int] = {}
-        self.shared = 2 * (self.Br + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)  # a tile of Q, and two each of K and V; rows are 8 numbers longer
+        self.shared = 2 * (self.Br + 4 * (48 if Dh > 80 else 64)) * (Dh + 8)  # a tile of Q, two of K and two of V; rows are padded by 8
 
     def grid(self, B: int, T: int, H: int) -> tuple[int, int, int]:
         return -(-T // self.Br), H, B
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
-        """What the kernel takes, in its order."""
+        """The kernel's arguments, in its order."""
         pointers = [a.data_ptr() for a in (q, k, v)]
         return [*pointers, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(q), *strides(k), *strides(v), *strides(O)]
 
@@ -165,14 +165,14 @@ class Mma:
 class MmaBwd:
     """How the kernels of flash_bwd_mma.cu are launched for heads of Dh."""
 
-    own, threads = 64, 128  # rows of a block
+    own, threads = 64, 128  # keys (or queries) that a block owns
 
     def __init__(self, Dh: int) -> None:
-        self.shared = 2 * (2 * self.own + 4 * (32 if Dh > 80 else 64)) * (Dh + 8)  # two tiles that it owns, and two each of those it walks over
+        self.shared = 2 * (2 * self.own + 4 * (32 if Dh > 80 else 64)) * (Dh + 8)  # two tiles that it owns, and two stages of the two it walks over
 
     def arguments(self, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor, D: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float,
                   ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
-        """What flash_bwd_keys takes, and what flash_bwd_queries."""
+        """The arguments of flash_bwd_keys, and those of flash_bwd_queries."""
         pointers = [a.data_ptr() for a in (dO, q, k, v, L, D)]
         rest = [0 if ranges is None else ranges.data_ptr(), *sizes(q, k, scale), *strides(dO), *strides(q), *strides(k), *strides(v)]
         of_keys = [*pointers, dk.data_ptr(), dv.data_ptr(), *rest, *strides(dk)]
@@ -182,16 +182,16 @@ class MmaBwd:
 class MmaDecode:
     """How flash_decode, of flash_decode_mma.cu, is launched for heads of Dh."""
 
-    rows, keys, threads = 16, 64, 128  # queries at most; keys that the warps of a block look at together
+    rows, keys, threads = 16, 64, 128  # queries at most; keys that a block's four warps take per step
 
     def __init__(self, Dh: int) -> None:
-        self.shared = 2 * (self.rows + 3 * 2 * self.keys) * (Dh + 8)  # the queries, and three places for tiles of K and V for each warp
+        self.shared = 2 * (self.rows + 3 * 2 * self.keys) * (Dh + 8)  # the queries, and three stages of K and V for each warp
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, O_part: Tensor, L_part: Tensor, scale: float,
                   ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
-        """What flash_decode takes, and what flash_combine."""
+        """The arguments of flash_decode, and those of flash_combine."""
         splits, (T, S, scale_) = len(O_part), sizes(q, k, scale)
-        share = np.int32(-(-S // (splits * self.keys)) * self.keys)  # keys of a split, in whole tiles
+        share = np.int32(-(-S // (splits * self.keys)) * self.keys)  # keys of a split, a multiple of self.keys
         parts = [O_part.data_ptr(), L_part.data_ptr()]
         where = 0 if ranges is None else ranges.data_ptr()
         pointers = [*(a.data_ptr() for a in (q, k, v, O, L)), *parts, where]
@@ -211,29 +211,29 @@ class Combine:
 class Sm90:
     """How flash_fwd_sm90 is launched for heads of Dh.
 
-    `ordered`: heads begin side by side, as many as have their keys and values in the second-level cache, all with their longest tiles. `polynomial`:
-    every so many-th exponential is computed by multiply-adds.
+    `ordered`: as many heads as have their K and V in the L2 cache together run side by side, all of them starting with the tiles that see the most
+    keys. `polynomial`: n has every n-th group of exponentials computed by multiply-adds; 0 has none.
     """
 
     name, Bc = "flash_fwd_sm90", 128
-    cache = 24 * 2**20  # bytes of keys and values, half of an H200's second-level cache
+    cache = 24 * 2**20  # bytes of keys and values: half of an H200's L2 cache
 
     def __init__(self, Dh: int, ordered: bool = False, polynomial: int = 0) -> None:
         consumers, stages, slabs = (2, 2, 2) if Dh > 64 else (2 if polynomial else 3, 4, 1)
         self.Br, self.threads = 64 * consumers, 128 * (consumers + 1)
-        self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 numbers, and barriers
+        self.shared = 2 * 64 * slabs * (self.Br + 2 * stages * self.Bc) + 8 * (1 + 4 * stages)  # tiles of rows of 64 elements, and barriers
         self.ordered, self.macros = ordered, {"POLYNOMIAL": polynomial} if polynomial else {}
 
     def grid(self, B: int, T: int, H: int) -> tuple[int, int, int]:
         return -(-T // self.Br) * H * B, 1, 1
 
     def together(self, k: Tensor) -> int:
-        """Heads that begin side by side.  k: (B, S, H, Dh)"""
+        """How many heads run side by side.  k: (B, S, H, Dh)"""
         B, S, H, Dh = k.shape
         return min(max(self.cache // (4 * max(S, 1) * Dh), 1), B * H) if self.ordered else 1
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float, ranges: Tensor | None) -> list[Any]:
-        """What the kernel takes, in its order."""
+        """The kernel's arguments, in its order."""
         maps = [tensor_map(a, rows) for a, rows in ((q, self.Br), (k, self.Bc), (v, self.Bc))]
         return [*maps, *outputs(O, L, ranges), *sizes(q, k, scale), *strides(O), np.int32(q.shape[2]), np.int32(self.together(k))]
 
@@ -247,16 +247,16 @@ class Sm90Bwd:
         self.Dh, self.Br = Dh, 64 if Dh > 64 else 128
         tiles = (
             -(-Dh // 64) * (2 * self.Bc + 2 * 2 * self.Br) + self.Br // 64 * 2 * self.Bc
-        )  # of rows of 64 numbers: K, V; Q, dO twice; dscores twice
-        self.shared = 2 * 64 * tiles + 4 * 2 * 2 * self.Br + 8 * 5  # and L and D twice, and barriers
+        )  # of rows of 64 elements: K, V; Q and dO, two stages each; dscores twice
+        self.shared = 2 * 64 * tiles + 4 * 2 * 2 * self.Br + 8 * 5  # and two stages of L and D, and barriers
 
     def tiles(self, T: int) -> tuple[int, int]:
-        """Tiles of T queries, and numbers of dQ in each, as flash_bwd_sm90 adds them up."""
+        """How many tiles T queries make, and how many elements of dQ each has: the shape in which flash_bwd_sm90 sums dQ."""
         return -(-T // self.Br), self.Br * self.Dh
 
     def arguments(self, dO: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor, D: Tensor, sums: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
                   scale: float, ranges: Tensor | None) -> tuple[list[Any], list[Any]]:  # fmt: skip
-        """What flash_bwd_sm90 takes, and what flash_bwd_sm90_queries."""
+        """The arguments of flash_bwd_sm90, and those of flash_bwd_sm90_queries."""
         maps = [tensor_map(a, rows) for a, rows in ((dO, self.Br), (q, self.Br), (k, self.Bc), (v, self.Bc))]
         T, S, scale_ = sizes(q, k, scale)
         where = 0 if ranges is None else ranges.data_ptr()
@@ -265,7 +265,7 @@ class Sm90Bwd:
 
 
 class Round:
-    """How flash_bwd_sm90_queries is launched."""
+    """How flash_bwd_sm90_queries, which rounds dQ's sums, is launched."""
 
     shared, threads = 0, 128
 
@@ -279,7 +279,7 @@ def sizes(q: Tensor, k: Tensor, scale: float) -> list[Any]:
 
 
 def strides(a: Tensor) -> tuple[Any, ...]:
-    """Of a row of the batch, a token and a head; the first has 64 bits, the others 32."""
+    """The strides of a row of the batch, a token and a head: the first in 64 bits, the others in 32."""
     return wide_and_narrow(*a.stride()[:3])
 
 
@@ -289,24 +289,24 @@ def wide_and_narrow(row: int, token: int, head: int) -> tuple[Any, ...]:
 
 
 def tensor_map(a: Tensor, rows: int) -> Any:
-    """What the copy engine is told of a tensor: it brings `rows` tokens of a head, 64 numbers of each, swizzled.  a: (B, N, H, Dh)"""
+    """What describes a tensor to the copy engine (TMA): a copy is `rows` tokens of a head, 64 elements of each, swizzled.  a: (B, N, H, Dh)"""
     return map_of(a.get_device(), a.data_ptr(), tuple(a.shape), a.stride(), rows)
 
 
 @functools.lru_cache(1024)
 def map_of(device: int, address: int, shape: tuple[int, ...], steps: tuple[int, ...], rows: int) -> Any:
-    """Of whatever lies there at the time; torch gives the same memory out again and again, and the map takes longer to make than the launch."""
+    """The map of whatever is at an address; cached, as torch reuses memory, and making a map takes longer than the launch."""
     from cuda.core import TensorMapDescriptorOptions
     from cuda.core.utils import StridedMemoryView
 
-    options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # 16 bits of whatever: they are only moved
+    options = TensorMapDescriptorOptions((1, rows, 1, 64), data_type=np.uint16)  # any 16-bit type: they are only copied
     options.swizzle = type(options.swizzle).SWIZZLE_128B  # the enumeration itself is private
     there = {"shape": shape, "strides": tuple(2 * step for step in steps), "typestr": "<u2", "data": (address, False), "version": 3, "stream": None}
     return StridedMemoryView.from_any_interface(SimpleNamespace(__cuda_array_interface__=there), stream_ptr=-1).as_tensor_map(options=options)
 
 
 def aligned(a: Tensor) -> Tensor:
-    """The tensor, or a copy, whose rows begin at multiples of 16 bytes: cp.async reads nothing else."""
+    """The tensor, or else a contiguous copy, with rows at multiples of 16 bytes: cp.async and the copy engine read nothing else."""
     steps = a.stride()
     fits = steps[-1] == 1 and all(step % 8 == 0 for step in steps[:-1]) and a.data_ptr() % 16 == 0 and 0 <= steps[1] < 2**24
     return a if fits else a.clone(memory_format=torch.contiguous_format)

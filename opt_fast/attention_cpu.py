@@ -1,12 +1,12 @@
-"""FlashAttention-2 on the CPU: tiled attention, forward and backward, over gemm.py's micro-kernel. opt_np/flash.py says what it computes.
+"""FlashAttention-2 on the CPU: tiled attention, forward and backward, on gemm.py's micro-kernel. opt_np/flash.py defines what it computes.
 
-A task is a head and a block of its queries. It goes through the keys BC at a time: packs them once, and for each group of ROWS queries makes a tile
-of scores, turns it into weights, and adds their sum of values to what it had. Keys that a group cannot see are never reached. Tiles of keys begin at
-the row's first real key, and each number is a sum in the order of d or of the keys: so a query's output has the same bits whatever stands beside it,
-however much padding stands before it, and whether the keys came all at once or out of a cache.
-Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels see arrays as addresses; a row of one head is Dh numbers, rows lie `step` apart,
-and heads `apart`.
-Forward, rows may have any lengths, and keys stand PAGE by PAGE wherever `Rows` says: in one array, in a cache, or in pages that rows share.
+A task is a head and a block of its queries. It visits the keys BC at a time: it packs them once, and for each group of ROWS queries computes a tile
+of scores, turns them into weights, and adds the weighted sum of the values to its accumulator. Tiles of keys that a group cannot see are skipped.
+Tiles start at the row's first visible key, and every sum runs in the order of d or of the keys. So a query's output is bit-identical whatever else is
+in the batch, however much padding precedes it, and whether the keys arrived all at once or came from a cache.
+Axes as in opt_np/ops.py: T queries at the end of S keys. Kernels get arrays as addresses; a token's key in one head is Dh contiguous elements, tokens
+are `step` elements apart, and heads `apart`. In the forward pass, rows (sequences of the batch) may have different lengths, and their keys are stored
+in pieces of PAGE tokens wherever `Rows` points: in one array, in a cache, or in pages that rows share.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ from opt_fast.paged_cache import PAGE
 from opt_fast.rowwise import CHUNK
 
 BQ = 96  # queries of a block in the backward pass
-BC = 192  # keys of a tile, whole panels and whole groups of rows: K and V, packed, stay in the second-level cache
-STRIDE = BC + LINE // 4  # from row to row in a tile of scores: an odd number of lines of the cache, so that rows do not all fall into the same ones
-LOWEST = -87.0  # exp of less is taken as 0: it would not be a normal float32
+BC = 192  # keys of a tile: whole panels, and whole groups of rows. Packed, its K and V stay in the L2 cache
+STRIDE = BC + LINE // 4  # between rows of a tile of scores: an odd number of cache lines, so that rows do not all map to the same cache sets
+LOWEST = -87.0  # exp of anything below is taken as 0: it would be near or below the smallest normal float32
 WIDTH, VECTOR = TILE.width, ir.VectorType(ir.FloatType(), TILE.width)
-as_stored = floats  # keys and values, in the kernels that read or write them: each has variants
-SIDE = 4 * WIDTH  # of a value's numbers, those that are summed side by side
+as_stored = floats  # the pointer type of keys and values; kernel variants rebind it, one for each dtype
+SIDE = 4 * WIDTH  # elements of a value that are summed in parallel, in four registers
 
-assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # whole tiles, or the kernels would write beyond them
+assert BC % PAGE == PAGE % COLUMNS == BC % ROWS == BQ % ROWS == 0  # else kernels would write beyond a tile's end
 
 
 def of_a_head(name: str, x_row: int, x_step: int) -> Any:
-    """A kernel over a panel of a head, whose `columns` may be fewer than a panel's: it computes as many vectors as they need, all, half, or one.
+    """A micro-kernel over one panel of a head that may use fewer `columns` than the panel has: it computes all vectors, half of them, or one.
 
-    By its name the linker tells it from others, some of which may have been compiled in another process.
+    `name` must be unique: the linker tells kernels apart by it, among them some that another process compiled.
     """
     whole, half, vector = (micro_kernel(ROWS, 1, x_row, x_step, vectors=n) for n in (TILE.vectors, TILE.vectors // 2, 1))
 
@@ -84,40 +84,40 @@ def of_a_head(name: str, x_row: int, x_step: int) -> Any:
     return inner(kernel)
 
 
-weigh, gather = of_a_head("weigh", STRIDE, 1), of_a_head("gather", 1, STRIDE)  # x is a tile of scores, or the same transposed
+weigh, gather = of_a_head("weigh", STRIDE, 1), of_a_head("gather", 1, STRIDE)  # x is a tile of scores, read by rows or transposed
 weigh_one = micro_kernel(1, ABREAST, STRIDE, 1)
 scores_of, scores_of_one = micro_kernel(ROWS, 1, 1, ROWS, adds=False), micro_kernel(1, ABREAST, 0, ROWS, adds=False)
 
 
 class Forward(NamedTuple):
-    """A way to compute attention forward."""
+    """A way: one implementation of the forward pass, such as in float32 or in bfloat16."""
 
-    kernels: dict[str, Kernel]  # by the dtype of keys and values, as it is stored
-    rows: int  # queries of a group: tasks have whole groups of them
-    needed: Callable[[int, int], int]  # numbers of memory for a task of so many queries, with heads of so many numbers
-    more: list  # arguments that come last
-    stored: str  # what keys and values may be stored as, in the fewest bits, without a change to the result
+    kernels: dict[str, Kernel]  # by the dtype in which keys and values are stored
+    rows: int  # queries of a group; a task's block is a multiple of it
+    needed: Callable[[int, int], int]  # scratch memory of a task, in float32 elements: from its number of queries and Dh
+    more: list  # its kernels' extra arguments, which come last
+    stored: str  # the smallest dtype in which keys and values can be stored without changing the result
 
 
 class Backward(NamedTuple):
-    """A way to compute its gradients."""
+    """One implementation of the backward pass."""
 
     kernel: Kernel
-    needed: Callable[[int, int], int]  # numbers of memory for a head of so many queries and numbers
-    more: list  # arguments that come last
+    needed: Callable[[int, int], int]  # scratch memory of a task, in float32 elements: from T and Dh
+    more: list  # the kernel's extra arguments, which come last
 
 
 class Rows(NamedTuple):
-    """Which queries see which keys: rows of any lengths, T queries at the end of S keys."""
+    """Which queries see which keys: rows of any lengths, each with T queries at the end of its S keys."""
 
-    table: np.ndarray  # (R, 5) int64: the row's first query among all, T, S, and the addresses of its places and of its mask
+    table: np.ndarray  # (R, 5) int64: the row's first query among all, T, S, the address of its places, and that of its mask (0: no key is hidden)
     step: int  # from key to key
     apart: int  # from head to head
-    kept: tuple  # what the addresses point to: places, where each PAGE of a row's keys begins in k and v; masks, bool(S), or 0 for none hidden
+    kept: tuple  # keeps alive what the addresses point to: places, the offset in k and v of each PAGE of the row's keys; masks, bool (S)
 
 
 def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, step: int, Dh: int, visible: np.ndarray | None = None) -> Rows:
-    """Rows whose keys lie `step` apart, from an origin in k and v on; their heads side by side.
+    """Rows whose keys start at an origin in k and v, `step` apart, with their heads contiguous.
 
     firsts: (R);  counts: (R), queries;  origins: (R);  keys: (R), visible or not;  visible: (R, S)
     """
@@ -136,7 +136,7 @@ def rows_of(firsts: Any, counts: Any, origins: np.ndarray, keys: np.ndarray, ste
 
 def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, visible: np.ndarray | None,
                   way: Forward | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Causal attention, and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
+    """Causal attention and each query's log-sum-exp; a query that sees no key gets 0 and -inf.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
     """
@@ -152,7 +152,7 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, vis
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float, way: Forward | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The same for rows of any lengths; k and v are arrays of any shape, float32 or 16-bit floats as BITS, in which rows.places count.
+    """attention_lse for rows of any lengths; the places in `rows` are offsets into k and v, of any shape, in float32 or 16-bit floats as BITS.
 
     q: (N, H, Dh)  ->  (N, H, Dh), (N, H)
     """
@@ -167,16 +167,16 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: Rows, scale: float
 
 def attention_call(way: Forward, q: np.ndarray, k: Any, v: Any, O: np.ndarray, L: np.ndarray, table: np.ndarray, tasks: np.ndarray, step: int,
                    apart: int, Br: int, scale: float) -> tuple[Kernel, list]:  # fmt: skip
-    """The kernel that reads keys of this dtype, and its arguments."""
+    """The kernel for keys of k's dtype, and its arguments."""
     return way.kernels[k.dtype.str], [q, k, v, O, L, table, tasks, len(tasks), Br, step, apart, *q.shape[1:], float_bits(scale), *way.more]
 
 
 def blocks(way: Forward, table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
-    """How many queries a task has at most, and the tasks, (n, 2): a row and its first query, those with most work first."""
+    """The most queries of a task, and the tasks, (n, 2): a row and its first query in it, those with the most work first."""
     rows = [(int(T), int(S)) for T, S in table[:, 1:3]]
     longest = max(T for T, _ in rows)
-    equals = sum(T for T, _ in rows) / longest  # as many rows of the longest's length
-    parts = math.ceil(4 * get_num_threads() / (equals * H)) if longest > 1 else 1  # few heads: several tasks for each
+    equals = sum(T for T, _ in rows) / longest  # this many rows of the longest length would have as many queries
+    parts = math.ceil(4 * get_num_threads() / (equals * H)) if longest > 1 else 1  # with few heads, several tasks for each
     Br = math.ceil(longest / parts / way.rows) * way.rows
 
     def work(task: tuple[int, int]) -> int:
@@ -188,17 +188,17 @@ def blocks(way: Forward, table: np.ndarray, H: int) -> tuple[int, np.ndarray]:
 
 
 def rows_apart(a: np.ndarray) -> np.ndarray:
-    """The array itself where a head's numbers lie side by side, as they do in a cache's first part."""
+    """The array itself if its heads are contiguous float32, as in a slice of a cache; else a contiguous float32 copy."""
     return a if a.dtype == np.float32 and a.strides[3] == 4 and a.strides[2] == 4 * a.shape[3] else np.ascontiguousarray(a, np.float32)
 
 
 def steps(a: np.ndarray) -> tuple[int, int]:
-    """How many numbers apart the batch's rows and the tokens lie."""
+    """Strides in elements: between the batch's rows, and between tokens."""
     return a.strides[0] // 4, a.strides[1] // 4
 
 
 def check(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | None) -> None:
-    """Raises ValueError for shapes that do not belong together: the kernels see addresses only."""
+    """Raises ValueError for shapes that do not match: kernels get only addresses, and could not notice."""
     (B, T, H, Dh), S = q.shape, k.shape[1]
     if k.shape != (B, S, H, Dh) or v.shape != k.shape or T > S:
         raise ValueError(f"q is {q.shape}, k {k.shape} and v {v.shape}; they are (B, T, H, Dh) and twice (B, S, H, Dh), with T ≤ S")
@@ -207,7 +207,7 @@ def check(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray | Non
 
 
 def hidden_keys(k: np.ndarray, visible: np.ndarray | None) -> tuple[np.ndarray, int, np.ndarray]:
-    """Which keys are visible, whether any is not, and each row's first visible key."""
+    """The mask of visible keys, whether there is one (0 or 1), and each row's first visible key."""
     B, S = k.shape[:2]
     if visible is None:
         return np.empty(0, np.bool_), 0, np.zeros(B, np.int64)
@@ -248,9 +248,9 @@ def _forward(table: Any) -> None:
                 place, some = places[(key + j) // PAGE] + h * apart, min(PAGE, tile - j)
                 pack_transposed(at(k, place), step, some, Dh, at(shown, j), hides, at(keys, j * Dh))
                 pack_rows(at(v, place), step, some, Dh, at(shown, j), hides, BC, at(values, j * COLUMNS))
-            for i in range(max(0, key - past - first) // ROWS * ROWS, count, ROWS):  # from the first queries that see this tile
+            for i in range(max(0, key - past - first) // ROWS * ROWS, count, ROWS):  # from the first group that sees this tile
                 rows = min(ROWS, count - i)
-                limit = past + first + i + 1 - key  # the group's first query sees so many keys of the tile
+                limit = past + first + i + 1 - key  # how many keys of the tile the group's first query sees
                 seen = min(tile, limit + rows - 1)
                 score(at(xs, i * Dh), rows, keys, Dh, shown, hides, tile, limit, seen, scores)
                 for r in range(rows):
@@ -276,7 +276,7 @@ def _forward(table: Any) -> None:
 @inner
 def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scores: Any, m: Any, l: Any, sums: Any, acc: Any,
                  width: int) -> None:  # fmt: skip
-    """One query, as in decoding: keys and values are used where they stand, for packing them would take longer; the same sums in the same order."""
+    """A single query, as in decoding: keys and values are read in place, since packing them would take longer; same sums, same order, same bits."""
     for key in range(0, S, BC):
         tile = min(BC, S - key)
         columns = whole_panels(tile)
@@ -303,13 +303,13 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
 
 
 def attending(queries: int, Dh: int) -> int:
-    """Numbers of memory that a task of so many queries needs."""
+    """Scratch memory, in float32 elements, of a task with this many queries."""
     width = whole_panels.py_func(Dh)
     return math.ceil(queries / ROWS) * ROWS * (Dh + width + 2) + BC * (Dh + width) + ROWS * STRIDE
 
 
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndarray | None, rows: Any = None) -> np.ndarray:
-    """The weights of the queries `rows`, or of all.
+    """The attention weights of the queries `rows`, or of all.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  visible: (B, S);  rows: (R)  ->  (B, H, R, S)
     """
@@ -324,7 +324,7 @@ def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, visible: np.ndar
 
 
 def _probs(table: Any) -> None:
-    """A task is a head: over its keys once for each query's maximum and sum, and once more for the weights."""
+    """A task is a head, in two passes over its keys: the first for each query's maximum and sum, the second for the weights."""
     a = at(table, ARGUMENTS)
     q, k, visible, hides, start, probs, limits = floats(a[0]), floats(a[1]), bytes_(a[2]), a[3], int64s(a[4]), floats(a[5]), int64s(a[6])
     B, R, S, H, Dh, k_row, k_step, scale = a[7], a[8], a[9], a[10], a[11], a[12], a[13], float_of(a[14])
@@ -364,7 +364,7 @@ def _probs(table: Any) -> None:
 
 def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
                   visible: np.ndarray | None, way: Backward | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Gradients by q, k and v: each tile's weights are made again from L.
+    """The gradients of q, k and v; each tile's weights are recomputed from L.
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  visible: (B, S)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
@@ -382,30 +382,30 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
 
 
 def going_back(T: int, Dh: int) -> int:
-    """Numbers of memory that a head of so many queries needs."""
+    """Scratch memory, in float32 elements, of a head with T queries."""
     width = whole_panels.py_func(Dh)
     return (T + ROWS) * (width + 1) + BC * (2 * Dh + 3 * width) + 2 * BQ * (Dh + width + STRIDE)
 
 
 def _backward(table: Any) -> None:
-    """A task is a head: its tiles of keys one after the other, and for each the blocks of BQ queries that see it."""
+    """A task is a head: its tiles of keys in order, and for each the blocks of BQ queries that see it."""
     a = at(table, ARGUMENTS)
     q, k, v, visible, hides, start = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5])
     O, L, B, T, S, H, Dh = floats(a[6]), floats(a[7]), a[8], a[9], a[10], a[11], a[12]
     dO, dq, dk, dv, scale = floats(a[13]), floats(a[14]), floats(a[15]), floats(a[16]), float_of(a[17])
     past, step, width = S - T, H * Dh, whole_panels(Dh)
     dq_sums = memory(table)  # (T, width)
-    keys_t = at(dq_sums, (T + ROWS) * width)  # the last group of queries may have rows that T does not; a tile of keys, and of values, as columns …
+    keys_t = at(dq_sums, (T + ROWS) * width)  # (the last group may reach beyond T); a tile of keys and one of values as columns …
     values_t = at(keys_t, BC * Dh)
     keys = at(values_t, BC * Dh)  # … and as rows
     dk_sums = at(keys, BC * width)
     dv_sums = at(dk_sums, BC * width)
-    q_groups = at(dv_sums, BC * width)  # a block of queries, and of dO, in groups and as rows
+    q_groups = at(dv_sums, BC * width)  # a block of q and one of dO, in groups and as rows
     dO_groups = at(q_groups, BQ * Dh)
     q_rows = at(dO_groups, BQ * Dh)
     dO_rows = at(q_rows, BQ * width)
     P = at(dO_rows, BQ * width)
-    dP = at(P, BQ * STRIDE)  # and then the scores' gradient
+    dP = at(P, BQ * STRIDE)  # overwritten by the gradient of the scores
     D = at(dP, BQ * STRIDE)
     task = claim(table, TASKS)
     while task < B * H:
@@ -431,10 +431,10 @@ def _backward(table: Any) -> None:
                 pack_groups(at(dO, origin), step, count, Dh, np.float32(1), dO_groups)
                 pack_rows(at(q, origin), step, count, Dh, shown, 0, BQ, q_rows)
                 pack_rows(at(dO, origin), step, count, Dh, shown, 0, BQ, dO_rows)
-                limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
+                limit = past + first + 1 - key  # how many keys of the tile the block's first query sees
                 for i in range(max(0, -limit + 1) // ROWS * ROWS, count, ROWS):
                     rows = min(ROWS, count - i)
-                    seen = min(n, limit + i + 2 * ROWS)  # a group of keys reaches up to ROWS - 1 beyond what the last query sees
+                    seen = min(n, limit + i + 2 * ROWS)  # `gather` takes keys in groups of ROWS, up to ROWS - 1 beyond the last query's
                     P_tile, dP_tile = at(P, i * STRIDE), at(dP, i * STRIDE)
                     score(at(q_groups, i * Dh), rows, keys_t, Dh, shown, hides, n, limit + i, seen, P_tile)
                     weights_again(P_tile, rows, whole_panels(seen), at(L, (b * T + first + i) * H + h), H)
@@ -446,7 +446,7 @@ def _backward(table: Any) -> None:
                     for p in range(0, width, COLUMNS):
                         weigh(at(dq_sums, (first + i) * width + p), width, dP_tile, at(keys, p * BC), seen, Dh - p)
                 for j in range(0, min(n, limit + count - 1), ROWS):
-                    i = max(0, j - limit + 1) // ROWS * ROWS  # from the first queries that see these keys
+                    i = max(0, j - limit + 1) // ROWS * ROWS  # from the first group of queries that sees these keys
                     for p in range(0, width, COLUMNS):
                         gather(at(dv_sums, j * width + p), width, at(P, i * STRIDE + j), at(dO_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
                         gather(at(dk_sums, j * width + p), width, at(dP, i * STRIDE + j), at(q_rows, p * BQ + i * COLUMNS), count - i, Dh - p)
@@ -465,14 +465,14 @@ def _backward(table: Any) -> None:
 
 @inner
 def pack_groups(x: Any, step: int, n: int, Dh: int, scale: Any, groups: Any) -> None:
-    """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]. HF scales q, too, before the product."""
+    """n rows in groups of ROWS: groups[i, d, r] = scale · x[i · ROWS + r, d]. Like HF, q is scaled before the product."""
     for i in range(0, n, ROWS):
         pack_tile(at(x, i * step), step, 1, min(ROWS, n - i), Dh, scale, at(groups, i * Dh))
 
 
 @inner
 def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, panels: Any) -> None:
-    """n rows of a tile as columns: panels[p, d, c] = x[p · COLUMNS + c, d]; 0 for hidden rows, and up to a whole panel."""
+    """n rows of a tile as columns: panels[p, d, c] = x[p · COLUMNS + c, d]; 0 for hidden rows, and to fill the last panel."""
     for j in range(0, n, WIDTH):
         rows, target, whole = min(WIDTH, n - j), at(panels, j // COLUMNS * COLUMNS * Dh + j % COLUMNS), Dh // WIDTH * WIDTH
         for d in range(0, whole, WIDTH):
@@ -488,7 +488,7 @@ def pack_transposed(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, 
 
 @inner
 def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: int, panels: Any) -> None:
-    """n rows of a tile, of `most`: panels[p, j, c] = x[j, p · COLUMNS + c]; 0 for hidden rows, lest a weight of 0 times NaN be NaN."""
+    """n rows of a tile of `most`: panels[p, j, c] = x[j, p · COLUMNS + c]; 0 for hidden rows, as a weight of 0 times NaN would be NaN."""
     for p in range(whole_panels(Dh) // COLUMNS):
         source, target = at(x, p * COLUMNS), at(panels, p * most * COLUMNS)
         if (p + 1) * COLUMNS <= Dh:
@@ -509,14 +509,14 @@ def pack_rows(x: Any, step: int, n: int, Dh: int, shown: Any, hides: int, most: 
 
 
 def write(k: np.ndarray, v: np.ndarray, K: np.ndarray, V: np.ndarray, slots: np.ndarray, apart: int) -> None:
-    """Each token's keys and values where its slot says, and its heads so far apart.  k: (N, H, Dh);  v: (N, H, Dh);  slots: (N)"""
+    """Writes each token's keys and values at its slot in K and V, with its heads `apart`.  k: (N, H, Dh);  v: (N, H, Dh);  slots: (N)"""
     k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
     kernel, arguments, tasks = write_call(k, v, K, V, np.ascontiguousarray(slots, np.int64), apart, k.shape[-1])
     kernel(*arguments, tasks=tasks)
 
 
 def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray, apart: int, Dh: int) -> tuple[Kernel, list, int]:
-    """The kernel that does so, its arguments, and how many tasks they make; K and V hold float32 or 16-bit floats as BITS."""
+    """The kernel of `write`, its arguments, and the number of tasks; K and V hold float32, or 16-bit floats as BITS."""
     N, D = len(k), k.size // len(k)
     some = max(CHUNK // D, 1)
     return WRITE[K.dtype.str], [k, v, K, V, slots, apart, Dh, N, D, some], math.ceil(N / some)
@@ -542,7 +542,7 @@ def _write(table: Any) -> None:
 
 @intrinsic
 def put(typing_context, numbers, i, number):
-    """numbers[i] = number, rounded to the nearest float that it is stored as, of two as near to the even one; NaN stays NaN."""
+    """numbers[i] = number, rounded to the stored dtype (to nearest, ties to even); NaN stays NaN."""
 
     def generate(context, builder, signature, arguments):
         place, number, word = builder.gep(arguments[0], [arguments[1]]), arguments[2], ir.IntType(32)
@@ -557,7 +557,8 @@ def put(typing_context, numbers, i, number):
 
 
 def float16_bits(builder: Any, bits: Any) -> Any:
-    """Sign, exponent less 112, and the mantissa's upper 10 bits, rounded; below 2⁻¹⁴ a whole number of 2⁻²⁴, which adding 0.5 rounds to."""
+    """LLVM: float32 bits as float16: sign, exponent - 112, and the mantissa rounded to 10 bits; below 2⁻¹⁴ a multiple of 2⁻²⁴, to which adding 0.5
+    rounds."""
     word, single = bits.type, ir.FloatType()
     size = builder.and_(bits, word(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(size, word(13)), word(1))
@@ -575,13 +576,13 @@ def float16_bits(builder: Any, bits: Any) -> Any:
 
 @inner
 def whole_panels(n: int) -> int:
-    """n, up to a multiple of COLUMNS."""
+    """n, rounded up to a multiple of COLUMNS."""
     return (n + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
 @inner
 def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int, limit: int, seen: int, scores: Any) -> None:
-    """scores[r, j] = x[r] · key j, or -inf where the key is hidden or in the query's future, j ≥ limit + r; for panels that hold j < seen ≤ n."""
+    """scores[r, j] = x[r] · key j, or -inf where key j is hidden or in the query's future (j ≥ limit + r); for all panels with a j < seen ≤ n."""
     panels, p = whole_panels(seen) // COLUMNS, 0
     while p < panels:
         tile, panel = at(scores, p * COLUMNS), at(keys, p * COLUMNS * Dh)
@@ -601,7 +602,7 @@ def score(x: Any, rows: int, keys: Any, Dh: int, shown: Any, hides: int, n: int,
 
 @inner
 def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> None:
-    """A row of scores becomes weights under the query's new maximum; what was summed under the old one shrinks."""
+    """Turns a row of scores into weights relative to the query's new running maximum m, and rescales the sums l and acc from the old one."""
     highest = max(m[0], maximum(row, columns))
     if highest == -np.inf:  # nothing seen yet, and exp(-inf - -inf) would be NaN
         highest = np.float32(0)
@@ -616,7 +617,7 @@ def softmax(row: Any, columns: int, m: Any, l: Any, acc: Any, width: int) -> Non
 
 @inner
 def weights_again(P: Any, rows: int, columns: int, L: Any, step: int) -> None:
-    """Scores become weights by the log-sum-exp of their queries."""
+    """Recomputes weights from scores, in place, with the queries' log-sum-exp."""
     for r in range(rows):
         lse = L[r * step]
         exponentials(at(P, r * STRIDE), columns, lse if lse != -np.inf else np.float32(0))
@@ -624,7 +625,7 @@ def weights_again(P: Any, rows: int, columns: int, L: Any, step: int) -> None:
 
 @intrinsic
 def maximum(typing_context, row, columns):
-    """The largest of some scores; NaN is passed over here, and comes out of exponentials."""
+    """The largest of some scores, ignoring NaN, which `exponentials` then propagates."""
 
     def generate(context, builder, signature, arguments):
         row, columns = arguments
@@ -637,7 +638,7 @@ def maximum(typing_context, row, columns):
 
 @intrinsic
 def exponentials(typing_context, row, columns, highest):
-    """exp(score - highest) in place of each score, and their sum."""
+    """Replaces each score by exp(score - highest), and returns the sum."""
 
     def generate(context, builder, signature, arguments):
         row, columns, highest = arguments
@@ -656,7 +657,7 @@ def exponentials(typing_context, row, columns, highest):
 
 
 def exponential(builder: Any, x: Any) -> Any:
-    """exp(x) = 2ⁿ · exp(f), n whole and |f| ≤ ln(2)/2, right to a bit or two: the polynomial of Cephes' expf. NaN stays NaN."""
+    """LLVM: exp(x) = 2ⁿ · exp(f), n an integer and |f| ≤ ln(2)/2, by the polynomial of Cephes' expf: right to a bit or two. NaN stays NaN."""
 
     def add(a: Any, b: Any, c: Any) -> Any:
         return multiply_add(builder, a, b, c, TILE.fused)
@@ -667,7 +668,7 @@ def exponential(builder: Any, x: Any) -> Any:
     whole = ir.VectorType(ir.IntType(32), WIDTH)
     low = builder.fcmp_ordered("<", x, number(LOWEST))
     y = builder.select(low, number(LOWEST), x)
-    magic = number(1.5 * 2**23)  # so large that its last bit counts ones: what is added to it is rounded
+    magic = number(1.5 * 2**23)  # so large that its last bit is worth 1: adding it rounds to an integer
     shifted = add(y, number(1 / math.log(2)), magic)
     n = builder.fsub(shifted, magic)
     f = add(n, number(2.12194440e-4), add(n, number(-0.693359375), y))  # ln(2) in two parts
@@ -677,12 +678,12 @@ def exponential(builder: Any, x: Any) -> Any:
     exponent = builder.shl(builder.bitcast(shifted, whole), every(whole, 23))
     value = builder.bitcast(builder.add(builder.bitcast(p, whole), exponent), VECTOR)
     value = builder.select(low, number(0), value)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)  # a NaN's own bits, for the exponent has been added to them
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)  # NaN itself: `value` has the exponent added to its bits
 
 
 @intrinsic
 def transpose(typing_context, rows, step, n, columns):
-    """WIDTH numbers of WIDTH rows, `step` apart, as columns, COLUMNS apart; beyond the n rows there are, of the last again."""
+    """WIDTH elements of WIDTH rows, `step` apart, as columns, COLUMNS apart; the last of the n rows stands in for those beyond."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, columns = arguments
@@ -697,7 +698,7 @@ def transpose(typing_context, rows, step, n, columns):
 
 @intrinsic
 def dots(typing_context, scores, q, keys, step, n, Dh):
-    """scores[j] = q · key j for WIDTH keys, `step` apart, each a sum in the order of d; beyond the n there are, of the last again."""
+    """scores[j] = q · key j, summed in the order of d, for WIDTH keys, `step` apart; the last of the n keys stands in for those beyond."""
 
     def generate(context, builder, signature, arguments):
         scores, q, keys, step, n, Dh = arguments
@@ -719,7 +720,7 @@ def dots(typing_context, scores, q, keys, step, n, Dh):
 
 
 def weighing(vectors: int) -> Any:
-    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d], in the order of j, for so many vectors of d."""
+    """kernel(sums, weights, values, step, n): sums[d] += Σ weights[j] · values[j, d], in the order of j, for `vectors` vectors of d."""
 
     @intrinsic
     def kernel(typing_context, sums, weights, values, step, n):
@@ -746,7 +747,7 @@ weigh_side, weigh_vector = weighing(SIDE // WIDTH), weighing(1)
 
 @intrinsic
 def copy(typing_context, rows, step, panel, n):
-    """n rows of COLUMNS numbers, `step` apart, one after the other; n is at least 1."""
+    """Copies n ≥ 1 rows of COLUMNS elements, `step` apart, into a contiguous panel, widened to float32."""
 
     def generate(context, builder, signature, arguments):
         rows, step, panel, n = arguments
@@ -765,7 +766,7 @@ def copy(typing_context, rows, step, panel, n):
 
 
 def by_dtype(function: Callable[[Any], None], name: str = "") -> dict[str, Kernel]:
-    """The kernel for keys and values of each dtype; `name` tells kernels apart that are compiled from the same lines to different instructions."""
+    """The kernel's variant for each dtype of keys and values; `name` distinguishes variants compiled from the same source to other instructions."""
     meanings = {"<f4": ("float32", floats), "<i2": ("float16", int16s), "<u2": ("bfloat16", uint16s)}
     return {dtype: variant(function, stored + name, as_stored=pointer) for dtype, (stored, pointer) in meanings.items()}
 

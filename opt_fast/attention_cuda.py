@@ -1,7 +1,7 @@
-"""Attention over torch tensors: the tiled kernels on a GPU, and the same in plain torch for tensors that are elsewhere, with autograd through both.
+"""Attention over torch tensors: the tiled kernels on a GPU, plain torch for tensors elsewhere, and autograd through both.
 
-On a GPU, float16 and bfloat16 with heads of 64, 80 or 128 go through the tensor cores (kernels/flash_fwd_mma.cu); what these do not take, float32
-among it, and masks with holes go through the Numba kernels (attention_numba.py). RUNGS names each of the ladder.
+On a GPU, float16 and bfloat16 with heads of 64, 80 or 128 use the tensor cores (kernels/flash_fwd_mma.cu); what these do not take (float32, other
+multiples of 16 up to 128, older GPUs, masks with holes) uses the Numba kernels (attention_numba.py). RUNGS names the kernels of the ladder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opt_fast.attention_cpp import MmaDecode, mma, mma_bwd, mma_decode, sm90
 
 HALVES = (torch.float16, torch.bfloat16)
 TILED = tuple(range(16, 129, 16))  # head sizes that Numba's tiles take
-MOST = 65535  # blocks in the second and third dimension of a grid
+MOST = 65535  # blocks in a grid's second, and in its third dimension
 
 
 class Seen(NamedTuple):
@@ -31,11 +31,11 @@ class Seen(NamedTuple):
 
 
 def attention_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Any = None) -> tuple[Tensor, Tensor]:
-    """As opt_np.ops.attention_lse; autograd goes through the first result.
+    """As opt_np.ops.attention_lse; autograd differentiates the first result only.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H) of float32 at least
 
-    Raises ValueError for shapes, dtypes or devices that do not fit each other, and for a scale that is not positive. Backward: attention_bwd.
+    Raises ValueError for shapes, dtypes or devices that do not match, and for a scale that is not positive. Backward: attention_bwd.
     """
     check(q, k, v, scale)
     return Attention.apply(q, k, v, scale, seen_of(layout, q))
@@ -52,7 +52,7 @@ def attention_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Ten
 
 
 class Attention(torch.autograd.Function):
-    """The forward and the backward pass, as autograd wants them."""
+    """The forward and the backward pass in the form that autograd needs."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
@@ -70,13 +70,13 @@ class Attention(torch.autograd.Function):
 
 
 def first_derivatives_only() -> None:
-    """Raises RuntimeError where a backward pass is itself to be differentiated: the kernels would pass for constants."""
-    if torch.is_grad_enabled():  # here under create_graph alone
+    """Raises RuntimeError where a backward pass is itself to be differentiated: autograd would treat the kernels' results as constants."""
+    if torch.is_grad_enabled():  # in a backward pass, only with create_graph=True
         raise RuntimeError("attention and losses have no second derivatives on backend 'cuda': leave out create_graph=True")
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None) -> tuple[Tensor, Tensor]:
-    """By the kernel that suits these tensors.  ->  (B, T, H, Dh), (B, T, H)"""
+    """Attention by the kernel that suits these tensors.  ->  (B, T, H, Dh), (B, T, H)"""
     if not on_gpu(q):
         return plain(q, k, v, scale, seen)
     few = q.shape[1] <= MmaDecode.rows
@@ -102,17 +102,17 @@ def compute_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tenso
 
 
 def on_gpu(q: Tensor) -> bool:
-    """Whether there is a kernel for these tensors."""
+    """Whether there is a GPU kernel for these tensors."""
     return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] in TILED
 
 
 def on_tensor_cores(q: Tensor, seen: Seen | None) -> bool:
-    """Whether the kernels of CUDA C++ take these tensors and this mask."""
+    """Whether the CUDA C++ kernels take these tensors and this mask."""
     return not RUNGS["mma"].refuses(q) and (seen is None or seen.ranges is not None)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Raises ValueError for arguments that no kernel may be given."""
+    """Raises ValueError for arguments that no kernel accepts."""
     B, _, H, Dh = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (B, H, Dh):
         raise ValueError(f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they are (B, T, H, Dh), (B, S, H, Dh) and (B, S, H, Dh)")
@@ -136,9 +136,9 @@ def seen_of(layout: Any, q: Tensor) -> Seen | None:
 
 
 def on_device(visible: np.ndarray, T: int, device: torch.device) -> Seen:
-    """A layout's mask where the kernels want it; every layer of a pass asks for the same, so the last answer is kept.  visible: (B, S)"""
+    """A layout's mask on the device; all layers of a pass need the same, so the last result is cached.  visible: (B, S)"""
     global _last
-    last = _last  # read once: another thread may put its own there
+    last = _last  # read once: another thread may replace it
     if last is None or last[1:3] != (T, device) or not np.array_equal(last[0], visible):
         ranges = ranges_of(visible, T)
         seen = Seen(torch.tensor(visible, device=device), None if ranges is None else torch.tensor(ranges, device=device))
@@ -147,7 +147,7 @@ def on_device(visible: np.ndarray, T: int, device: torch.device) -> Seen:
 
 
 def ranges_of(visible: np.ndarray, T: int) -> np.ndarray | None:
-    """For each row [0, T, its first key, its keys, the key before which its first query stands]; None where hidden keys stand between visible ones.
+    """Five numbers per row (Range in tiles.cuh): 0, T, its first key, its keys, its past; None where a hidden key is between visible ones.
 
     visible: (B, S)  ->  (B, 5) int32
     """
@@ -162,7 +162,7 @@ def ranges_of(visible: np.ndarray, T: int) -> np.ndarray | None:
 
 
 def known(a: Tensor) -> Tensor:
-    """The tensor in a dtype that Numba's kernels read."""
+    """The tensor in a dtype that Numba's kernels read: bfloat16 becomes float32."""
     return a.float() if a.dtype == torch.bfloat16 else a
 
 
@@ -174,19 +174,19 @@ def through_numba(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: floa
 
 @dataclass(frozen=True)
 class Rung:
-    """One kernel of the ladder: called with q, k, v and scale it returns O and L."""
+    """One kernel of the ladder; called with q, k, v and scale, it returns O and L."""
 
     run: Callable[..., tuple[Tensor, Tensor]]
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...] = ()  # () for any
-    capability: tuple[int, int] = (0, 0)  # at least
-    generation: int = 0  # 0 for any
+    capability: tuple[int, int] = (0, 0)  # compute capability, at least
+    generation: int = 0  # the capability's major number, exactly; 0 for any
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return self.run(q, k, v, scale)
 
     def refuses(self, q: Tensor) -> str:
-        """Why it cannot compute with these tensors; nothing if it can."""
+        """Why it cannot run on these tensors; an empty string if it can."""
         if not q.is_cuda:
             return f"it computes on a GPU, and these tensors are on {q.device}"
         if q.dtype not in self.dtypes:
@@ -221,11 +221,11 @@ RUNGS = {
 }
 
 
-# ---- the same in plain torch -------------------------------------------------------------------------------------------------------------
+# ---- plain torch -------------------------------------------------------------------------------------------------------------------------
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
-    """opt_np.ops.attention_lse in torch, scores whole, in float32 at least: for tensors that are not on a GPU, and as a reference.
+    """opt_np.ops.attention_lse in torch, untiled, in float32 at least: for tensors that no kernel takes, and as a reference.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), (B, T, H)
     """
@@ -237,7 +237,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Seen | None = Non
 
 def plain_bwd(dO: Tensor, q: Tensor, k: Tensor, v: Tensor, O: Tensor, L: Tensor, scale: float,
               seen: Seen | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """opt_np.ops.attention_bwd in torch, as `plain`."""
+    """opt_np.ops.attention_bwd in torch, untiled, in float32 at least."""
     P = torch.exp(scores(q, k, scale, seen) - L.clamp(min=torch.finfo(L.dtype).min).swapaxes(1, 2)[..., None])
     dO, O, q_, k_, v_ = (wide(a).swapaxes(1, 2) for a in (dO, O, q, k, v))  # (B, T, H, Dh) -> (B, H, T, Dh)
     dscores = P * (dO @ v_.swapaxes(2, 3) - (dO * O).sum(-1, keepdim=True)) * scale
@@ -263,5 +263,5 @@ def probabilities(s: Tensor) -> Tensor:
 
 
 def wide(a: Tensor) -> Tensor:
-    """In float32, if it was in fewer bits."""
+    """Float16 and bfloat16 as float32; other dtypes unchanged."""
     return a.float() if a.dtype in HALVES else a

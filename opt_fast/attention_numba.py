@@ -1,16 +1,16 @@
-"""Causal attention on a GPU as a ladder of readable Numba kernels, each rung with the one idea that it adds. opt_np/flash.py says what v3 computes.
+"""Causal attention on a GPU as a ladder of readable Numba kernels; each rung (version) adds one idea. opt_np/flash.py is v3's algorithm in NumPy.
 
-v1         scores, softmax and P V as three kernels, a thread for each number; everything goes through global memory
-v2         the same three steps, but a block of threads brings tiles into shared memory, so that a number is read once for 16 uses
-v3         FlashAttention-2: scores never leave the chip, and a thread owns a small rectangle of them in its registers
-v3_bwd     its backward pass: one kernel for dK and dV, one for dQ, no atomics, so the same bits every time
-decode     few queries: the keys are split over blocks, and a second kernel combines what they found
+v1         scores, softmax and P V as three kernels, one thread per element; every intermediate goes through global memory
+v2         the same three steps, but a block of threads loads tiles into shared memory, so that a value read from global memory is used 16 times
+v3         FlashAttention-2: scores never leave the chip, and each thread holds a small rectangle of them in its registers
+v3_bwd     its backward pass: one kernel for dK and dV, one for dQ; no atomics, so results are the same bits every time
+decode     few queries: the keys are split over blocks, and a second kernel combines the blocks' partial results
 
-The same source runs under Numba's simulator (NUMBA_ENABLE_CUDASIM=1), where tiles are tiny. q is (B, T, H, Dh), k and v are (B, S, H, Dh), with any
-strides. Query t stands at key S - T + t, the keys' end is the queries' end, and it sees the keys up to there that `visible` does not hide; one that
-sees none gets O = 0 and L = -inf. Inside kernels the names are flash.py's: i counts queries, j keys, d the numbers of a head, and r, c, e count what
-a thread owns: thread (ty, tx) has rows ty, ty + TY, … and columns tx, tx + TX, …, so that neighbours read neighbouring banks.
-Weights are powers of two: exp(x) is 2^(x log2 e), and the factor is part of the scale.
+The same source runs under Numba's simulator (NUMBA_ENABLE_CUDASIM=1), with tiny tiles. q is (B, T, H, Dh), k and v are (B, S, H, Dh), with any
+strides. The last query is at the last key: query t is at key S - T + t, and sees the keys up to and including that one, except those that `visible`
+hides. A query that sees no key gets O = 0 and L = -inf. Inside kernels the names are flash.py's: i is a query, j a key, d an element of a head. r, c
+and e index what one thread owns: thread (ty, tx) has rows ty, ty + TY, … and columns tx, tx + TX, …, so that neighbouring threads read neighbouring
+banks of shared memory. Exponentials are powers of two, which GPUs compute: exp(x) = 2^(x log2 e), and the factor log2 e is part of the scale.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ import numpy as np
 from numba import config, float32
 from numba import cuda as numba_cuda
 
-cuda: Any = numba_cuda  # type checkers would read the simulator's stubs
+cuda: Any = numba_cuda  # else type checkers read the simulator's stubs
 
-vars(config)["CUDA_LOW_OCCUPANCY_WARNINGS"] = 0  # short inputs make few blocks
+vars(config)["CUDA_LOW_OCCUPANCY_WARNINGS"] = 0  # short inputs launch few blocks, which is no mistake
 
 SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])
-ALIGN = None if SIMULATED else 16  # of shared arrays, so that four floats are one load; the simulator knows no alignment
-PAD = 4  # floats at the end of a shared row: neighbouring rows begin in other banks, and rows stay aligned
-NOT_NEGATIVE = 0x7FFFFFFF  # `x & NOT_NEGATIVE` is x; it spares Python's rule for negative indices at every access
+ALIGN = None if SIMULATED else 16  # bytes, of shared arrays, so that four floats are one load; the simulator has no alignment
+PAD = 4  # floats at the end of a shared row: neighbouring rows start in different banks, and rows stay aligned
+NOT_NEGATIVE = 0x7FFFFFFF  # `x & NOT_NEGATIVE` is x, but the compiler then omits Python's wrap-around of negative indices at every access
 ZERO, LOWEST = np.float32(0), np.float32(-np.inf)
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-ROW_THREADS = 16 if SIMULATED else 128  # of a block that works on one row
-DECODE_THREADS = 32 if SIMULATED else 128  # of a block, and keys of a tile
-QUERIES = 16  # decode takes so many at most
+ROW_THREADS = 16 if SIMULATED else 128  # threads of a block that works on one row
+DECODE_THREADS = 32 if SIMULATED else 128  # threads of a block of decode, and keys of its tile
+QUERIES = 16  # that decode takes at most
 
 on_device = cuda.jit(device=True) if SIMULATED else cuda.jit(device=True, forceinline=True)
 
 
 def kernel(threads: int, blocks: int) -> Any:
-    """cuda.jit for blocks of so many threads, with registers for so many blocks on a multiprocessor."""
+    """cuda.jit for blocks of `threads` threads, with registers limited so that `blocks` of them fit on a multiprocessor."""
     return cuda.jit if SIMULATED else cuda.jit(launch_bounds=(threads, blocks))
 
 
 class Tiles(NamedTuple):
-    """The shape of a block's work: tiles of Br = Bc = `rows` queries and keys, TY × TX threads, slices of Ds numbers of a head and of Js keys."""
+    """The shape of a block's work: tiles of Br = Bc = `rows` queries and keys, TY × TX threads, slices of Ds columns of a head or of Js keys."""
 
     rows: int
     TY: int
@@ -55,25 +55,26 @@ class Tiles(NamedTuple):
     Js: int
 
 
-TINY = Tiles(8, 2, 4, 4, 4)  # for the simulator, whose threads are Python's
+TINY = Tiles(8, 2, 4, 4, 4)  # for the simulator, whose threads are Python threads
 TILED, BACKWARD = (TINY, TINY) if SIMULATED else (Tiles(16, 16, 16, 16, 16), Tiles(64, 16, 16, 16, 16))
 
 
 def flash_tiles(Dh: int) -> Tiles:
-    """v3's: slices of 32 numbers where they divide the head, with half the barriers of 16; more would not fit 48 KB of shared memory."""
+    """v3's tiles, in slices of 32 columns where 32 divides Dh: half the barriers of 16, and larger ones would not fit in 48 KB of shared memory."""
     return TINY if SIMULATED else Tiles(64, 8, 16, 16 if Dh % 32 else 32, 16)
 
 
-# ---- v1: one thread, one number ----------------------------------------------------------------------------------------------------------
+# ---- v1: one thread per element ----------------------------------------------------------------------------------------------------------
 
 
 def v1(q: Any, k: Any, v: Any, scale: float, visible: Any = None) -> tuple[Any, Any]:
-    """Naive attention in three kernels that meet in global memory.
+    """Naive attention in three kernels that pass scores and weights through global memory.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
 
-    What is wrong with it: T·S scores are written, read, written and read again; each product reads both its factors from memory, and neighbouring
-    threads read rows of K, far apart. Keys in the future are computed too. Raises ValueError as `call` does. Not yet run on a GPU.
+    What limits it: T·S scores per head are written, read, written and read again; every multiply-add reads both its factors from global memory; and
+    neighbouring threads read different rows of K, so their loads are not coalesced. Scores of future keys are computed too. Raises ValueError as
+    `call` does. Not yet run on a GPU.
     """
     c = call(q, k, v, visible)
     (B, T, H, Dh), S = q.shape, k.shape[1]
@@ -86,7 +87,7 @@ def v1(q: Any, k: Any, v: Any, scale: float, visible: Any = None) -> tuple[Any, 
 
 @cuda.jit
 def naive_scores(Q, K, visible, scores, scale):
-    """A thread for each score."""
+    """One thread per score."""
     T, H, S = Q.shape[1], Q.shape[2], K.shape[1]
     b, i, h = cuda.blockIdx.x // (T * H), cuda.blockIdx.x // H % T, cuda.blockIdx.x % H
     j = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
@@ -99,7 +100,7 @@ def naive_scores(Q, K, visible, scores, scale):
 
 @cuda.jit
 def naive_softmax(scores, L):
-    """A block for each row: its maximum, its sum, its weights in place of the scores."""
+    """One block per row: finds its maximum and its sum, and overwrites the scores with the weights."""
     part = cuda.shared.array(ROW_THREADS, float32)
     T, H, S = scores.shape[1], scores.shape[2], scores.shape[3]
     b, i, h, thread = cuda.blockIdx.x // (T * H), cuda.blockIdx.x // H % T, cuda.blockIdx.x % H, cuda.threadIdx.x
@@ -110,8 +111,8 @@ def naive_softmax(scores, L):
     cuda.syncthreads()
     for x in range(ROW_THREADS):
         m = max(m, part[x])
-    cuda.syncthreads()  # part is written again below
-    safe = m if m != LOWEST else ZERO  # nothing seen: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+    cuda.syncthreads()  # part is reused below
+    safe = m if m != LOWEST else ZERO  # no key seen: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
     for j in range(thread, S, ROW_THREADS):
         l += math.exp2(scores[b, i, h, j] - safe)
     part[thread] = l
@@ -127,32 +128,32 @@ def naive_softmax(scores, L):
 
 @cuda.jit
 def naive_values(P, V, visible, O):
-    """A thread for each number of O."""
+    """One thread per element of O."""
     T, H, S = O.shape[1], O.shape[2], V.shape[1]
     b, i, h = cuda.blockIdx.x // (T * H), cuda.blockIdx.x // H % T, cuda.blockIdx.x % H
     d = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
     if d < O.shape[3]:
         total = ZERO
         for j in range(S - T + i + 1):
-            if visible[b, j] != 0:  # what stands at a hidden key may be NaN
+            if visible[b, j] != 0:  # a hidden key's value may be NaN, and 0 · NaN is NaN
                 total += P[b, i, h, j] * float32(V[b, j, h, d])
         O[b, i, h, d] = total
 
 
-# ---- what tiled kernels share ------------------------------------------------------------------------------------------------------------
+# ---- shared by the tiled kernels ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def bringing(threads: int, lanes: int) -> Any:
-    """A block's `bring`: `lanes` neighbouring threads read neighbouring numbers of a row."""
+    """`bring`, with which a block loads a tile into shared memory; `lanes` neighbouring threads read neighbouring elements of a row (coalesced)."""
 
     @on_device
     def bring(tile, rows, columns, A, b, first, h, d, n, shown):
-        """tile = A[b, first : first + rows, h, d : d + columns], with zeros for rows from n on and for rows that are not shown."""
+        """tile = A[b, first : first + rows, h, d : d + columns], with zeros for rows n and later, and for rows where `shown` is 0."""
         thread = cuda.threadIdx.x & NOT_NEGATIVE
         for y in range(rows // (threads // lanes)):
             i = thread // lanes + y * (threads // lanes)
-            row = min(first + i, n - 1) & NOT_NEGATIVE  # one that is there, so that loads wait for nothing
+            row = min(first + i, n - 1) & NOT_NEGATIVE  # clamped to an existing row: the load is unconditional
             there = first + i < n and shown[b, row] != 0
             for x in range(columns // lanes):
                 column = thread % lanes + x * lanes
@@ -164,18 +165,18 @@ def bringing(threads: int, lanes: int) -> Any:
 
 @functools.cache
 def rectangles(Dh: int, t: Tiles) -> tuple[Any, Any, Any]:
-    """The two products of tiles, and what stores a result. A thread adds to a rectangle that it holds in registers, four steps of the sum at a time.
+    """The two products of tiles, and `store`. A thread accumulates a rectangle in registers, four terms of each sum at a time.
 
-    The loops over what a thread owns have constant bounds and unroll; its operands come into local arrays first, which then are registers too.
+    Loops over what a thread owns have constant bounds and are unrolled; operands are copied to local arrays first, which then are registers too.
     """
     rows, TY, TX, Ds, Js = t
     R, C, E = rows // TY, rows // TX, Dh // TX
-    W = math.gcd(E, 4)  # columns of O that a thread has side by side: e stands in column (e // W * TX + tx) * W + e % W
+    W = math.gcd(E, 4)  # adjacent columns of O that a thread owns: its element e is in column (e // W * TX + tx) * W + e % W
     bring = bringing(TY * TX, TX)
 
     @on_device
     def multiply(acc, X, Y, A, i0, n, shown_a, B, j0, m, shown_b, b, h):
-        """acc = A Bᵀ for rows i0… of n and j0… of m, slice by slice through X and Y.  acc: (R, C);  X: (rows, Ds);  Y: (rows, Ds)"""
+        """acc = A Bᵀ for rows i0… of A's n and j0… of B's m, in slices of Ds columns held in X and Y.  acc: (R, C);  X: (rows, Ds);  Y: (rows, Ds)"""
         x = cuda.local.array((R, 4), float32)
         y = cuda.local.array((C, 4), float32)
         thread = cuda.threadIdx.x & NOT_NEGATIVE
@@ -202,7 +203,7 @@ def rectangles(Dh: int, t: Tiles) -> tuple[Any, Any, Any]:
 
     @on_device
     def accumulate(acc, P, Y, A, j0, n, shown, b, h):
-        """acc += P A for rows j0… of n, slice by slice through Y; P was just written.  acc: (R, E);  P: (rows, rows);  Y: (Js, Dh)"""
+        """acc += P A for rows j0… of A's n, in slices of Js rows held in Y; P was just written.  acc: (R, E);  P: (rows, rows);  Y: (Js, Dh)"""
         x = cuda.local.array((R, 4), float32)
         y = cuda.local.array(E, float32)
         thread = cuda.threadIdx.x & NOT_NEGATIVE
@@ -221,11 +222,11 @@ def rectangles(Dh: int, t: Tiles) -> tuple[Any, Any, Any]:
                     for r in range(R):
                         for e in range(E):
                             acc[r, e] += x[r, w] * y[e]
-            cuda.syncthreads()  # the next slice overwrites Y, and whoever called P
+            cuda.syncthreads()  # the next slice overwrites Y, and the caller overwrites P
 
     @on_device
     def store(A, acc, first, b, h):
-        """A's rows from `first` on are acc."""
+        """Writes acc to A's rows from `first` on."""
         thread = cuda.threadIdx.x & NOT_NEGATIVE
         ty, tx = thread // TX, thread % TX
         for r in range(R):
@@ -241,12 +242,12 @@ def rectangles(Dh: int, t: Tiles) -> tuple[Any, Any, Any]:
 
 
 def v2(q: Any, k: Any, v: Any, scale: float, visible: Any = None) -> tuple[Any, Any]:
-    """v1 with its two products made of tiles in shared memory: a number that is brought there is used by 16 threads.
+    """v1 with both products computed from tiles in shared memory: each value loaded there is used by 16 threads.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
 
-    What limits it: the scores still travel through memory four times, and with one score to a thread there are two loads from shared memory for
-    each multiply-add. Raises ValueError as `call` and `head_size` do. Not yet run on a GPU.
+    What limits it: the scores still pass through global memory four times, and with one score per thread every multiply-add takes two loads from
+    shared memory. Raises ValueError as `call` and `head_size` do. Not yet run on a GPU.
     """
     c = call(q, k, v, visible)
     (B, T, H, Dh), S = q.shape, k.shape[1]
@@ -304,13 +305,13 @@ def tiled_products(Dh: int, t: Tiles) -> tuple[Any, Any]:
 
 
 def v3(q: Any, k: Any, v: Any, scale: float, visible: Any = None) -> tuple[Any, Any]:
-    """FlashAttention-2's Algorithm 1: a block goes along the keys with its queries' running maximum and sum; scores never leave the chip.
+    """FlashAttention-2's Algorithm 1: a block loops over the keys and updates its queries' running maximum and sum; scores never leave the chip.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
 
-    A thread owns 8 × 4 scores and 8 × Dh/16 numbers of O: 12 loads from shared memory serve 32 multiply-adds. Tiles above the diagonal are never
-    visited, and blocks with most keys start first. What limits it: the multiply-adds of ordinary cores, since Numba has no tensor-core
-    instructions, and loads that the sum waits for at each slice. Raises ValueError as `call` and `head_size` do. Not yet run on a GPU.
+    A thread owns 8 × 4 scores and 8 × Dh/16 elements of O: 12 loads from shared memory serve 32 multiply-adds. Tiles above the diagonal are never
+    visited, and the blocks with the most keys start first. What limits it: the ordinary float32 units, since Numba has no tensor-core
+    instructions, and the loads of each slice, which the products wait for. Raises ValueError as `call` and `head_size` do. Not yet run on a GPU.
     Backward: v3_bwd.
     """
     c = call(q, k, v, visible)
@@ -334,17 +335,17 @@ def flash_forward(Dh: int, t: Tiles) -> Any:
         Ks = cuda.shared.array((rows, Dp), float32, ALIGN)
         Vs = cuda.shared.array((Js, Wp), float32, ALIGN)
         P = cuda.shared.array((rows, Pp), float32, ALIGN)
-        part = cuda.shared.array((rows, TX), float32, ALIGN)  # each thread's maximum, or sum, of its part of a row
+        part = cuda.shared.array((rows, TX), float32, ALIGN)  # each thread's maximum, then sum, over its columns of a row
         scores = cuda.local.array((R, C), float32)
         acc = cuda.local.array((R, E), float32)
         m = cuda.local.array(R, float32)
-        l = cuda.local.array(R, float32)  # of this thread's own columns; summed over the row once, at the end
+        l = cuda.local.array(R, float32)  # over this thread's own columns; summed over the row once, at the end
         sees = cuda.local.array(C, np.int32)
         thread = cuda.threadIdx.x & NOT_NEGATIVE
         ty, tx = thread // TX, thread % TX
         T, H, S = Q.shape[1], Q.shape[2], K.shape[1]
         b, h = cuda.blockIdx.x // H & NOT_NEGATIVE, cuda.blockIdx.x % H & NOT_NEGATIVE
-        i0 = (cuda.gridDim.y - 1 - cuda.blockIdx.y) * rows  # from the end: most keys first
+        i0 = (cuda.gridDim.y - 1 - cuda.blockIdx.y) * rows  # the last queries see the most keys: their blocks start first
         for r in range(R):
             m[r], l[r] = LOWEST, ZERO
             for e in range(E):
@@ -365,8 +366,8 @@ def flash_forward(Dh: int, t: Tiles) -> Any:
                 m_new = m[r]
                 for x in range(TX):
                     m_new = max(m_new, part[ty + r * TY, x])
-                safe = m_new if m_new != LOWEST else ZERO  # nothing seen yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
-                shrink = math.exp2(m[r] - safe)  # what was summed under the old maximum
+                safe = m_new if m_new != LOWEST else ZERO  # no key seen yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+                shrink = math.exp2(m[r] - safe)  # rescales the sums made under the old maximum
                 l[r] *= shrink
                 for c in range(C):
                     weight = math.exp2(scores[r, c] - safe)
@@ -397,14 +398,14 @@ def flash_forward(Dh: int, t: Tiles) -> Any:
 
 
 def v3_bwd(dO: Any, q: Any, k: Any, v: Any, O: Any, L: Any, scale: float, visible: Any = None) -> tuple[Any, Any, Any]:
-    """FlashAttention-2's Algorithm 2: the weights are made again from L, with D = Σ dO·O in place of the softmax's row sums.
+    """FlashAttention-2's Algorithm 2: P is recomputed from L, and D = Σ dO·O replaces the row sums of the softmax's backward pass.
 
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H);  visible: (B, S)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
 
-    A block per tile of keys makes dK and dV, a block per tile of queries dQ: the scores are made twice, and nothing is added up by atomics, so that
-    the bits are the same every time. What limits it: as v3, and seven products where five would do. Raises ValueError as `call` and `head_size` do.
-    Not yet run on a GPU.
+    One block per tile of keys computes dK and dV, one block per tile of queries dQ: the scores are computed twice, but there are no atomics, so the
+    bits are the same every time. What limits it: what limits v3, and seven products where five would do. Raises ValueError as `call` and `head_size`
+    do. Not yet run on a GPU.
     """
     c = call(q, k, v, visible, dO, O, L)
     dO, O, L = c.more
@@ -421,7 +422,7 @@ def v3_bwd(dO: Any, q: Any, k: Any, v: Any, O: Any, L: Any, scale: float, visibl
 
 @cuda.jit
 def row_sums(dO, O, D):
-    """D = Σ dO·O, a thread for each query."""
+    """D = Σ dO·O, one thread per query and head."""
     n = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     T, H = O.shape[1], O.shape[2]
     b, i, h = n // (T * H), n // H % T, n % H
@@ -434,7 +435,7 @@ def row_sums(dO, O, D):
 
 @functools.cache
 def flash_backward(Dh: int, t: Tiles) -> tuple[Any, Any]:
-    """v3_bwd's kernels: of keys (dK and dV), of queries (dQ)."""
+    """v3_bwd's two kernels: of_keys (dK and dV) and of_queries (dQ)."""
     rows, TY, TX, Ds, Js = t
     R, C, E, Dp, Wp, Pp = rows // TY, rows // TX, Dh // TX, Ds + PAD, Dh + PAD, rows + PAD
     multiply, accumulate, store = rectangles(Dh, t)
@@ -515,13 +516,13 @@ def flash_backward(Dh: int, t: Tiles) -> tuple[Any, Any]:
 
 
 def decode(q: Any, k: Any, v: Any, scale: float, visible: Any = None, splits: int | None = None) -> tuple[Any, Any]:
-    """Attention for 1 to 16 queries: each head's keys are split over several blocks, and a second kernel weighs what they found.
+    """Attention for 1 to 16 queries: each head's keys are split over several blocks, and a second kernel combines their partial results.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  visible: (B, S)  ->  (B, T, H, Dh), (B, T, H)
 
-    `splits` changes a result by rounding only; None chooses it for this GPU, as FlashAttention-3 does. What limits it: K and V are read once, so the
-    memory's bandwidth should; loads of 2 or 4 bytes to a thread may keep it from that. Raises ValueError as `call` and `head_size` do, for
-    more queries, and for splits below 1. Not yet run on a GPU.
+    `splits` changes a result by rounding only; None chooses it for this GPU, as FlashAttention-3 does. What limits it: K and V are read once, so
+    memory bandwidth should be the limit; loads of only 2 or 4 bytes per thread may keep it from reaching that. Raises ValueError as `call` and
+    `head_size` do, for more than 16 queries, and for splits below 1. Not yet run on a GPU.
     """
     c = call(q, k, v, visible)
     (B, T, H, Dh), S = q.shape, k.shape[1]
@@ -531,18 +532,21 @@ def decode(q: Any, k: Any, v: Any, scale: float, visible: Any = None, splits: in
         raise ValueError(f"splits is {splits}; it is 1 or more, or None for a choice")
     partial = split_decode(head_size(Dh), 1 << max(T - 1, 0).bit_length())
     pieces = across(S, DECODE_THREADS)
-    places = 4 if SIMULATED else 4 * cuda.get_current_device().MULTIPROCESSOR_COUNT  # blocks at a time
+    places = 4 if SIMULATED else 4 * cuda.get_current_device().MULTIPROCESSOR_COUNT  # blocks that run at a time
     splits = min(splits or split_count(max(B * H, 1), pieces, places), max(pieces, 1))
     O, L = c.empty((B, T, H, Dh)), c.empty((B, T, H), np.float32)
     O_part, L_part = c.empty((splits, B, T, H, Dh), np.float32), c.empty((splits, B, T, H), np.float32)
-    keys = across(pieces, splits) * DECODE_THREADS  # of a split
+    keys = across(pieces, splits) * DECODE_THREADS  # in a split
     c.launch(partial, (B * H * min(T, 1), splits), DECODE_THREADS, c.q, c.k, c.v, c.visible, O_part, L_part, np.float32(scale * LOG2E), keys)
     c.launch(combine, (B * T * H, across(Dh, ROW_THREADS)), ROW_THREADS, O_part, L_part, O, L)
     return O, L
 
 
 def split_count(tasks: int, pieces: int, places: int) -> int:
-    """FlashAttention-3's rule, where a GPU has so many blocks at a time: 1 where tasks fill it; else the fewest within 85 % of the fullest wave."""
+    """How many splits FlashAttention-3 would make on a GPU that runs `places` blocks at a time.
+
+    1 where the tasks fill 80 % of the GPU or there are at most 4 pieces; else the fewest whose waves are at least 85 % as full as the fullest.
+    """
     if tasks >= 0.8 * places or pieces <= 4:
         return 1
 
@@ -557,10 +561,10 @@ def split_count(tasks: int, pieces: int, places: int) -> int:
 
 @functools.cache
 def split_decode(Dh: int, R: int) -> Any:
-    """decode's first kernel, for up to R queries. A thread makes the scores of one key of a tile, then adds up one column of the values."""
-    N, chunks = DECODE_THREADS, 8  # a row's maximum is found in eight chunks
+    """decode's first kernel, for up to R queries. A thread computes the scores of one key of each tile, then accumulates one column of O."""
+    N, chunks = DECODE_THREADS, 8  # a row's maximum is found over eight chunks in parallel
     Ds = 4 if SIMULATED else 32 if Dh % 32 == 0 else 16
-    groups = max(1, N // Dh)  # threads are (group, d): a group adds up every groups-th key
+    groups = max(1, N // Dh)  # threads are (group, d): a group accumulates every groups-th key
     Dp, step, parts, columns = Ds + PAD, N // chunks, chunks + PAD, groups * Dh
     bring = bringing(N, Ds)
 
@@ -622,10 +626,10 @@ def split_decode(Dh: int, R: int) -> Any:
             cuda.syncthreads()
             if group < groups:
                 for x0 in range(group, N, groups * 8):
-                    for x in range(8):  # eight loads under way at a time
+                    for x in range(8):  # eight loads in flight at a time
                         row = min(j0 + x0 + x * groups, S - 1) & NOT_NEGATIVE
                         value = float32(V[b, row, h, column])
-                        values[x] = value if visible[b, row] != 0 else ZERO  # what stands at a hidden key may be NaN
+                        values[x] = value if visible[b, row] != 0 else ZERO  # a hidden key's value may be NaN
                     for x in range(8):
                         for r in range(R):
                             acc[r] += P[r, (x0 + x * groups) & NOT_NEGATIVE] * values[x]
@@ -652,7 +656,7 @@ def split_decode(Dh: int, R: int) -> Any:
 
 @cuda.jit
 def combine(O_part, L_part, O, L):
-    """O = Σ exp(L_part - L) O_part over the splits, a thread for each number."""
+    """O = Σ exp(L_part - L) O_part over the splits, one thread per element."""
     T, H = O.shape[1], O.shape[2]
     b, i, h = cuda.blockIdx.x // (T * H), cuda.blockIdx.x // H % T, cuda.blockIdx.x % H
     d = cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x
@@ -674,26 +678,26 @@ def combine(O_part, L_part, O, L):
 
 
 class Call(NamedTuple):
-    """A call's arrays as kernels take them, and what makes and launches in the same place."""
+    """A call's arrays as kernels take them, with `empty` to allocate on the same device and `launch` on the same stream."""
 
     q: Any
     k: Any
     v: Any
     visible: Any  # (B, S) uint8
-    every: Any  # (B, T) uint8 ones: queries are all there
-    more: list
-    empty: Any  # (shape, dtype = the arguments') -> an array
+    every: Any  # (B, T) uint8 ones: the `shown` of queries, none of which is hidden
+    more: list  # the other arguments
+    empty: Any  # (shape, dtype = that of q) -> an array
     stream: Any
 
     def launch(self, function: Any, grid: tuple[int, ...], block: int, *arguments: Any) -> None:
-        if min(grid) > 0:  # else there is nothing to compute
+        if min(grid) > 0:  # an empty grid has nothing to compute, and CUDA refuses it
             function[grid, block, self.stream](*arguments)
 
 
 def call(q: Any, k: Any, v: Any, visible: Any, *others: Any) -> Call:
-    """Torch's CUDA tensors, Numba's device arrays, or under the simulator NumPy's arrays, made ready. This is the one place that tells them apart.
+    """Prepares torch CUDA tensors, Numba device arrays, or (under the simulator) NumPy arrays; only this function tells the three apart.
 
-    Raises ValueError for shapes and dtypes that do not belong together, for float64, and for bfloat16, which Numba cannot read.
+    Raises ValueError for shapes and dtypes that do not match, for float64, and for bfloat16, which Numba cannot read.
     """
     check(q, k, v, visible, *others)
     (B, T), S = q.shape[:2], k.shape[1]
@@ -719,7 +723,7 @@ def call(q: Any, k: Any, v: Any, visible: Any, *others: Any) -> Call:
 
 
 def wrapped(x: Any) -> Any:
-    """What the simulator reads in place: it copies NumPy's arrays, and refuses those with gaps."""
+    """An array that the simulator reads in place: NumPy arrays it would copy, and refuse if they are not contiguous."""
     if not SIMULATED:
         return x
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
@@ -747,7 +751,7 @@ def check(q: Any, k: Any, v: Any, visible: Any, *more: Any) -> None:
 
 
 def head_size(Dh: int) -> int:
-    """The head size, or ValueError where tiles cannot have it."""
+    """Returns Dh; raises ValueError where the tiles do not support it."""
     unit, most = (4, 32) if SIMULATED else (16, 128)
     if Dh % unit or not 0 < Dh <= most:
         raise ValueError(f"head_dim is {Dh}; the tiles take multiples of {unit} up to {most}. Use v1, or pad the heads with zeros")
@@ -755,5 +759,5 @@ def head_size(Dh: int) -> int:
 
 
 def across(n: int, size: int) -> int:
-    """How many blocks of a size cover n."""
+    """How many blocks of `size` cover n: the quotient, rounded up."""
     return -(-n // size)

@@ -1,9 +1,9 @@
-"""Attention in float32 on Intel's tiles (AMX): FlashAttention-2 as in attention_cpu.py, its products by parts as in gemm_parts.py.
+"""Attention in float32 in Intel's tiles (AMX): FlashAttention-2 as in attention_cpu.py, with products of bfloat16 parts as in gemm_parts.py.
 
-As in attention_bf16.py keys are the rows: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ, of 32 queries at a time, which stand side by side in two vectors: each lane has
-a softmax of its own, and weights of neighbouring keys become pairs where they are.
-A query that is alone, as in decoding, meets the same parts in the same order: its scores are a tile of one column, its output one of one row. So its
-bits are the same whether it comes alone or with others, and whether keys came at once or one by one.
+As in attention_bf16.py, keys are the rows: Sᵀ = K Qᵀ and Oᵀ = Vᵀ Pᵀ, for 32 queries at a time. Their scores for one key fill two vectors, each lane
+has a softmax of its own, and weights of neighbouring keys become pairs in place.
+A single query, as in decoding, is multiplied by the same parts in the same order: its scores are a tile of one column, its output a tile of one row.
+So its result is bit-identical whether it is alone or among others, and whether keys arrived all at once or one by one.
 """
 
 from __future__ import annotations
@@ -65,29 +65,29 @@ from opt_fast.kernel import (
 )
 from opt_fast.paged_cache import PAGE
 
-as_stored = floats  # keys and values: the kernel has variants
-BC = 256  # keys of a tile; of more, what is in parts would not stay in the second-level cache with heads of 80
-GROUP = 2 * SIDE  # queries
+as_stored = floats  # the pointer type of keys and values; kernel variants rebind it
+BC = 256  # keys of a tile: with more, the parts of heads of 80 elements would not stay in the L2 cache
+GROUP = 2 * SIDE  # queries of a group
 BLOCKS = BC // DEEP  # of keys
 GROUPS = BQ // GROUP  # of a block, in the backward pass
-BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts, of which a block of keys has some
-ABREAST = 4  # tiles of sums of a query that is alone,
-OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # among its eight
-LIMIT = 3.3961775e38  # from here on, rounding to bfloat16 makes infinity
-POWERS = 1.5353362e-4, 1.3398874e-3, 9.618437e-3, 0.055503324, 0.24022648, 0.6931472, 1.0  # as attention_bf16's, within 8e-8
+BLOCK = PARTS * TILE_BYTES  # bytes of a tile in parts
+ABREAST = 4  # tiles of sums for a single query,
+OF_SCORES, OF_SUMS, OF_WEIGHT, OF_LINES, OF_QUERY = 0, 1, 1 + ABREAST, 2 + ABREAST, 3 + ABREAST  # of its eight tile registers
+LIMIT = 3.3961775e38  # from here on, a float32 rounds to infinity in bfloat16
+POWERS = 1.5353362e-4, 1.3398874e-3, 9.618437e-3, 0.055503324, 0.24022648, 0.6931472, 1.0  # as in attention_bf16.py, with error 8e-8
 
 assert BQ % GROUP == BC % DEEP == PAGE % DEEP == 0
 
 
 def needed(queries: int, Dh: int) -> int:
-    """Numbers of memory that a task of so many queries needs."""
+    """Scratch memory, in float32 elements, of a task with this many queries."""
     deep, wide, groups = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE), math.ceil(queries / GROUP)
     tiles = BC // SIDE * deep + BLOCKS * (wide + 2) + groups * 2 * deep
     return 2 * BC * GROUP + tiles * BLOCK // 4 + groups * GROUP * (wide * SIDE + 2) + GROUP + 8 * SIDE + SIDE * DEEP
 
 
 def shapes_of_one() -> np.ndarray:
-    """As gemm_amx.tile_shapes, for a query that is alone: its scores and itself are columns, its sums and its weights rows."""
+    """As gemm_amx.tile_shapes, for a single query: tiles of its scores and its elements have one column, of its sums and its weights one row."""
     shapes = tile_shapes(SIDE)
     shapes[16:32].view(np.uint16)[[OF_SCORES, OF_QUERY]] = 4
     shapes[48 + OF_SUMS : 48 + OF_LINES] = 1
@@ -122,8 +122,8 @@ def _forward(table: Any) -> None:
 @inner
 def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mask: Any, hides: int, past: int, count: int, H: int, Dh: int,
                   scale: Any, place: int, O: Any, L: Any) -> None:  # fmt: skip
-    """Some queries of a head, the first of which sees `past` keys besides its own."""
-    deep, wide, groups = (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE, (count + GROUP - 1) // GROUP  # tiles along d, as pairs and as single ones
+    """`count` queries of a head, the first of which sees `past` keys besides its own."""
+    deep, wide, groups = (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE, (count + GROUP - 1) // GROUP  # tiles along d: of pairs, of single elements
     scores, keys = floats(place), place + 2 * 4 * BC * GROUP  # of a group and of the next
     values = keys + BC // SIDE * deep * BLOCK
     weights = values + wide * BLOCKS * BLOCK
@@ -149,7 +149,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
             pack_values(at(v, here), step, some, Dh, square, bytes_(values + j // DEEP * BLOCK))
             broken = broken or not all_finite(at(v, here), step, some, Dh)
         for j in range((tile + DEEP - 1) // DEEP * DEEP if hides else 0):
-            if j >= tile or not shown[j]:  # lest a weight of 0 times NaN be NaN
+            if j >= tile or not shown[j]:  # a weight of 0 times NaN would be NaN
                 for d in range(wide * SIDE):
                     clear(bytes_(values), j, d)
         for j in range((tile + DEEP - 1) // DEEP * DEEP if broken else 0):
@@ -158,10 +158,10 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
                 if not finite(v, places[last // PAGE] + head + last % PAGE * step + d):
                     clear(bytes_(values), j, d)
         seen, blocks = 0, 0
-        # from the group before the first that sees this tile: it has nothing to soften, but makes that one's scores
+        # starts one group before the first that sees this tile: it has no softmax to do, but computes the next group's scores
         for g in range(max(0, key - past) // GROUP - 1, groups):
             gap, this, other = deep * BLOCK, at(scores, g % 2 * BC * GROUP), at(scores, (g + 1) % 2 * BC * GROUP)
-            limit, sums = past + g * GROUP + 1 - key, at(acc, g * wide * SIDE * GROUP)  # the group's first query sees so many keys of the tile
+            limit, sums = past + g * GROUP + 1 - key, at(acc, g * wide * SIDE * GROUP)  # limit: keys of the tile that its first query sees
             seen_next = min(tile, limit + GROUP - 1 + min(GROUP, count - (g + 1) * GROUP)) if g + 1 < groups else 0
             blocks_next = (seen_next + DEEP - 1) // DEEP
             for c in range(2 if blocks else 0):
@@ -191,7 +191,7 @@ def attend_groups(q: Any, k: Any, v: Any, places: Any, head: int, step: int, mas
 @inner
 def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: int, Dh: int, scale: Any, place: int, O: Any,
                  L: Any) -> None:  # fmt: skip
-    """One query: keys and values are taken apart where they stand."""
+    """A single query: keys and values are read in place and split into parts."""
     deep, wide = (Dh + DEEP - 1) // DEEP, (Dh + SIDE - 1) // SIDE
     acc = floats(place)
     m = at(acc, (wide + ABREAST - 1) // ABREAST * ABREAST * SIDE * SIDE)
@@ -199,7 +199,7 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
     square = at(scores, BC)
     weights = bytes_of(at(square, SIDE * DEEP))
     query = at(weights, (BLOCKS + SIDE) * LINES)
-    lines = at(query, (deep + SIDE) * LINES)  # of some keys, or values; rows of weights and of the query have room for 16, as emulated tiles do
+    lines = at(query, (deep + SIDE) * LINES)  # of some keys, or values; weights and the query have room for 16 rows, as emulated tiles read them
     m[0], l[0] = -np.inf, 0
     for d in range(wide * SIDE):
         acc[d // SIDE * SIDE * SIDE + d % SIDE] = 0
@@ -237,7 +237,7 @@ weigh_last, weigh_column = over_parts(1, 2), over_parts(2, 1)
 
 @intrinsic
 def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, lines):
-    """scores[j] = q · key j for n keys, and some more: 16 keys and 32 numbers of each are taken apart while those before meet the query."""
+    """scores[j] = q · key j for n keys, rounded up: while 32 elements of 16 keys are multiplied by the query, the next are split into parts."""
 
     def generate(context, builder, signature, arguments):
         scores, k, v, places, head, step, n, Dh, query, lines = arguments
@@ -249,7 +249,7 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
             second = builder.select(whole, builder.add(d, INDEX(SIDE)), d)
             rows, later = (rows_from(builder, row_of(builder, a, places, head, step, first), step, builder.sub(n, first), SIDE) for a in (k, v))
             for r, row in enumerate(rows):
-                both = [builder.gep(row, [offset]) for offset in (d, second)]  # in the last 16 numbers of a row, twice the same
+                both = [builder.gep(row, [offset]) for offset in (d, second)]  # both the same for the last 16 elements of a row
                 for half, place in enumerate(both):
                     prefetch(builder, builder.gep(place, [builder.mul(step, INDEX(SIDE))]))
                     prefetch(builder, builder.gep(later[r], [builder.add(d, INDEX(half * SIDE))]), level=2)
@@ -284,15 +284,15 @@ def score_keys(typing_context, scores, k, v, places, head, step, n, Dh, query, l
 
 
 def row_of(builder: Any, numbers: Any, places: Any, head: Any, step: Any, j: Any) -> Any:
-    """LLVM: where the j-th key or value of a head is."""
+    """LLVM: the address of the j-th key or value of a head."""
     page, within = builder.udiv(j, INDEX(PAGE)), builder.urem(j, INDEX(PAGE))
     return builder.gep(numbers, [builder.add(builder.add(builder.load(builder.gep(places, [page])), head), builder.mul(within, step))])
 
 
 def over_values(count: int) -> Any:
-    """kernel(sums, v, places, head, step, n, weights, lines): adds to `count` times 16 sums of a query the products of n weights and values.
+    """kernel(sums, v, places, head, step, n, weights, lines): adds the products of n weights and values to `count` times 16 sums of a query.
 
-    32 values are taken apart while those before meet their weights.
+    While 32 values are multiplied by their weights, the next are split into parts.
     """
 
     @intrinsic
@@ -346,7 +346,7 @@ weigh_four, weigh_values = over_values(ABREAST), over_values(1)
 
 
 def going_back(T: int, Dh: int) -> int:
-    """Numbers of memory that a head of so many queries needs."""
+    """Scratch memory, in float32 elements, of a head with T queries."""
     deep, wide = math.ceil(Dh / DEEP), math.ceil(Dh / SIDE)
     of_keys, of_queries = 2 * BC // SIDE * deep + wide * BLOCKS, GROUPS * (4 * deep + 2 * wide)
     tiles = of_keys + of_queries + 2 * BC // SIDE * GROUPS + 2 * BLOCKS
@@ -355,9 +355,9 @@ def going_back(T: int, Dh: int) -> int:
 
 
 def _backward(table: Any) -> None:
-    """As attention_cpu's: a task is a head, its tiles of keys one after the other, and for each the blocks of queries that see it.
+    """As in attention_cpu.py: a task is a head, its tiles of keys in order, and for each the blocks of queries that see it.
 
-    dV = Pᵀ dO and dK = dSᵀ Q take rows of keys, whose pairs are queries; dQᵀ = Kᵀ dSᵀ takes pairs of keys.
+    dV = Pᵀ dO and dK = dSᵀ Q need Pᵀ and dSᵀ with keys as rows and pairs of queries; dQᵀ = Kᵀ dSᵀ needs dSᵀ in pairs of keys.
     """
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     q, k, v, visible, hides, start = floats(a[0]), floats(a[1]), floats(a[2]), bytes_(a[3]), a[4], int64s(a[5])
@@ -383,7 +383,7 @@ def _backward(table: Any) -> None:
     scores = at(dv_sums, BC * width)  # (BC, GROUP)
     dP = at(scores, BC * GROUP)
     square = at(dP, BC * GROUP)
-    queries = at(square, SIDE * DEEP)  # (T, width), and dO: read again for every tile of keys, and apart they would not all find room in the cache
+    queries = at(square, SIDE * DEEP)  # (T, width), and dO: reread for every tile of keys, and in parts they would not all fit in the cache
     of_O = at(queries, T * width)
     configure(bytes_(a[18]))
     task = claim(table, TASKS)
@@ -392,9 +392,9 @@ def _backward(table: Any) -> None:
         for t in range(groups * GROUP):
             here = ((b * T + min(t, T - 1)) * H + h) * Dh
             lse[t], D[t] = L[here // Dh], 0
-            if lse[t] == -np.inf:  # no key is seen
+            if lse[t] == -np.inf:  # the query sees no key
                 lse[t] = 0
-            for d in range(DEEP):  # side by side, for long sums one after the other take long
+            for d in range(DEEP):  # parallel sums, as a single one would wait for each addition
                 square[d] = 0
             for d in range(0, Dh, DEEP):
                 for i in range(min(DEEP, Dh - d)):
@@ -422,7 +422,7 @@ def _backward(table: Any) -> None:
                 pack_block(at(queries, first * width), width, min(BQ, T - first), Dh, square, bytes_(q_t), bytes_(q_rows))
                 pack_block(at(of_O, first * width), width, min(BQ, T - first), Dh, square, bytes_(dO_t), bytes_(dO_rows))
                 count = (min(BQ, T - first) + GROUP - 1) // GROUP
-                limit = past + first + 1 - key  # the block's first query sees so many keys of the tile
+                limit = past + first + 1 - key  # how many keys of the tile the block's first query sees
                 for g in range(max(0, -limit + 1) // GROUP, count):
                     seen, lane = min(n, limit + (g + 1) * GROUP - 1), first + g * GROUP
                     blocks, gap, sums = (seen + DEEP - 1) // DEEP, deep * BLOCK, at(dq_sums, lane * width)
@@ -436,7 +436,7 @@ def _backward(table: Any) -> None:
                               bytes_(dS_pairs))  # fmt: skip
                     add_products(sums, GROUP, wide, bytes_(keys_t), BLOCKS * BLOCK, bytes_(dS_pairs), BLOCKS * BLOCK, blocks)
                 for j in range(0, min(n, limit + count * GROUP - 1), DEEP):
-                    g = max(0, j - limit + 1) // GROUP  # from the first queries that see these keys
+                    g = max(0, j - limit + 1) // GROUP  # from the first group of queries that sees these keys
                     for d in range(0, wide, 2):
                         corner, rows = j * width + d * SIDE, j // SIDE * GROUPS + g
                         strips, gap = (d * GROUPS + g) * BLOCK, GROUPS * BLOCK
@@ -445,7 +445,7 @@ def _backward(table: Any) -> None:
                         add_strips(at(dk_sums, corner), width, dS_here, bytes_(q_rows + strips), gap, count - g, wide - d)
             copy_tile(dk_sums, width, n, Dh, at(dk, place_of_keys), step)
             copy_tile(dv_sums, width, n, Dh, at(dv, place_of_keys), step)
-        for t in range(groups * GROUP):  # as it divides
+        for t in range(groups * GROUP):  # write_rows divides by it
             lse[t] = np.float32(1) / scale
         write_rows(dq_sums, GROUP, T, lse, Dh, at(dq, (b * T * H + h) * Dh), step, square)
         claim(table, DONE)
@@ -455,7 +455,7 @@ def _backward(table: Any) -> None:
 
 @inner
 def add_products(sums: Any, row: int, count: int, x: Any, x_gap: int, weights: Any, gap: int, n: int) -> None:
-    """Adds n tiles' products to `count` by two tiles of sums."""
+    """Adds the products of n tiles to `count` by two tiles of sums."""
     for t in range(0, count, 2):
         target, line = at(sums, t * SIDE * row), at(x, t * x_gap)
         if t + 1 < count:
@@ -466,7 +466,7 @@ def add_products(sums: Any, row: int, count: int, x: Any, x_gap: int, weights: A
 
 @inner
 def add_strips(sums: Any, row: int, x: Any, weights: Any, gap: int, n: int, columns: int) -> None:
-    """Adds n tiles' products to two by two tiles of sums, or where one column is left to two by one."""
+    """Adds the products of n tiles to two by two tiles of sums, or to two by one if only one column is left."""
     if columns > 1:
         weigh(sums, row, sums, row, x, gap, weights, gap, n)
     else:
@@ -475,9 +475,9 @@ def add_strips(sums: Any, row: int, x: Any, weights: Any, gap: int, n: int, colu
 
 @inner
 def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, rows: Any) -> None:
-    """n rows as columns: pairs of d, beyond n the last again; and as rows, two of which make words, GROUPS tiles for each 16 of d, zeros beyond n.
+    """Packs n rows as columns, in pairs of d, repeating the last beyond n; and as rows, in pairs of rows, GROUPS tiles for each 16 of d, 0 beyond n.
 
-    So what columns have too many counts for nothing where it meets rows: its weights are those of a query that there is.
+    So surplus columns get the weights of an existing query, which are finite, and contribute nothing when multiplied by rows of 0.
     """
     deep = (Dh + DEEP - 1) // DEEP
     for i in range(0, (n + GROUP - 1) // GROUP * GROUP, SIDE):
@@ -495,7 +495,7 @@ def pack_block(x: Any, step: int, n: int, Dh: int, square: Any, columns: Any, ro
 
 @intrinsic
 def values_apart(typing_context, v, step, tile):
-    """32 rows of 16 numbers in parts, as words of two neighbouring rows."""
+    """Splits 32 rows of 16 values into parts, in words of two neighbouring rows."""
 
     def generate(context, builder, signature, arguments):
         v, step, tile = arguments
@@ -509,7 +509,8 @@ def values_apart(typing_context, v, step, tile):
 
 @intrinsic
 def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
-    """Of n keys and 32 queries: weights P = exp(score - lse) and scores' gradients P · (dP - D), in parts, as rows and in pairs of keys."""
+    """For n keys and 32 queries: weights P = exp(score - lse) as rows, and gradients of the scores, P · (dP - D), as rows and in pairs of keys;
+    all in parts."""
 
     def generate(context, builder, signature, arguments):
         scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs = arguments
@@ -547,7 +548,7 @@ def gradients(typing_context, scores, dP, lse, D, n, P_rows, dS_rows, dS_pairs):
 
 @intrinsic
 def queries_apart(typing_context, rows, step, n, scale, tile):
-    """32 numbers of 16 rows, times `scale`, in parts: a tile of 16 pairs of numbers by 16 rows; of the last of n rows again where they are fewer."""
+    """32 elements of 16 rows, times `scale`, in parts, as a tile of 16 pairs of elements by 16 rows; the last of n rows is repeated."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, scale, tile = arguments
@@ -567,7 +568,7 @@ pack_queries = packing_queries("pack_queries_apart", queries_apart, BLOCK)
 
 @inner
 def pack_keys(k: Any, step: int, n: int, Dh: int, square: Any, keys: Any) -> None:
-    """n keys as tiles of 16 keys by 16 pairs of d, all pairs of some keys side by side; zeros beyond Dh."""
+    """Packs n keys as tiles, in parts, of 16 keys by 16 pairs of d, with all tiles of the same keys in succession; 0 beyond Dh."""
     whole, deep = Dh // DEEP, (Dh + DEEP - 1) // DEEP
     for j in range(n):
         target = at(keys, j // SIDE * deep * BLOCK + j % SIDE * 4 * SIDE)
@@ -581,7 +582,7 @@ def pack_keys(k: Any, step: int, n: int, Dh: int, square: Any, keys: Any) -> Non
 
 @inner
 def pack_values(v: Any, step: int, n: int, Dh: int, square: Any, values: Any) -> None:
-    """n values as tiles of 16 numbers of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; beyond n the last again, for which weights are 0."""
+    """Packs n values as tiles, in parts, of 16 of d by 16 pairs of keys, BLOCKS tiles for each 16 of d; the last is repeated beyond n (weight 0)."""
     for j in range(0, n, DEEP):
         some = min(DEEP, n - j)
         for t in range((Dh + SIDE - 1) // SIDE):
@@ -598,7 +599,7 @@ def pack_values(v: Any, step: int, n: int, Dh: int, square: Any, values: Any) ->
 
 @inner
 def clear(values: Any, j: int, d: int) -> None:
-    """The d-th number of the j-th value, in all parts: a weight of 0 times NaN would be NaN."""
+    """Sets element d of value j to 0 in all parts, as a weight of 0 times NaN would be NaN."""
     for part in range(PARTS):
         place = ((d // SIDE * BLOCKS + j // DEEP) * PARTS + part) * TILE_BYTES + d % SIDE * 4 * SIDE + j % DEEP * 2
         values[place] = values[place + 1] = 0
@@ -606,7 +607,7 @@ def clear(values: Any, j: int, d: int) -> None:
 
 @inner
 def clear_row(keys: Any, j: int, deep: int) -> None:
-    """The same of the j-th key."""
+    """Sets key j to 0 in all parts."""
     for tile in range(deep * PARTS):
         for byte in range(4 * SIDE):
             keys[(j // SIDE * deep * PARTS + tile) * TILE_BYTES + j % SIDE * 4 * SIDE + byte] = 0
@@ -614,7 +615,7 @@ def clear_row(keys: Any, j: int, deep: int) -> None:
 
 @inner
 def finite(numbers: Any, i: int) -> bool:
-    """Neither infinite, nor NaN, nor so large that its first part is."""
+    """Whether numbers[i] is neither infinite nor NaN, nor so large that its first part is infinite."""
     return abs(float32_at(numbers, i)) < np.float32(LIMIT)
 
 
@@ -632,7 +633,7 @@ def all_finite(rows: Any, step: int, n: int, Dh: int) -> bool:
 
 @intrinsic
 def differences(typing_context, rows, step, n, d):
-    """The sum of x - x over n rows of d numbers, whole vectors, by their first parts: 0, or NaN."""
+    """The sum of x - x for the first parts x of n rows of d values (whole vectors): 0, or NaN if one is not finite."""
 
     def generate(context, builder, signature, arguments):
         rows, step, n, d = arguments
@@ -657,7 +658,7 @@ def differences(typing_context, rows, step, n, d):
 
 
 def put_line(builder: Any, weights: Any, k: Any, numbers: Any) -> None:
-    """LLVM: weights of 16 keys of one query in parts: half a row of a tile."""
+    """LLVM: splits the weights of 16 keys for a single query: half a row of a tile."""
     tile, half = builder.mul(builder.lshr(k, INDEX(5)), INDEX(LINES)), builder.mul(builder.and_(k, INDEX(DEEP - 1)), INDEX(2))
     for i, words in enumerate(parts_of(builder, numbers)):
         halves = builder.trunc(builder.lshr(words, every(WORDS, 16)), ir.VectorType(ir.IntType(16), SIDE))
@@ -670,7 +671,8 @@ soften_one = softening_one(weight_of, put_line)
 
 @intrinsic
 def raise_maximum(typing_context, scores, n, m, l, acc, d, highest):
-    """16 queries' new maxima under scores of n keys, also where `highest` is, or 0 where none was seen; older sums, `d` rows of acc and l, shrink."""
+    """Raises 16 queries' maxima to their scores of n keys, rescales older sums, l and `d` rows of acc, and writes to `highest` the maxima to subtract
+    (0 where no key was seen)."""
 
     def generate(context, builder, signature, arguments):
         scores, n, m, l, acc, d, place = arguments
@@ -684,9 +686,9 @@ def raise_maximum(typing_context, scores, n, m, l, acc, d, highest):
 
 @intrinsic
 def soften_and_score(typing_context, scores, chunks, highest, totals, weights, after, keys, gap, queries, deep, steps):
-    """Scores of a group become weights in parts, and are added to totals; meanwhile tiles make the next group's scores.
+    """Turns a group's scores into weights in parts, and adds them to `totals`; meanwhile tiles compute the next group's scores.
 
-    A chunk is 32 keys and 16 of the 32 queries, a step 32 keys, 32 queries and 32 numbers of d: there may be more of these or of those.
+    A chunk of softmax is 32 keys by 16 of the 32 queries, a step of tiles 32 keys by 32 queries by 32 of d: there may be more chunks or more steps.
     """
 
     def generate(context, builder, signature, arguments):
@@ -751,14 +753,14 @@ IN_FLOAT32, IN_FLOAT32_BWD = (IN_PARTS, IN_PARTS_BWD) if UNIT else (attention_cp
 
 
 def way_for(params: dict) -> Forward:
-    """How attention is computed in this model: in bfloat16 where the processor multiplies it and weights are no more precise."""
+    """The model's way of attention: bfloat16, if the processor multiplies it and the weights are bfloat16, int8 or int4; else float32."""
     leaf = params["embed_tokens"]
     imprecise = leaf["weight"].dtype == bfloat16 or "scale" in leaf or getattr(leaf["weight"], "kind", "")
     return IN_BFLOAT16 if TILE.pairs and imprecise else IN_FLOAT32
 
 
 def ahead(params: dict) -> None:
-    """Where the kernel that generation needs was never compiled, has it compiled beside the others: it takes half of a first run's time."""
+    """Has generation's attention kernel compiled in another process, if it is not cached: it takes half of a first run's time."""
     way = way_for(params)
     dtype = np.dtype(way.stored)
     bits = BITS.get(dtype, dtype).str

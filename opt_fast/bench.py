@@ -1,8 +1,9 @@
 """Speed against the engines people use: opt-np bench cpu
 
-What the machine can do comes first; then each engine runs in a process of its own (thread pools spoil one another), on the same random weights.
-Results are checked against each other before anything is timed; rounds are interleaved, so that a machine that slows down slows everyone.
-Absolute times of a shared machine mean little: the ratios are the result. A table for people, then one line of JSON.
+First it measures the machine's limits; then each engine runs in a process of its own (thread pools disturb one another), on the same random weights.
+Results are compared with each other before anything is timed. Rounds are interleaved, so that a slowdown of the machine affects all engines alike:
+absolute times on a shared machine mean little, the ratios are the result. A lane is a column of the results: an engine and the dtype of its weights.
+It prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "tiny")
 ENGINES = tuple(peers.IMPORTS)
 JOBS = ("attention", "decode", "prefill", "batch", "prefix", "decode-16", "prefill-16", "decode-int8", "prefill-int8", "batch-int8", "decode-int4",
         "prefill-int4", "batch-int4", "train", "memory")  # fmt: skip
-# How the weights are stored: in float32, or in fewer bits, and there as the engine can, beside the reference in float32.
+# How the weights are stored: in float32, or in fewer bits, in the dtypes that each engine supports, beside a float32 reference for int8 and int4.
 STORED: dict[str, dict[str, tuple[str, ...]]] = {
     "float32": dict.fromkeys(ENGINES, ("float32",)),
     "16 bits": {"opt_fast": ("float16", "bfloat16"), "openvino": ("bfloat16",), "hf": ("bfloat16",)},
@@ -41,22 +42,22 @@ STORED: dict[str, dict[str, tuple[str, ...]]] = {
     "int4": {"opt_fast": ("int4",), "openvino": ("int4",), "numpy": ("float32",)},
 }
 SUFFIX = {"float32": "", "16 bits": "-16", "int8": "-int8", "int4": "-int4"}  # of a job
-BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "16 bits": 2.0, "int8": 1.0, "int4": 0.5}  # a weight at least: scales come on top
-TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2, "int8": 5e-2, "int4": 0.5}  # of the largest number; random weights reach 0.02 in int8, 0.2 in int4
+BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "16 bits": 2.0, "int8": 1.0, "int4": 0.5}  # bytes per weight, not counting scales
+TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2, "int8": 5e-2, "int4": 0.5}  # of the largest value; random weights reach 0.02 in int8, 0.2 in int4
 LOOSE = {"ctranslate2 int8": 0.5}  # reaches 0.11 to 0.32: it rounds activations to 8 bits, and on AVX2 without VNNI its sums of products saturate
-BUDGET = 0.5  # a call shorter than this many seconds is repeated for as long, and its median counts
-REST = 0.3  # seconds in which the threads of the last engine stop waiting for more work
+BUDGET = 0.5  # seconds: a shorter call is repeated for this long, and the median counts
+REST = 0.3  # seconds after which the previous engine's threads no longer spin, waiting for work
 PACKAGES = ("numpy", "numba", "torch", "transformers", "ctranslate2", "openvino", "openvino-genai", "nncf")
 Seconds = dict[str, list[float]]  # of each lane ("hf bfloat16"), round by round
 
 
 @dataclass(frozen=True)
 class Job:
-    name: str  # the worker's
-    kind: str  # of engine: a key of peers.ENGINES
+    name: str  # of the worker's function for it
+    kind: str  # a key of peers.ENGINES
     stored: str  # a key of STORED
     title: str
-    amount: float  # of `unit`, in one call
+    amount: float  # work of one call, the numerator of `unit`
     unit: str
     flops: float  # in one call
     read: float = 0.0  # bytes of weights, in one call
@@ -71,12 +72,12 @@ class Job:
         return self.name.partition("-")[0] + SUFFIX[self.stored]
 
     def least(self, ceilings: dict[str, float]) -> float:
-        """Seconds that nothing can outrun."""
+        """The least seconds that the machine's limits allow."""
         return max(self.flops / ceilings["matmul"], self.read / ceilings["bandwidth"])
 
 
 class Disagreement(ValueError):
-    """Engines do not compute the same."""
+    """Raised if engines' results differ."""
 
 
 def add_options(parser: Any) -> None:
@@ -111,7 +112,7 @@ def run(what: str, size: str, rounds: int, threads: int, jobs: Iterable[str], en
         for (kind, stored), group in groupby(wanted, lambda job: (job.kind, job.stored)):
             try:
                 seconds |= measure(list(group), lanes(kind, stored, engines), peers.Setup(shape, folder, "float32", threads), rounds)
-            except Disagreement as error:  # what the others took minutes for is not lost
+            except Disagreement as error:  # the other jobs' results, minutes of work, are not lost
                 refused.append(str(error))
                 say(refused[-1])
         memory = measure_memory(engines, peers.Setup(shape, folder, "float32", threads)) if "memory" in jobs else {}
@@ -136,7 +137,7 @@ def say(words: str) -> None:
 
 
 def installed(engine: str) -> bool:
-    """Whether its packages are here, and those that make its format; without them it is left out with a word."""
+    """Whether an engine's packages are installed, and those that convert to its format; if not, prints that it is left out."""
     needs = [*peers.IMPORTS[engine], *peers.CONVERTERS_IMPORT.get(engine, ())]
     missing = [name for name in needs if not find_spec(name if name.startswith("opt_") else name.partition(".")[0])]
     if missing:
@@ -150,21 +151,21 @@ def installed(engine: str) -> bool:
 def all_jobs(s: peers.Shape) -> list[Job]:
     jobs = []
     for S, Dh, H in s.attention:
-        flops = 4 * S * S * Dh * H / 2  # two products, of which causality needs one half
+        flops = 4 * S * S * Dh * H / 2  # two products, half of each by causality
         title = f"attention, {S} tokens, {H} heads of {Dh}"
         jobs.append(Job(f"attention-{S}-{Dh}", "attention", "float32", title, flops / 1e9, "GFLOP/s", flops))
-        flops *= 3.5  # backward: five products more
+        flops *= 3.5  # the backward pass has five more products
         jobs.append(Job(f"attention-{S}-{Dh}-backward", "attention", "float32", f"{title}, and backward", flops / 1e9, "GFLOP/s", flops))
     for stored in STORED:
         jobs += model_jobs(s, stored)
     B, T = s.train
-    flops = 3 * B * forward_flops(s.cfg, T, T)  # backward makes two products for each of the forward pass
+    flops = 3 * B * forward_flops(s.cfg, T, T)  # the backward pass has two products for each of the forward pass
     jobs.append(Job("train", "train", "float32", f"training step, {B} x {T} tokens", B * T, "tokens/s", flops))
     return jobs
 
 
 def model_jobs(s: peers.Shape, stored: str) -> list[Job]:
-    """Those of them for which there is a word in JOBS."""
+    """The jobs of a whole model with its weights stored this way, as far as JOBS names them."""
     read, step = BYTES[stored] * weights_read(s.cfg), forward_flops(s.cfg, 1, 1)
     decode = f"{s.decode} tokens after one, {stored}"
     jobs = [
@@ -195,12 +196,12 @@ def choose(every: list[Job], jobs: Iterable[str], engines: Iterable[str]) -> lis
 
 
 def stored_as(wanted: list[Job], jobs: Iterable[str]) -> Collection[str]:
-    """How the jobs want a whole model's weights; memory is measured for each."""
+    """The keys of STORED that the jobs of a whole model need; memory is measured for all."""
     return STORED if "memory" in jobs else {job.stored for job in wanted if job.kind == "model"}
 
 
 def weights_read(cfg: OPTConfig) -> int:
-    """Numbers that a step of decoding reads: all but the positions; the token matrix is the head as well."""
+    """Weights that a decoding step reads: all but the position table; the token matrix serves as the head."""
     return sum(prod(shape) for name, shape in parameter_shapes(cfg).items() if name != "embed_positions.weight")
 
 
@@ -212,15 +213,15 @@ def forward_flops(cfg: OPTConfig, T: int, logits: int, past: int = 0) -> float:
 
 
 def lanes(kind: str, stored: str, engines: Iterable[str]) -> list[tuple[str, str]]:
-    """(engine, dtype), ours first and the reference last; none where only the float32 reference could take part."""
+    """The lanes (engine, dtype), ours first and the reference last; none if only the float32 reference could take part."""
     found = [(engine, dtype) for engine in engines if engine in peers.ENGINES[kind] for dtype in STORED[stored].get(engine, ())]
     return found if stored == "float32" or {dtype for _, dtype in found} != {"float32"} else []
 
 
 def write_weights(cfg: OPTConfig, folder: Path) -> None:
-    """A random checkpoint in float16, as Meta's are, in a shard for each layer: a model that does not fit into memory can be written too.
+    """Writes a random checkpoint in float16, like Meta's, with a shard for each layer, so that it can be larger than memory.
 
-    Numbers are drawn as OPT's recipe draws matrices, around 1 for what scales in a LayerNorm, so that nothing is left out that is 0 or 1.
+    Weights are drawn as OPT initializes matrices, LayerNorm weights around 1: no parameter is exactly 0 or 1, so leaving one out shows.
     """
     from safetensors.numpy import save_file
 
@@ -241,7 +242,7 @@ def write_weights(cfg: OPTConfig, folder: Path) -> None:
 
 
 def convert(folder: str, those: Iterable[tuple[str, str]], threads: int) -> None:
-    """The formats of their own, for the engines and dtypes that need them."""
+    """Converts the checkpoint to an engine's own format, for the engines and dtypes that need one."""
     for engine, (own, make) in peers.CONVERTERS.items():
         if dtypes := sorted(dtype for name, dtype in those if name == engine and dtype in own):
             say(f"converting them for {engine}, {', '.join(dtypes)}")
@@ -252,7 +253,7 @@ def convert(folder: str, those: Iterable[tuple[str, str]], threads: int) -> None
 
 
 def measure(jobs: list[Job], those: list[tuple[str, str]], setup: peers.Setup, rounds: int) -> dict[str, Seconds]:
-    """Seconds of each job in each lane, round by round, once all agree."""
+    """Seconds of each job in each lane, round by round, after checking that all lanes agree."""
     those = those[: how_many_fit(jobs[0], those, setup.shape.cfg)]
     names = [job.name for job in jobs]
     steps = [name.replace("batch", "step") for name in names] + ["step"] * (jobs[0].kind == "model")
@@ -272,7 +273,7 @@ def measure(jobs: list[Job], those: list[tuple[str, str]], setup: peers.Setup, r
 
 
 def how_many_fit(job: Job, those: list[tuple[str, str]], cfg: OPTConfig) -> int:
-    """They are in memory together: those that find no room are left out with a word, the reference first."""
+    """How many lanes fit in memory together; prints which are left out, the reference first."""
     needs = [room(job.kind, dtype, cfg) for _, dtype in those]
     fit = int(np.searchsorted(np.cumsum(needs), free_memory(), side="right"))
     if fit < len(those):
@@ -289,10 +290,10 @@ def room(kind: str, dtype: str, cfg: OPTConfig) -> float:
 
 
 def check(name: str, stored: str, results: dict[str, list[np.ndarray]]) -> None:
-    """Raises Disagreement where an engine disagrees with the last: a fast wrong answer is no result.
+    """Raises Disagreement if an engine disagrees with the last one: a fast wrong answer is no result.
 
-    Tokens in float32 are equal or not. In fewer bits each engine rounds its own way, and two likely tokens may change places: steps are checked.
-    Gradients are compared as a whole: where relu's input is nearly 0, rounding decides whether a single one is there.
+    Tokens in float32 have to be equal. In fewer bits each engine rounds its own way, and two likely tokens may swap, so single steps are checked.
+    Gradients are compared as a whole: where relu's input is nearly 0, rounding decides whether a single element is 0.
     """
     *others, (reference, expected) = results.items()
     tokens = expected[0].dtype.kind == "i"
@@ -311,9 +312,9 @@ def check(name: str, stored: str, results: dict[str, list[np.ndarray]]) -> None:
 
 
 def measure_memory(engines: Iterable[str], setup: peers.Setup) -> dict[str, dict[str, float]]:
-    """By how much each process grows, one after the other, from all imported to loaded and decoded; mapped files count.
+    """By how much each engine's process grows, one at a time, from all imported to loaded and decoded; mapped files count.
 
-    Those that find no room are left out with a word.
+    For lanes that do not fit, it prints that they are left out.
     """
     cfg, found = setup.shape.cfg, {}
     if not resident()["VmRSS"]:
@@ -336,7 +337,7 @@ class Worker:
     """An engine in a process of its own."""
 
     def __init__(self, kind: str, engine: str, dtype: str, setup: peers.Setup) -> None:
-        from multiprocessing import get_context  # here, as all that opt-np starts reads this module
+        from multiprocessing import get_context  # here, as every opt-np command imports this module
 
         context = get_context("spawn")
         self.name = f"{engine} {dtype}"
@@ -344,7 +345,7 @@ class Worker:
         setup = peers.Setup(setup.shape, setup.folder, dtype, setup.threads)
         self.process = context.Process(target=serve, args=(there, kind, engine, setup), daemon=True)
         self.process.start()
-        there.close()  # the process has its own: where it ends, so does the pipe
+        there.close()  # the process has its own copy: when it ends, the pipe closes
         self.before = self.receive("loading")
 
     def __enter__(self) -> Worker:
@@ -356,7 +357,7 @@ class Worker:
         self.connection.close()
 
     def check(self, job: str) -> list[np.ndarray]:
-        """The numbers that `job` gives for the first seed."""
+        """The results of `job` for the first seed."""
         self.connection.send((job, 0, 0.0))
         _, numbers, self.memory = self.receive(job)
         return numbers
@@ -374,7 +375,7 @@ class Worker:
 
 
 def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
-    """What a Worker's process does."""
+    """The loop of a Worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
     for module in peers.IMPORTS[engine]:
         importlib.import_module(module)
@@ -387,7 +388,7 @@ def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
         except EOFError:
             return
         seconds: list[float] = []
-        if budget:  # once without the clock: the other engines have had the caches since, and memory that was given back
+        if budget:  # untimed first: since then, other engines have used the caches and freed memory
             jobs[name](seed - 1)
         while not seconds or sum(seconds) < budget:
             start = time.perf_counter()
@@ -398,7 +399,7 @@ def serve(connection: Any, kind: str, engine: str, setup: peers.Setup) -> None:
 
 
 def proc(path: str) -> dict[str, str]:
-    """Lines `key: value` of a file of /proc, the first of each key; nothing where there is no such file."""
+    """The `key: value` lines of a file in /proc, the first for each key; {} if there is no such file."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -407,7 +408,7 @@ def proc(path: str) -> dict[str, str]:
 
 
 def resident() -> dict[str, float]:
-    """Bytes of memory that this process has now, and had at most."""
+    """Bytes of memory that this process uses now, and used at its peak."""
     status = proc("/proc/self/status")
     return {key: 1024.0 * int(status.get(key, "0").split()[0]) for key in ("VmRSS", "VmHWM")}
 
@@ -416,13 +417,13 @@ def free_memory() -> float:
     return 1024 * float(proc("/proc/meminfo").get("MemAvailable", "inf").split()[0])
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------------------------------
+# ---- reporting ---------------------------------------------------------------------------------------------------------------------------
 
 
 def summary(jobs: list[Job], seconds: dict[str, Seconds], ceilings: dict[str, float]) -> dict[str, Any]:
-    """For each job: seconds, the share of the limit that each lane reaches, and how often ours goes into it, as (median, min, max).
+    """For each job: seconds, the share of the limit that each lane reaches, and its time divided by ours, as (median, min, max).
 
-    Ours is opt_fast in each dtype, or the first lane where it is not among them.
+    Ours is opt_fast in each dtype, or the first lane if opt_fast does not take part.
     """
     found: dict[str, Any] = {}
     for job in jobs:
@@ -487,7 +488,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def draw(file: str, result: dict[str, Any], jobs: list[Job]) -> None:
-    """A bar for each engine in each job: how many times as fast ours is, with the spread over the rounds."""
+    """Draws a bar for each engine in each job: how many times as fast ours is, with the spread over the rounds."""
     from matplotlib.figure import Figure
 
     ratios = [(job.key, result["jobs"][job.key]["ratio"]) for job in jobs]

@@ -1,9 +1,9 @@
 """Tiled attention on a GPU against torch's: opt-np bench attention
 
-What the device can do comes first, measured in the same process. Then every lane, ours and torch's, is held against float64 by FlashAttention's rule,
-on the shapes that will be timed; only then it is timed: by events of the device, with its cache emptied before each call, in interleaved rounds.
-Times are the device's own: the host launches ahead while the device empties its cache. A table for people, then one line of JSON.
-With --backward the lanes make gradients, and each shape is a case twice: the backward pass alone, and both passes together.
+First it measures the device's limits in the same process. Then every lane (one of our kernels, or of torch's) is compared with float64 by
+FlashAttention's rule, on the shapes that will be timed; only then is it timed, by device events, with the device's cache emptied before each call, in
+interleaved rounds. Times are the device's own: the host launches ahead while the device empties its cache. It prints a table, then one line of JSON.
+With --backward the lanes compute gradients, and each shape is two cases: the backward pass alone, and both passes together.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ GRIDS = ("flash", "opt")
 MODELS = ("125m", "350m", "1.3b", "2.7b", "6.7b")
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (64, 80, 128)
-# What is asked for where nothing is said. FlashAttention's grid: 16k tokens in a batch, and as many heads as go into 2048 (25 of 80).
-# A CPU gets what is over in a second: there it is the command that is tried, not the machine.
+# Default options. FlashAttention's grid: 16k tokens in a batch, and as many heads as fit in a width of 2048 (25 of 80).
+# On a CPU the cases take about a second: there they only try out the command, and do not measure the machine.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"dtypes": ("float16", "bfloat16"), "head_dims": HEAD_DIMS, "lengths": (512, 1024, 2048, 4096, 8192, 16384), "grids": GRIDS},
     "cpu": {"dtypes": ("float32",), "head_dims": (64,), "lengths": (64, 128), "grids": ("flash",)},
 }
 TOKENS, WIDTH = {"cuda": 16384, "cpu": 256}, {"cuda": 2048, "cpu": 256}
-MATMUL, READ = {"cuda": 8192, "cpu": 512}, {"cuda": 2**31, "cpu": 2**26}  # rows of the product; bytes
+MATMUL, READ = {"cuda": 8192, "cpu": 512}, {"cuda": 2**31, "cpu": 2**26}  # rows of the square product; bytes of the reduction
 BACKENDS = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 ON_CPU = ("flash", "math")  # the others are CUDA's
-MATH_ROOM = 10e9  # bytes of scores in float32, beyond which MATH, which holds them all, does not take part
-WARM_UP = 50  # calls, in which a kernel is chosen and the clocks rise
-REPEATS, BUDGET = 20, 0.2  # calls of a lane in a round, and seconds that they may take together; one at least
-HEAD_START = 300e-6  # seconds for which the device is busy with its cache while the host launches what is timed
+MATH_ROOM = 10e9  # bytes of scores in float32, beyond which MATH, which holds them all, is left out
+WARM_UP = 50  # calls, during which a kernel is chosen and the clocks rise
+REPEATS, BUDGET = 20, 0.2  # calls of a lane in a round, and seconds that they may take together; at least one call
+HEAD_START = 300e-6  # seconds for which the device is busy emptying its cache while the host launches the timed call
 BLOCK = 1024  # queries of a block of the reference
 FORWARD, BACKWARD_PASS, BOTH = "forward", "backward", "forward and backward"
-PRODUCTS = {FORWARD: 1.0, BACKWARD_PASS: 2.5, BOTH: 3.5}  # FLOPs, as times those of the forward pass: it makes two products, the other five
-ALLOWED = {FORWARD: 2, BACKWARD_PASS: 3, BOTH: 3}  # times the error of the formula written out, as in FlashAttention's own tests
+PRODUCTS = {FORWARD: 1.0, BACKWARD_PASS: 2.5, BOTH: 3.5}  # FLOPs relative to the forward pass, which has two products; the backward pass has five
+ALLOWED = {FORWARD: 2, BACKWARD_PASS: 3, BOTH: 3}  # times the error of the plain formula, as in FlashAttention's own tests
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Two products, of which causality needs one half; the diagonal is not counted, as in FlashAttention's own benchmark."""
+        """Two products, half of each by causality, not counting the diagonal, as in FlashAttention's own benchmark."""
         return PRODUCTS[self.work] * 4 * self.B * self.H * self.S * self.S * self.Dh / 2
 
     @property
@@ -82,10 +82,10 @@ class Lane:
     call: Callable[..., Any]  # (q, k, v, scale) -> O, all (B, T, H, Dh); of both passes (q, k, v, dO, scale) -> (dq, dk, dv)
     refuses: Callable[[Any], str]  # why it cannot compute tensors such as q, or ''
     ours: bool = False
-    backward: Callable[..., Callable[[], Any]] | None = None  # as the call of both passes, but runs the first, and returns the second as a call
+    backward: Callable[..., Callable[[], Any]] | None = None  # like `call` for both passes, but runs the first, and returns the second as a function
 
     def ready(self, case: Case, tensors: Iterable[Any]) -> Callable[[], Any]:
-        """What is timed, and before that checked; it may be called again and again."""
+        """The function that is checked and then timed; it can be called repeatedly."""
         if case.work == BACKWARD_PASS and self.backward:
             return self.backward(*tensors, case.scale)
         return partial(self.call, *tensors, case.scale)
@@ -93,7 +93,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Pair:
-    """A rung's forward pass, and the backward pass that takes what it gives."""
+    """The forward pass of a rung (one of the successive kernels in attention_cuda.RUNGS), and the backward pass that takes its results."""
 
     rung: str  # a key of attention_cuda.RUNGS
     backward: Callable[..., tuple[Any, Any, Any]]  # (dO, q, k, v, O, L, scale) -> (dq, dk, dv)
@@ -148,16 +148,16 @@ def add_options(parser: Any) -> None:
 
 def run(what: str, device: str, lanes: Any, rounds: int, seed: int | None = None, plot: str | None = None, json_file: str | None = None,
         backward: bool = False, **asked: Any) -> None:  # fmt: skip
-    """What is not `asked` for, of grids, dtypes, head_dims and lengths, is the device's default.
+    """Runs the benchmark; grids, dtypes, head_dims and lengths that are not in `asked` have the device's default.
 
-    Raises ValueError for what cannot be measured, and where a lane computes something else than attention.
+    Raises ValueError for options that cannot be measured, and if a lane's result is wrong.
     """
     check_options(rounds, asked["head_dims"] or (), asked["lengths"] or (), plot, json_file)
     need_device(device)
     every = cases(device, backward=backward, **DEFAULTS[device] | {key: values for key, values in asked.items() if values})
     chosen = choose(all_lanes(device, backward), lanes)
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-    clock = Clock(device, HEAD_START * (3 if backward else 1))  # there is more to launch, and autograd to go through
+    clock = Clock(device, HEAD_START * (3 if backward else 1))  # more launches, and autograd's overhead
     say("measuring what the device can do")
     limits = measure_limits(dict.fromkeys(case.dtype for case in every), clock)
     say(limits_told(limits))
@@ -181,13 +181,13 @@ def check_options(rounds: int, head_dims: Iterable[int], lengths: Iterable[int],
 
 
 def default_words(defaults: dict[str, dict[str, Any]], key: str) -> str:
-    """What an option is on either device where nothing is said, for its help."""
+    """An option's default on either device, for its help text."""
     told = {device: " ".join(map(str, np.atleast_1d(default[key]))) for device, default in defaults.items()}
     return f"(default: {told['cuda']}; on a CPU {told['cpu']})"
 
 
 def check_least(options: dict[str, Any], least: int = 1) -> None:
-    """Raises ValueError for a number, or one of several, that is smaller."""
+    """Raises ValueError if an option, or one of its values, is less than `least`."""
     for name, values in options.items():
         for value in np.atleast_1d(list(values) if isinstance(values, Iterable) else values):
             if value < least:
@@ -195,21 +195,21 @@ def check_least(options: dict[str, Any], least: int = 1) -> None:
 
 
 def check_files(plot: str | None, json_file: str | None) -> None:
-    """Raises ValueError for what could not be written in the end."""
+    """Raises ValueError for files that could not be written at the end."""
     check_plot(plot)
     if json_file and not Path(json_file).parent.is_dir():
         raise ValueError(f"--json {json_file}: {Path(json_file).parent} is no folder")
 
 
 def tell(lines: list[str], result: dict[str, Any], json_file: str | None) -> None:
-    """For people, then the line of JSON, also into a file where one is asked for."""
+    """Prints the table, then the line of JSON, which also goes into `json_file`, if given."""
     print("\n".join(lines))
     print(json.dumps(result), flush=True)
     keep(result, json_file)
 
 
 def keep(result: dict[str, Any], json_file: str | None) -> None:
-    """What there is so far, for a run that is stopped."""
+    """Writes the results so far, in case the run is stopped."""
     if json_file:
         write_text(Path(json_file), json.dumps(result) + "\n")
 
@@ -229,7 +229,7 @@ def need_device(device: str) -> None:
 
 def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], grids: Iterable[str],
           backward: bool = False) -> list[Case]:  # fmt: skip
-    """All shapes, a dtype after the other."""
+    """All cases, by dtype."""
     shapes = []
     if "flash" in grids:
         shapes = [("flash", max(1, TOKENS[device] // S), S, max(1, WIDTH[device] // Dh), Dh) for Dh in head_dims for S in lengths]
@@ -245,7 +245,7 @@ def cases(device: str, dtypes: Iterable[str], head_dims: Iterable[int], lengths:
 
 
 def all_lanes(device: str, backward: bool = False) -> dict[str, Lane]:
-    """Ours, in the order of the ladder, then torch's by their names."""
+    """Our lanes, in the order of the ladder of kernels, then torch's by name."""
     theirs = {f"torch {name}": torch_lane(name) for name in (BACKENDS if device == "cuda" else ON_CPU)}
     return our_lanes(backward) | ({name: through_autograd(lane) for name, lane in theirs.items()} if backward else theirs)
 
@@ -267,7 +267,7 @@ def first_of(rung: Any, *args: Any) -> Any:
 
 
 def pair_lane(pair: Any) -> Lane:
-    """A lane of gradients, by two kernels of ours."""
+    """A lane of gradients, from two kernels of ours."""
 
     def backward(q: Any, k: Any, v: Any, dO: Any, scale: float) -> Callable[[], Any]:
         return partial(pair.backward, dO, q, k, v, *pair.forward(q, k, v, scale), scale)
@@ -276,7 +276,7 @@ def pair_lane(pair: Any) -> Lane:
 
 
 def through_autograd(lane: Lane) -> Lane:
-    """A lane of gradients, by the backward pass that torch keeps for a call."""
+    """A lane of gradients, from the backward pass that autograd records for a call."""
     import torch
 
     def backward(q: Any, k: Any, v: Any, dO: Any, scale: float, again: bool = True) -> Callable[[], Any]:
@@ -287,14 +287,14 @@ def through_autograd(lane: Lane) -> Lane:
 
 
 def torch_lane(name: str) -> Lane:
-    """One of the kernels behind torch's scaled_dot_product_attention, and no other: torch raises RuntimeError where it cannot run."""
+    """A lane restricted to one backend of torch's scaled_dot_product_attention: torch raises RuntimeError where that cannot run."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = getattr(SDPBackend, BACKENDS[name])
 
     def call(q: Any, k: Any, v: Any, scale: float) -> Any:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # torch wants (B, H, T, Dh): views, as models make them
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # torch expects (B, H, T, Dh): views, as in models
         with sdpa_kernel(backend):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
@@ -307,7 +307,7 @@ def torch_lane(name: str) -> Lane:
 
 
 def choose(every: dict[str, Lane], asked: Iterable[str] | None) -> dict[str, Lane]:
-    """The lanes asked for, in their own order; on the command line a blank in a name is a dash."""
+    """The requested lanes, in the order of `every`; on the command line, names have dashes for blanks."""
     if asked is None:
         return every
     typed = {name.replace(" ", "-"): name for name in every}
@@ -317,7 +317,7 @@ def choose(every: dict[str, Lane], asked: Iterable[str] | None) -> dict[str, Lan
 
 
 def inputs(case: Case, device: str, seed: int) -> tuple[Any, ...]:
-    """q, k and v, (B, S, H, Dh), and dO where there is a backward pass: normal numbers, drawn anew for each shape and each seed."""
+    """q, k and v, (B, S, H, Dh), and dO for a backward pass: normally distributed, drawn anew for each shape and seed."""
     import torch
 
     generator = torch.Generator(device).manual_seed(hash((seed, case.B, case.S, case.H, case.Dh)) % 2**63)
@@ -330,7 +330,7 @@ def inputs(case: Case, device: str, seed: int) -> tuple[Any, ...]:
 
 
 def check_all(every: list[Case], lanes: dict[str, Lane], device: str, seed: int) -> list[dict[str, Any]]:
-    """For each case, what `check` finds; each reason to leave a lane out is told once."""
+    """The result of `check` for each case; prints each reason to leave out a lane once."""
     found, told = [], set()
     for case in every:
         found.append(check(case, lanes, device, seed))
@@ -345,12 +345,12 @@ def check_all(every: list[Case], lanes: dict[str, Lane], device: str, seed: int)
 
 
 def check(case: Case, lanes: dict[str, Lane], device: str, seed: int) -> dict[str, Any]:
-    """{"errors": {lane: {"error": …, "allowed": …}}, "left_out": {lane: why}}; what is called is what will be timed, batch and all.
+    """{"errors": {lane: {"error": …, "allowed": …}}, "left_out": {lane: why}}; it runs the same calls that will be timed, with the whole batch.
 
-    Of three gradients the one is told that is nearest to what is allowed. Raises ValueError for a lane that breaks FlashAttention's rule: a fast
-    wrong answer is no result.
+    Of three gradients, it reports the one closest to its allowed error. Raises ValueError for a lane that breaks FlashAttention's rule: a fast wrong
+    answer is no result.
     """
-    tensors, rows = inputs(case, device, seed + 1), sorted({0, case.B - 1})  # float64 is for the first and the last of the batch
+    tensors, rows = inputs(case, device, seed + 1), sorted({0, case.B - 1})  # only the batch's first and last rows in float64
     references = expected(case, [t[rows] for t in tensors])
     errors, left_out = {}, {}
     for name, lane in lanes.items():
@@ -376,7 +376,7 @@ def judge(case: Case, name: str, of: str, out: Any, rows: list[int], truth: Any,
 
 
 def expected(case: Case, tensors: Any) -> dict[str, tuple[Any, float, float]]:
-    """What `reference` tells of O, or of each gradient."""
+    """The triple of `reference` for O, or for each gradient."""
     q, k, v, *rest = tensors
     if case.work == FORWARD:
         return {"O": reference(q, k, v, case.scale)}
@@ -387,7 +387,7 @@ def expected(case: Case, tensors: Any) -> dict[str, tuple[Any, float, float]]:
 
 
 def reference(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, float, float]:
-    """Attention in float64, how far the same formula in q's dtype is from it, and the rounding of the result itself, as FlashAttention-3 takes it."""
+    """Attention in float64, the error of the same formula in q's dtype, and the rounding of the result itself, as FlashAttention-3 estimates it."""
     truth = plain(q.double(), k.double(), v.double(), scale)
     return truth, float((plain(q, k, v, scale).double() - truth).abs().max()), rounding(truth, q.dtype)
 
@@ -398,7 +398,7 @@ def rounding(truth: Any, dtype: Any) -> float:
 
 
 def plain(q: Any, k: Any, v: Any, scale: float, block: int | None = None) -> Any:
-    """softmax(scale·q kᵀ) v written out in the inputs' dtype, causal; a head and a block of its queries at a time, for the sake of memory.
+    """softmax(scale·q kᵀ) v, the plain formula in the inputs' dtype, causal; a head and a block of its queries at a time, to save memory.
 
     q: (B, T, H, Dh);  k: (B, T, H, Dh);  v: (B, T, H, Dh)  ->  (B, T, H, Dh)
     """
@@ -417,7 +417,7 @@ def plain(q: Any, k: Any, v: Any, scale: float, block: int | None = None) -> Any
 
 
 def plain_bwd(q: Any, k: Any, v: Any, dO: Any, scale: float) -> tuple[Any, ...]:
-    """The gradients that autograd finds through `plain`, a head at a time; its scores whole, or sums over blocks would be rounded in between.
+    """The gradients of `plain` by autograd, a head at a time; in one block of queries, since sums over blocks would be rounded in between.
 
     q: (B, T, H, Dh);  k: (B, T, H, Dh);  v: (B, T, H, Dh);  dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, T, H, Dh), (B, T, H, Dh)
     """
@@ -436,7 +436,7 @@ def plain_bwd(q: Any, k: Any, v: Any, dO: Any, scale: float) -> tuple[Any, ...]:
 
 
 def attempt(lane: Lane, case: Case, tensors: tuple[Any, ...]) -> tuple[Any, str]:
-    """O or the gradients, or None and why: no memory, or inputs that this kernel of torch's is not made for, in torch's own words."""
+    """O or the gradients; or None and why: out of memory, or inputs that this torch kernel does not support, in torch's own words."""
     import torch
 
     device = tensors[0].device.type
@@ -456,13 +456,13 @@ def attempt(lane: Lane, case: Case, tensors: tuple[Any, ...]) -> tuple[Any, str]
             said = [str(warning.message).partition(" (Triggered")[0] for warning in heard]
             reasons = [words for words in said if "not used because" not in words and "runtime disabled" not in words]
             reason = ". ".join([str(error).splitlines()[0].rstrip("."), *reasons[:1]])
-    wait(device)  # an error that stays with the device is none of a lane's own: here it would come up again, and end the run
+    wait(device)  # a persistent device error is not the lane's alone: it is raised again here, and ends the run
     free_cached(device)
     return None, reason
 
 
 def poison(q: Any, results: int = 1) -> None:
-    """Leaves NaN in the memory that the allocator will give out next, for so many results like q, so that what a kernel does not write is seen."""
+    """Leaves NaN in the memory that the allocator will hand out next, for `results` tensors like q, so that elements left unwritten show."""
     import torch
 
     [*(torch.full_like(q, math.nan) for _ in range(results)), torch.full(q.shape[:3], math.nan, device=q.device)]
@@ -472,7 +472,7 @@ def poison(q: Any, results: int = 1) -> None:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device == "cuda":
         import torch
 
@@ -487,7 +487,7 @@ def free_cached(device: str) -> None:
 
 
 class Clock:
-    """Seconds that the device takes for calls, each with nothing of its inputs in the second-level cache."""
+    """Measures the device's seconds for calls, each with none of its inputs in the L2 cache."""
 
     def __init__(self, device: str, head_start: float = HEAD_START) -> None:
         import torch
@@ -501,12 +501,12 @@ class Clock:
             self.times = math.ceil(head_start / float(np.median(self.seconds(self.empty_cache, 10))))
 
     def empty_cache(self) -> None:
-        """Writes four times what the cache holds, and again until the head start has passed: so long launches cost no time."""
+        """Writes four times the cache's size, repeatedly until the head start has passed: meanwhile launches cost no time."""
         for _ in range(self.times):
             self.written.zero_()
 
     def seconds(self, call: Callable[[], Any], repeats: int) -> list[float]:
-        """Of each of so many calls; on a GPU by events before and behind it, which the host reads once all is done."""
+        """Seconds of each of `repeats` calls; on a GPU from events before and after it, which the host reads once all is done."""
         if self.device == "cpu":
             return [self.second(call) for _ in range(repeats)]
         import torch
@@ -527,9 +527,9 @@ class Clock:
         return time.perf_counter() - start
 
     def estimate(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call, roughly. The host's clock, which sees more, must not see much more: else the events miss the work.
+        """Approximate seconds of a call. The host's clock includes more, but must not show much more: else the events miss the work.
 
-        Raises ValueError where it does, each time of five: the first may be the first call ever, and the host may be busy.
+        Raises ValueError if it does in all of five attempts: the first may include compilation, and the host may be busy.
         """
         for _ in range(5):
             wait(self.device)
@@ -544,7 +544,7 @@ class Clock:
 
 
 def measure_limits(dtypes: Iterable[str], clock: Clock) -> dict[str, Any]:
-    """FLOP/s of a square product of random numbers in each dtype, and bytes/s of a reduction, which reads only: medians."""
+    """FLOP/s of a square product of random matrices in each dtype, and bytes/s of a reduction, which only reads: medians."""
     import torch
 
     n, found = MATMUL[clock.device], {}
@@ -562,7 +562,7 @@ def measure_limits(dtypes: Iterable[str], clock: Clock) -> dict[str, Any]:
 
 
 def measure(case: Case, lanes: dict[str, Lane], left_out: dict[str, str], clock: Clock, rounds: int, seed: int) -> dict[str, list[float]]:
-    """Of each lane, the median seconds of its calls in each round; the lanes take turns. One that finds no memory now joins those left out."""
+    """For each lane, the median seconds of its calls in each round, interleaved. A lane that runs out of memory joins those left out."""
     import torch
 
     if not lanes:
@@ -570,12 +570,12 @@ def measure(case: Case, lanes: dict[str, Lane], left_out: dict[str, str], clock:
     tensors, taking_part = inputs(case, clock.device, seed), dict(lanes)
     repeats: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in lanes}
-    with warnings.catch_warnings(action="ignore"):  # they have been heard, in the check
+    with warnings.catch_warnings(action="ignore"):  # they were collected during the check
         for i in range(1 + rounds):
             for name, lane in list(taking_part.items()):
                 try:
                     call: Any = lane.ready(case, tensors)
-                    if i == 0:  # how long it takes, roughly
+                    if i == 0:  # round 0 only estimates the time
                         repeats[name] = max(1, min(REPEATS, int(BUDGET / estimate(name, case, call, clock))))
                     else:
                         seconds[name].append(float(np.median(clock.seconds(call, repeats[name]))))
@@ -585,7 +585,7 @@ def measure(case: Case, lanes: dict[str, Lane], left_out: dict[str, str], clock:
                     del taking_part[name], seconds[name]
                     call = None
                     free_cached(clock.device)
-                call = None  # what a forward pass has kept for it goes before the next lane begins
+                call = None  # frees what its forward pass saved, before the next lane starts
     return seconds
 
 
@@ -596,11 +596,11 @@ def estimate(name: str, case: Case, call: Callable[[], Any], clock: Clock) -> fl
         raise ValueError(f"{case.title}: {name}: {error}") from None
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------------------------------
+# ---- reporting ---------------------------------------------------------------------------------------------------------------------------
 
 
 def summary(case: Case, seconds: dict[str, list[float]], lanes: dict[str, Lane], matmul: float) -> dict[str, Any]:
-    """TFLOP/s of each lane as (median, min, max), its share of the matmul's, and how often our best goes into torch's seconds of the same round."""
+    """TFLOP/s of each lane as (median, min, max), its share of the matmul's, and torch's seconds divided by our best lane's in the same round."""
     tflops = {name: middle([case.flops / s / 1e12 for s in times]) for name, times in seconds.items()}
     ours = max((name for name in seconds if lanes[name].ours), key=lambda name: tflops[name][0], default=None)
     theirs = [name for name in seconds if not lanes[name].ours] if ours else []
@@ -610,7 +610,7 @@ def summary(case: Case, seconds: dict[str, list[float]], lanes: dict[str, Lane],
 
 
 def described(clock: Clock) -> dict[str, Any]:
-    """What was measured on."""
+    """The machine that was measured."""
     import torch
 
     found = with_gpu(clock.device) | {"float32_products": torch.get_float32_matmul_precision()}
@@ -618,7 +618,7 @@ def described(clock: Clock) -> dict[str, Any]:
 
 
 def with_gpu(device: str) -> dict[str, Any]:
-    """bench.machine, the device, and the GPU with the versions of what drives it."""
+    """bench.machine, the device, and the GPU with the versions of its software."""
     import torch
 
     found = machine(torch.get_num_threads()) | {"device": device}
@@ -630,7 +630,7 @@ def with_gpu(device: str) -> dict[str, Any]:
 
 
 def nvidia_smi(clock: Clock) -> dict[str, str]:
-    """Driver, clocks, power and temperature of the GPU in use; nothing where nvidia-smi does not answer."""
+    """Driver, clocks, power and temperature of the GPU in use; {} if nvidia-smi does not answer."""
     keys = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
     if clock.device == "cpu":
         return {}
@@ -686,7 +686,7 @@ def header(where: dict[str, Any], state: dict[str, str]) -> list[str]:
 
 
 def draw(file: str, result: dict[str, Any]) -> None:
-    """TFLOP/s against S in the flash grid: a column for each head dimension, a row for each dtype and work, a line for each lane, and the product."""
+    """Draws TFLOP/s against S in the flash grid: a column for each head dimension, a row for each dtype and work, a line for each lane and matmul."""
     from matplotlib.figure import Figure
 
     found = [case for case in result["cases"] if case["grid"] == "flash" and case["tflops"]]
@@ -705,7 +705,7 @@ def draw(file: str, result: dict[str, Any]) -> None:
         panel(grid[i, j], [case for case in found if (case["dtype"], case["work"], case["Dh"]) == (*row, Dh)], lanes, matmul[dtype])
         grid[i, j].set_title(f"{dtype}, heads of {Dh}", fontsize=10)
         grid[i, j].tick_params(labelbottom=True)
-        if slowest < max(matmul.values()) / 50:  # or the ladder's first rungs would lie on the floor
+        if slowest < max(matmul.values()) / 50:  # else the ladder's first rungs would be invisible at the bottom
             grid[i, j].set_yscale("log")
             grid[i, j].yaxis.set_major_formatter("{x:g}")
         else:
@@ -721,7 +721,7 @@ def draw(file: str, result: dict[str, Any]) -> None:
 
 
 def panel(axes: Any, found: list[dict[str, Any]], lanes: list[str], matmul: float) -> None:
-    """Ours in full lines, torch's in broken ones, each with its spread."""
+    """Draws our lanes as solid lines, torch's as dashed ones, each with its spread."""
     from matplotlib import colormaps
 
     for i, lane in enumerate(lanes):

@@ -1,8 +1,9 @@
-"""Tokens one after the other, on a GPU: opt-np bench decode
+"""Decoding token by token on a GPU: opt-np bench decode
 
-OPT's shapes with random weights in float16: milliseconds between two tokens of generate, greedy, as its caller sees them, and the share of memory's
-read bandwidth that this is, beside HF's own model on the same weights: eager, sdpa, and a static cache, which HF compiles. Then attention alone, 1 to
-16 queries over many keys, beside torch's backends. What each lane computes is held against float32, or float64, before it is timed; they take turns.
+OPT's shapes with random weights in float16: milliseconds between two tokens of greedy generate, as its caller sees them, and the share of memory
+bandwidth that this uses, beside HF's own model on the same weights: eager, sdpa, and with a static cache, which HF compiles. Then attention alone, 1
+to 16 queries over many keys, beside torch's backends. A lane is one of those compared, such as "hf sdpa". Each lane's results are compared with
+float32, or float64, before it is timed; lanes are interleaved.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"sizes": ("125m", "350m", "1.3b", "6.7b"), "batches": (1, 8, 64), "contexts": (128, 1920), "new": 100},
     "cpu": {"sizes": ("350m",), "batches": (1, 3), "contexts": (9,), "new": 12},
 }
-BUDGET = 4.0  # seconds that a lane's tokens may take in a round; then there are fewer of them
-FIRST = 3  # tokens that do not count: what is under way ahead of Python begins with them
+BUDGET = 4.0  # seconds that a lane's tokens may take in a round: slower lanes generate fewer
+FIRST = 3  # first tokens, not counted: during them, work queued ahead of Python builds up
 CHECKED = {"cuda": (2, 130), "cpu": (2, 13)}  # rows and tokens of the check's prompt
 TOKENS = 5  # of the check
-ALLOWED, INT8 = 3.0, 0.05  # times what HF's eager is off in float16, at most; int8: of the largest logit, for its weights are others
+ALLOWED, INT8 = 3.0, 0.05  # error allowed: times that of HF's eager in float16; int8, whose weights differ: of the largest logit
 KEYS = {"cuda": ((1, 32, 128, 16384), (8, 32, 128, 2048), (32, 32, 128, 2048), (8, 32, 64, 4096), (32, 32, 80, 2048)), "cpu": ((2, 2, 64, 100),)}
 QUERIES = (1, 2, 4, 8, 16)
 
@@ -50,9 +51,9 @@ def add_options(parser: Any) -> None:
 
 def run(what: str, device: str, parts: Iterable[str] | None = None, lanes: Iterable[str] | None = None, rounds: int = 3, seed: int | None = None,
         json_file: str | None = None, **asked: Any) -> None:  # fmt: skip
-    """What is not `asked` for, of sizes, batches, contexts and new, is the device's default.
+    """Runs the benchmark; sizes, batches, contexts and new that are not in `asked` have the device's default.
 
-    Raises ValueError for what cannot be measured, and where a lane computes something else.
+    Raises ValueError for options that cannot be measured, and if a lane's result is wrong.
     """
     options = DEFAULTS[device] | {key: value for key, value in asked.items() if value is not None}
     check_options({**options, "rounds": rounds}, json_file)
@@ -60,7 +61,7 @@ def run(what: str, device: str, parts: Iterable[str] | None = None, lanes: Itera
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     clock = Clock(device)
     say("measuring what the memory delivers")
-    limits = measure_limits([], clock)  # of no product
+    limits = measure_limits([], clock)  # only bandwidth, no matrix product
     result: dict[str, Any] = {
         "what": what,
         "seed": seed,
@@ -96,7 +97,7 @@ def check_options(options: dict[str, Any], json_file: str | None) -> None:
 
 # ---- whole models ------------------------------------------------------------------------------------------------------------------------
 
-Said = tuple[list[float], np.ndarray, np.ndarray]  # when each token was there, the tokens (B, new), their logits (B, new, V) if they are wanted
+Said = tuple[list[float], np.ndarray, np.ndarray]  # when each token arrived, the tokens (B, new), their logits (B, new, V) if wanted
 
 
 def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, rounds: int, seed: int, checks: dict,
@@ -124,7 +125,7 @@ def measure_model(size: str, device: str, lanes: list[str], bandwidth: float, ro
 
 
 def all_calls(model: Any, lanes: list[str]) -> tuple[dict[str, Callable[..., Said]], dict[str, float]]:
-    """For each lane what generates, call(ids, new, logits), and the bytes of weights that a token reads."""
+    """Each lane's generating function, call(ids, new, logits), and the bytes of weights that it reads for a token."""
     params, cfg = our_params(model), OPTConfig.from_dict(model.config.to_dict())
     trees = {"ours": params, "ours int8": in_int8(params)} if "ours int8" in lanes else {"ours": params}
     calls: dict[str, Any] = {lane: partial(ours, trees.get(lane), cfg) if lane in trees else partial(hf, model, lane) for lane in lanes}
@@ -141,7 +142,7 @@ def our_params(model: Any) -> Any:
 
 
 def in_int8(params: Any) -> Any:
-    """A tree with its matrices as opt_np.quantize makes them int8, but for the position table."""
+    """The tree with its matrices in int8 as opt_np.quantize makes them, except the position table."""
     from opt_fast.engine import Params
     from opt_fast.ops_cuda import pack_on
 
@@ -163,7 +164,7 @@ def whole_numbers(node: Any) -> Any:
 
 
 def read_bytes(params: Any) -> float:
-    """Of all weights that each token needs: of the position table it reads a row, and of the token table all, as the head."""
+    """Bytes of all weights that each token needs: the whole token table, as the head, but not the position table, of which it reads one row."""
     from opt_np.tree import flatten
 
     return float(sum(a.numel() * a.element_size() for name, a in flatten(params).items() if not name.startswith("embed_positions")))
@@ -190,7 +191,7 @@ def hf(model: Any, lane: str, ids: Any, new: int, logits: bool = False) -> Said:
 
     class Watch(transformers.StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            input_ids[:, -1].tolist()  # whoever generates wants to see the token
+            input_ids[:, -1].tolist()  # waits for the token, as a caller would
             times.append(time.perf_counter())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -205,9 +206,9 @@ def hf(model: Any, lane: str, ids: Any, new: int, logits: bool = False) -> Said:
 
 
 def check(size: str, model: Any, calls: dict[str, Callable[..., Said]], left_out: dict[str, str], device: str, seed: int) -> dict[str, Any]:
-    """{lane: {"error": …, "allowed": …}}: the logits of the tokens that each lane finds, against the same text in float32.
+    """{lane: {"error": …, "allowed": …}}: each lane's logits for the tokens that it generates, against the same text in float32.
 
-    Fills `left_out` with why a lane of HF's cannot run. Raises ValueError for one that is too far off.
+    Records in `left_out` why one of HF's lanes cannot run. Raises ValueError if a lane's error is too large.
     """
     import copy
 
@@ -217,7 +218,7 @@ def check(size: str, model: Any, calls: dict[str, Callable[..., Said]], left_out
     exact = copy.deepcopy(model).float()
     exact.set_attn_implementation("eager")
     found: dict[str, Any] = {}
-    for lane in sorted({*calls, "hf eager"}, key=lambda lane: lane != "hf eager"):  # it says what float16 is off
+    for lane in sorted({*calls, "hf eager"}, key=lambda lane: lane != "hf eager"):  # first, as its error sets what is allowed
         try:
             _, tokens, logits = calls.get(lane, partial(hf, model, lane))(ids, TOKENS, logits=True)
         except Exception as error:
@@ -241,7 +242,7 @@ def check(size: str, model: Any, calls: dict[str, Callable[..., Said]], left_out
 
 
 def take_turns(calls: dict[str, Callable[..., Said]], ids: Any, new: int, rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds between two tokens, of each lane in each round; and why a lane has none."""
+    """Seconds between two tokens for each lane in each round, interleaved; and why a lane has none."""
     taken: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -258,7 +259,7 @@ def take_turns(calls: dict[str, Callable[..., Said]], ids: Any, new: int, rounds
         return None
 
     for lane in calls:
-        once(lane, new)  # captures, and compiles for these shapes
+        once(lane, new)  # captures graphs, and compiles for these shapes
         if lane not in failed and (estimate := once(lane, FIRST + 2)) is not None:
             taken[lane], counts[lane] = [], max(FIRST + 2, min(new, int(BUDGET / estimate)))
     for _ in range(rounds):
@@ -277,7 +278,7 @@ def between(times: list[float]) -> float:
 
 
 def measure_attention(shape: tuple[int, int, int, int], clock: Clock, bandwidth: float, rounds: int, seed: int) -> dict[str, Any]:
-    """1 to 16 queries of each row over its keys, by our kernel; torch's backends with one.  shape: B, H, Dh, S"""
+    """Times 1 to 16 queries of each row over its keys in our kernel, and 1 in torch's backends.  shape: B, H, Dh, S"""
     import torch
 
     B, H, Dh, S = shape
@@ -309,7 +310,7 @@ def measure_attention(shape: tuple[int, int, int, int], clock: Clock, bandwidth:
 
 
 def attention_calls(q: Any, k: Any, v: Any) -> dict[str, Callable[[], Any]]:
-    """Ours; and with one query torch's backends, over views of the same memory."""
+    """Our kernel; for a single query also torch's backends, on views of the same memory."""
     from opt_fast.attention_cuda import compute
 
     T, scale = q.shape[1], q.shape[-1] ** -0.5
@@ -335,7 +336,7 @@ def exact(q: Any, k: Any, v: Any) -> Any:
     return plain(q.double(), k.double(), v.double(), q.shape[-1] ** -0.5)[0]
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------------------------------
+# ---- reporting ---------------------------------------------------------------------------------------------------------------------------
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
-"""The tables that HF publishes of OPT's speed, with one column more: opt-np bench hf-tables
+"""HF's published tables of OPT's speed, with one more column: opt-np bench hf-tables
 
-HF's own model in the shape of opt-350m, random weights in float16, without padding; only the attention inside it is exchanged. Training is a forward
-and a backward pass of logits.sum(), with dropout; inference is generate() with HF's cache, told for each new token, the prompt's pass included.
-Each column is first held against eager in float32, then timed: by events of the device, launches and all, as HF does; the columns take turns.
-HF's diagrams, a forward pass of opt-2.7b and opt-350m against its length, come as rows too. Tables in Markdown, then one line of JSON.
+HF's own model in the shape of opt-350m, with random weights in float16 and no padding; only its attention is exchanged. Training is a forward and a
+backward pass of logits.sum(), with dropout; inference is generate() with HF's cache, its time per new token including the prompt's pass.
+Each column is first compared with eager in float32, then timed, as HF does, by device events, kernel launches included; the columns are interleaved.
+HF's diagrams, a forward pass of opt-2.7b and opt-350m against its length, are included as rows. Prints Markdown tables, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TABLES = ("training", "inference", "diagrams")
 MODELS = {"training": ("350m",), "inference": ("350m",), "diagrams": ("350m", "2.7b")}
 TITLES = {"training": "Training", "inference": "Inference", "diagrams": "Forward pass"}
 TIME = {"training": ("Time per batch", "s", 1.0), "inference": ("Per token latency", "ms", 1e3), "diagrams": ("Time", "ms", 1e3)}
-# HF's names of an implementation of attention, and the one kernel of torch that it may use.
+# For each column, HF's name of the implementation of attention, and the only torch kernel that it may use.
 COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
     "cuda": {
         "eager": ("eager", None),
@@ -41,12 +41,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 NEW_TOKENS = {"cuda": 100, "cpu": 3}
 TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "ffn_dim": 128, "vocab_size": 512}  # a model for a CPU
-PROJECTIONS = {"q_proj": 1.5, "k_proj": 1.0, "v_proj": 1.0, "out_proj": 1.0}  # scores of about 1.5: neither even nor all on one key
-WARM_UP, WARM_BUDGET = 10, 2.0  # calls before the first that counts, and seconds after which there are no more; one at least
-BUDGET = 3.0  # seconds that the calls of a cell may take together; MIN_STEPS at least
+PROJECTIONS = {"q_proj": 1.5, "k_proj": 1.0, "v_proj": 1.0, "out_proj": 1.0}  # scores of about 1.5: attention neither uniform nor all on one key
+WARM_UP, WARM_BUDGET = 10, 2.0  # warm-up calls, and the seconds after which they stop; at least one
+BUDGET = 3.0  # seconds that the calls of a cell may take together; at least MIN_STEPS calls
 MIN_STEPS = 3
 CHECKED = {"cuda": (2, 130), "cpu": (2, 13)}  # rows and tokens of the check
-CACHED = 3  # of these tokens, those that go through the cache one by one
+CACHED = 3  # the last of these tokens, which go through the cache one by one
 ALLOWED = 3  # times the error of eager in float16, against eager in float32
 
 
@@ -64,9 +64,9 @@ def add_options(parser: Any) -> None:
 
 def run(what: str, device: str, tables: Iterable[str] | None = None, seed: int | None = None, plot: str | None = None, json_file: str | None = None,
         **asked: Any) -> None:  # fmt: skip
-    """What is not `asked` for, of batches, lengths and steps, is the device's default.
+    """Runs the benchmark; batches, lengths and steps that are not in `asked` have the device's default.
 
-    Raises ValueError for what cannot be measured, and where a column computes something else than eager.
+    Raises ValueError for options that cannot be measured, and if a column's result differs from eager's.
     """
     options = DEFAULTS[device] | {key: value for key, value in asked.items() if value is not None}
     check_options(options, plot, json_file)
@@ -133,25 +133,25 @@ def shape(size: str, device: str) -> dict[str, Any]:
 
 
 def build(size: str, device: str, seed: int) -> Any:
-    """HF's OPT with random weights in float16; those of attention are larger than HF draws them, or its result would hardly show in the logits."""
+    """HF's OPT with random weights in float16; attention's are larger than HF's initialization, or it would hardly affect the logits."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
     with where(device):
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape(size, device)))
-    width = model.config.hidden_size**-0.5  # of weights that make numbers as large as those they are given
+    width = model.config.hidden_size**-0.5  # standard deviation of weights that preserve the magnitude of their input
     with torch.no_grad():
         for layer in model.model.decoder.layers:
             for name, times in PROJECTIONS.items():
                 getattr(layer.self_attn, name).weight.normal_(std=times * width)
-    half: Any = torch.float16  # transformers says that this is the model
+    half: Any = torch.float16  # Any, as transformers' type hints for `to` expect the model here
     return model.to(half).eval()
 
 
 @contextmanager
 def attention(model: Any, device: str, name: str) -> Iterator[None]:
-    """The model with a column's attention."""
+    """Inside, the model uses a column's attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     implementation, kernel = COLUMNS[device][name]
@@ -168,7 +168,7 @@ def tokens(model: Any, B: int, T: int, device: str, seed: int) -> Any:
     return torch.from_numpy(rng.integers(4, model.config.vocab_size, (B, T))).to(where(device))
 
 
-# ---- what is timed -----------------------------------------------------------------------------------------------------------------------
+# ---- the timed calls ---------------------------------------------------------------------------------------------------------------------
 
 
 def train(model: Any, ids: Any) -> None:
@@ -198,7 +198,7 @@ def forward(model: Any, ids: Any) -> None:
 
 def rows(table: str, size: str, model: Any, left_out: dict[str, str], device: str, seed: int, batches: Any, lengths: Any,
          steps: int) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A table's, one for each batch and length."""
+    """A table's rows, one for each batch and length."""
     told = set()
     for B in batches if table != "diagrams" else [max(batches)]:
         for T in lengths:
@@ -224,7 +224,7 @@ def rows(table: str, size: str, model: Any, left_out: dict[str, str], device: st
 def check(table: str, size: str, model: Any, device: str, seed: int) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
     """{column: {what: {"error": …, "allowed": …}}}, and why the other columns cannot run.
 
-    Raises ValueError for one that is farther from eager in float32 than ALLOWED times eager in float16.
+    Raises ValueError if a column's error against eager in float32 exceeds ALLOWED times that of eager in float16.
     """
     import copy
 
@@ -258,7 +258,7 @@ def check(table: str, size: str, model: Any, device: str, seed: int) -> tuple[di
 
 
 def outcomes(table: str, model: Any, ids: Any, seed: int) -> dict[str, Any]:
-    """Logits; for training, of some sum of them, the gradients where dq, dk and dv arrive; for inference logits through the cache, token by token."""
+    """Logits; for training also gradients of a sum of them, where dq, dk and dv arrive; for inference, logits through the cache, step by step."""
     import torch
 
     model.eval()
@@ -282,14 +282,14 @@ def outcomes(table: str, model: Any, ids: Any, seed: int) -> dict[str, Any]:
 
 
 def distance(what: str, found: Any, truth: Any) -> float:
-    """Of logits the largest error, as a share of the largest; of gradients, which differ much in size, that of the whole vector's length."""
+    """The relative error: of logits, the largest error over the largest logit; of gradients, whose magnitudes vary widely, in the vector norm."""
     if what.startswith("gradients"):
         return float((found - truth).norm() / truth.norm())
     return float((found - truth).abs().max() / truth.abs().max())
 
 
 def expected(name: str, error: Exception) -> bool:
-    """Whether an error means no more than that a column has no result: no memory, or a kernel of torch's that is not made for this."""
+    """Whether an error only means that a column has no result: out of memory, or inputs that a torch kernel does not support."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or (name.startswith("sdpa") and isinstance(error, RuntimeError))
@@ -305,7 +305,7 @@ def why(error: Exception) -> str:
 
 
 def measure(calls: dict[str, Callable[[], Any]], model: Any, device: str, steps: int) -> dict[str, dict[str, Any]]:
-    """For each column {"seconds": of each call, "peak": bytes of memory} or {"failed": why}; the columns take turns."""
+    """For each column {"seconds": of each call, "peak": bytes of memory} or {"failed": why}; the columns are interleaved."""
     cells: dict[str, dict[str, Any]] = {name: {"seconds": [], "peak": None} for name in calls}
     left: dict[str, int] = {}
     for name, call in calls.items():
@@ -322,7 +322,7 @@ def measure(calls: dict[str, Callable[[], Any]], model: Any, device: str, steps:
 
 
 def attempt(name: str, call: Callable[[], Any], model: Any, device: str, cells: dict[str, dict[str, Any]]) -> Any:
-    """What the call returns, in a column's attention; or None, and the column's cell says why."""
+    """Returns the call's result with a column's attention; or None, with the reason in the column's cell."""
     import torch
 
     try:
@@ -333,14 +333,14 @@ def attempt(name: str, call: Callable[[], Any], model: Any, device: str, cells: 
             raise
         reason = why(error)
     cells[name] = {"failed": reason}
-    wait(device)  # an error that stays with the device comes up again here, and ends the run
+    wait(device)  # a persistent device error is raised again here, and ends the run
     model.zero_grad(set_to_none=True)
     free_cached(device)
     return None
 
 
 def warm_up(call: Callable[[], Any], model: Any, device: str) -> tuple[int | None, float]:
-    """Bytes of memory at the peak of the first call, weights among them, and roughly the seconds of one."""
+    """Peak bytes of memory in the first call, weights included, and the approximate seconds of a call."""
     import torch
 
     model.zero_grad(set_to_none=True)
@@ -355,7 +355,7 @@ def warm_up(call: Callable[[], Any], model: Any, device: str) -> tuple[int | Non
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
-    """Of one call, until the device is done."""
+    """Seconds of one call, until the device is done."""
     if device == "cpu":
         begin = time.perf_counter()
         call()
@@ -371,11 +371,11 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------------------------------
+# ---- reporting ---------------------------------------------------------------------------------------------------------------------------
 
 
 def summary(cells: dict[str, dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Medians, for each token where there are several; what each column has over eager in percent, as HF counts both: eager / column - 1."""
+    """Medians, per token if there are several; and each column's advantage over eager in percent, computed as HF does: eager / column - 1."""
     told = {name: cell if "failed" in cell else cell | {"median": float(np.median(cell["seconds"])) / tokens} for name, cell in cells.items()}
 
     def over(key: str) -> dict[str, float]:
@@ -424,14 +424,14 @@ def cell_told(cell: dict[str, Any], key: str, times: float) -> str:
 
 
 def percent(known: dict[str, float], name: str, cells: dict[str, dict[str, Any]]) -> str:
-    """As HF: where eager has no memory, that is the column's advantage."""
+    """The advantage in percent; as in HF's tables, eager running out of memory counts as the advantage."""
     if name in known:
         return f"{known[name]:.3f}"
     return "Eager OOM" if cells["eager"].get("failed") == "OOM" and "failed" not in cells[name] else "-"
 
 
 def draw(file: str, result: dict[str, Any]) -> None:
-    """Milliseconds of a forward pass against the length, a panel for each model and a line for each column, with the middle half of its calls."""
+    """Draws milliseconds of a forward pass against its length: a panel for each model, a line for each column with its calls' interquartile range."""
     from matplotlib.figure import Figure
 
     found = result["tables"].get("diagrams", [])

@@ -1,14 +1,14 @@
-"""Matrix products on the CPU over packed weights: near the processor's limit, and the same bits however many rows go in together.
+"""Matrix products on the CPU over packed weights: near the processor's limit, and bit-identical however many rows are multiplied together.
 
-A weight (O, I) is stored as panels of a few output columns, (P, I, COLUMNS): the order in which the micro-kernel reads it, for one row as for many.
-The micro-kernel holds a tile of the result, rows × columns, in vector registers and adds one product after the other, k = 0, 1, 2 …, each fused
-where the processor can; after every BLOCK_K of them the tile is added to the result, which keeps rounding errors small. So a result depends on its
-own row and column alone, never on the batch, the tile's other rows or the number of threads. Numba cannot be told to keep a tile in registers, so
-the kernel is written in LLVM's instructions, for the vectors that Numba compiles for. Weights may be stored in 16 bits: they widen when loaded.
+A weight (O, I) is stored as panels, (P, I, COLUMNS): a panel is COLUMNS output columns in the order in which the micro-kernel reads them, whether x
+has one row or many. The micro-kernel keeps a tile of the result, rows × columns, in vector registers and accumulates over k = 0, 1, 2 … in order,
+with fused multiply-adds where the processor has them; after every BLOCK_K steps it adds the tile to the result, which keeps rounding errors small.
+So an element depends only on its own row and column, never on the batch, the tile's other rows or the number of threads. Numba cannot be told to
+keep a tile in registers, so the micro-kernel is LLVM code, for the vector width that Numba targets. 16-bit weights widen to float32 when loaded.
 
-Where the processor multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 weights do not widen: x is rounded to bfloat16 as well, as HF does in that
-type, and one instruction adds two products to a float32 sum. Panels are then (P, ⌈I/2⌉, COLUMNS) words of 32 bits, each a pair of neighbours in k,
-the first in the lower half. All else stays: the micro-kernel's k counts pairs.
+Where the processor multiplies pairs of bfloat16 (AVX512-BF16), bfloat16 weights are not widened: x is rounded to bfloat16 too, as HF does in that
+dtype, and one instruction adds two products to a float32 sum. Panels are then (P, ⌈I/2⌉, COLUMNS) 32-bit words, each a pair of neighbours in k, the
+first in the lower half. Everything else is unchanged; the micro-kernel's k counts pairs.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Tile(NamedTuple):
     vectors: int
     width: int
     fused: bool  # multiply and add in one instruction, rounded once
-    halves: bool  # float16 widens in one instruction
-    pairs: str  # LLVM's name for the products of two pairs of bfloat16 in each lane; "" where bfloat16 widens
+    halves: bool  # converts float16 to float32 in one instruction
+    pairs: str  # LLVM's name of the instruction that multiplies pairs of bfloat16 in each lane; "" where bfloat16 is widened
     name: str
 
 
 DPBF16 = "llvm.x86.avx512bf16.dpbf16ps.512"
-EMULATED = "emulated"  # the same by other instructions: for tests, on processors that do not have it
+EMULATED = "emulated"  # the same from other instructions: for tests on processors without it
 
 
 def best_tile() -> Tile:
-    """The tile that fills the registers of the processor that Numba compiles for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are heeded)."""
+    """The tile that fills the vector registers of the processor that Numba targets (it respects NUMBA_CPU_NAME and NUMBA_CPU_FEATURES)."""
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     has = {feature.lstrip("+") for feature in features.split(",") if feature.startswith("+")}
     if "avx512f" in has:
@@ -86,23 +86,23 @@ def best_tile() -> Tile:
 
 TILE = best_tile()
 ROWS, COLUMNS = TILE.rows, TILE.vectors * TILE.width
-BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the second-level cache (1 MB and more beside AVX-512), a panel's 384 · COLUMNS in the first
+BLOCK_K = 384  # x's block, BLOCK_ROWS × 384, stays in the L2 cache (at least 1 MB on processors with AVX-512), a panel's 384 · COLUMNS in L1
 BLOCK_ROWS, BLOCK_UNIT = (48 if TILE.width == 16 else 12) * ROWS, 2 * ROWS
-FEW = ROWS // 2  # rows that take two panels at a time,
-ABREAST = 8 // TILE.vectors  # and how many one row takes: more sums that do not wait for each other
-AHEAD = 4096  # bytes: so far ahead of their use weights are asked for, into the second-level cache, where rows are few
+FEW = ROWS // 2  # up to this many rows take two panels at a time,
+ABREAST = 8 // TILE.vectors  # and a single row takes this many: more independent sums hide the latency of an addition
+AHEAD = 4096  # bytes ahead of their use that weights are prefetched into the L2 cache, where rows are few
 NEEDED = BLOCK_ROWS * BLOCK_K + ROWS * ABREAST * COLUMNS
-as_stored, PER = floats, 1  # weights, and how many of k each holds, in the kernels that read them: these have variants
-TASKS_EACH = 3  # for each thread, where there is one block of rows
-BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba knows neither: it is given their bits
+as_stored, PER = floats, 1  # the weights' pointer type, and how many of k an element holds; kernel variants rebind both (kernel.variant)
+TASKS_EACH = 3  # tasks per thread, where there is one block of rows
+BITS = {np.dtype(np.float16): np.dtype(np.int16), np.dtype(bfloat16): np.dtype(np.uint16)}  # Numba has neither type, and gets their bits
 PAIRS = np.dtype(np.int32)  # two bfloat16
 STORED = {bits: dtype for dtype, bits in BITS.items()} | {PAIRS: np.dtype(bfloat16)}
 
 
 class Packed:
-    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], zeros beyond O; np.asarray() gives it back.
+    """A weight (O, I) as panels (P, I, COLUMNS): panels[p, i, c] is weight[p · COLUMNS + c, i], 0 beyond O; np.asarray() restores the matrix.
 
-    Pairs are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour, 0 where I has none.
+    Pairs of bfloat16 are (P, ⌈I/2⌉, COLUMNS): weight[p · COLUMNS + c, 2i] and its neighbour in k, which is 0 after an odd I's last.
     """
 
     width = COLUMNS  # of a panel
@@ -127,7 +127,7 @@ class Packed:
         return self.panels.nbytes
 
     def needed(self, M: int) -> int:
-        """Numbers of memory that a thread needs for a product of so many rows."""
+        """Scratch memory of a thread, in float32 elements, for a product of M rows."""
         return NEEDED
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -141,7 +141,7 @@ class Packed:
         return weight[: self.shape[0], : self.shape[1]].astype(dtype or self.dtype)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the matrix that the weight stands for, in float32, as an embedding looks them up.  ids: (*N)  ->  (*N, I)"""
+        """Rows of the matrix, in float32, as an embedding lookup needs them.  ids: (*N)  ->  (*N, I)"""
         ids = np.ascontiguousarray(self.checked_rows(ids), np.int64)
         y = np.empty((*ids.shape, self.shape[1]), np.float32)
         kernel, arguments, tasks = self.rows_call(ids, y)
@@ -149,7 +149,7 @@ class Packed:
         return y
 
     def rows_call(self, ids: np.ndarray, y: np.ndarray) -> tuple[Kernel, list, int]:
-        """The kernel that looks rows up, its arguments, and how many tasks they make.  ids: (*N);  y: (*N, I)"""
+        """The lookup kernel, its arguments, and the number of tasks.  ids: (*N);  y: (*N, I)"""
         bits = self.panels.dtype
         kernel, per = (LOOK_UP["<u2"], 2) if bits == PAIRS else (LOOK_UP[bits.str], 1)
         return kernel, [ids, ids.size, self.panels, self.width, self.panels.shape[1], per, y, self.shape[1], 0, 0, 0, 0], ids.size
@@ -161,7 +161,7 @@ class Packed:
         return ids
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
-        """The kernel of a product, its arguments, and into how many tasks they cut it; y is (M, O), or 0 where its address and rows come later."""
+        """The product's kernel, its arguments, and the number of tasks; y is (M, O), or 0 if its address is filled in later."""
         (O, I), (most, blocks, parts) = self.shape, cut(self.count, M)
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, most, blocks, parts]
         return MATMUL[self.panels.dtype.str], arguments, blocks * parts
@@ -186,7 +186,7 @@ def pack(weight: np.ndarray) -> Packed:
 
 
 def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, function: str | None = None) -> np.ndarray:
-    """x times the transposed weight, plus the bias, then relu or gelu, in float32.  x: (M, I);  bias: (O)  ->  (M, O)"""
+    """x · weightᵀ + bias, then the activation function if one is named, in float32.  x: (M, I);  bias: (O)  ->  (M, O)"""
     O, I = weight.shape
     if x.ndim != 2 or x.shape[1] != I or (bias is not None and bias.shape != (O,)):
         raise ValueError(f"x is {x.shape} and the bias {None if bias is None else bias.shape}; a weight of {(O, I)} wants (M, {I}) and {(O,)}")
@@ -199,17 +199,17 @@ def matmul(x: np.ndarray, weight: Packed, bias: np.ndarray | None = None, functi
 
 
 def cut(panels: int, M: int) -> tuple[int, int, int]:
-    """Rows of a block, how many blocks, and parts of the panels for each: blocks times parts are the tasks.
+    """How a product is cut into blocks · parts tasks: the rows of a block, the number of blocks, and the parts that the panels are split into.
 
-    Threads share the rows, so that each is packed once, or where one block holds them all the columns, so that each thread reads its own panels;
-    ABREAST panels stay together, for a row that meets fewer at a time is slow. Blocks are all alike, a little smaller than they could be where each
-    thread then has as many of them; where they would have to be much smaller, all threads share each.
+    With several blocks, threads share the rows, so that each row is packed once. If one block holds all rows, they share the columns, so that each
+    thread reads its own panels; ABREAST panels stay together, since a single row is slow with fewer at a time. Blocks are of equal size, a little
+    below the maximum if every thread then gets equally many; if that would make them much smaller, all threads share each block.
     """
     threads, most = get_num_threads(), min(BLOCK_ROWS, math.ceil(M / BLOCK_UNIT) * BLOCK_UNIT)
     blocks = math.ceil(M / most)
     if blocks == 1:
         return most, 1, min(math.ceil(panels / ABREAST), threads * TASKS_EACH)
-    shared = math.ceil(blocks / threads) * threads  # so many would be as much work for each thread
+    shared = math.ceil(blocks / threads) * threads  # the number of blocks that gives every thread the same work
     each, alike = (math.ceil(M / count / ROWS) * ROWS for count in (shared, blocks))
     if each > most * 7 // 8 and math.ceil(M / each) % threads == 0:
         return each, math.ceil(M / each), 1
@@ -217,7 +217,7 @@ def cut(panels: int, M: int) -> tuple[int, int, int]:
 
 
 def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The memory of a matrix or of its transpose, and how far apart rows and columns lie in it; 16-bit floats as BITS."""
+    """A matrix's elements as a flat array, with the strides of its rows and columns; a transposed one is not copied. 16-bit floats as BITS."""
     transposed = a.flags.f_contiguous and not a.flags.c_contiguous
     memory = a.T if transposed else np.ascontiguousarray(a)
     memory = memory.reshape(-1).view(BITS.get(a.dtype, a.dtype))
@@ -228,7 +228,7 @@ def flat(a: np.ndarray) -> tuple[np.ndarray, int, int]:
 
 
 def _pack(table: Any) -> None:
-    """panels[p, i, c] = weight[(p · COLUMNS + c) · row + i · step], and zeros for the columns that the last panel has too many."""
+    """panels[p, i, c] = weight[(p · COLUMNS + c) · row + i · step], and 0 in the last panel's columns beyond O."""
     a = at(table, ARGUMENTS)
     weight, row, step, O, I, panels, P = as_stored(a[0]), a[1], a[2], a[3], a[4], as_stored(a[5]), a[6]
     p = claim(table, TASKS)
@@ -243,7 +243,7 @@ def _pack(table: Any) -> None:
 
 
 def _pack_pairs(table: Any) -> None:
-    """As _pack, two numbers of k in a word, with a zero after an odd I's last."""
+    """As _pack, with two neighbours of k in a word; after an odd I's last comes 0."""
     a = at(table, ARGUMENTS)
     weight, row, step, O, I, panels, P = uint16s(a[0]), a[1], a[2], a[3], a[4], int32s(a[5]), a[6]
     words = (I + 1) // 2
@@ -263,7 +263,7 @@ def _pack_pairs(table: Any) -> None:
 
 
 def _look_up(table: Any) -> None:
-    """A task is a row: its words stand a panel's width apart, each with `per` neighbours in k."""
+    """A task is a row: its words are a panel's width apart, and each holds `per` neighbours in k."""
     a = at(table, ARGUMENTS)
     ids, n, panels, width, words, per, y, I = int64s(a[0]), a[1], as_stored(a[2]), a[3], a[4], a[5], floats(a[6]), a[7]
     scales, scaled, columns, uneven = floats(a[8]), a[9], floats(a[10]), a[11]
@@ -284,7 +284,7 @@ def _look_up(table: Any) -> None:
 
 @intrinsic
 def float32_at(typing_context, numbers, i):
-    """numbers[i] in float32, whichever float it is stored as."""
+    """numbers[i] as float32, from float32 or from the bits of float16 or bfloat16."""
 
     def generate(context, builder, signature, arguments):
         lane = widened(builder, builder.gep(arguments[0], [arguments[1]]), ir.VectorType(ir.FloatType(), 1), signature.args[0].dtype, TILE)
@@ -293,16 +293,16 @@ def float32_at(typing_context, numbers, i):
     return types.float32(numbers, types.int64), generate
 
 
-as_float32 = float32_at  # in the kernel: one variant reads whole numbers
+as_float32 = float32_at  # a variant of the kernel rebinds it, to read int8
 
 
 # ---- the product -------------------------------------------------------------------------------------------------------------------------
 
 
 def _matmul(table: Any) -> None:
-    """A task is a block of rows and a part of the panels; x's rows are packed so that the kernel reads them in order.
+    """A task is a block of rows and a part of the panels; x's rows are packed in the order in which the micro-kernel reads them.
 
-    The kernel's k is a number, or a pair: PER numbers of x.
+    A step of the micro-kernel covers PER of k: one, or a pair of bfloat16.
     """
     a = at(table, ARGUMENTS)
     panels = as_stored(a[3])
@@ -315,7 +315,7 @@ def _matmul(table: Any) -> None:
         last, panels_from, panels_to = min(first + most, M), groups * part // parts * ABREAST, min(P, groups * (part + 1) // parts * ABREAST)
         scratch = at(xs, BLOCK_ROWS * BLOCK_K)
         whole = first + (last - first) // ROWS * ROWS
-        abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that make no whole tile
+        abreast = ABREAST if last - whole == 1 else 2 if 1 < last - whole <= FEW else 1  # for the rows that do not fill a tile
         for k in range(0, max(K, 1), BLOCK_K):
             numbers = min(BLOCK_K, K - k)
             n, block, ends = (numbers + PER - 1) // PER, at(panels, k // PER * COLUMNS), function if k + BLOCK_K >= K else 0
@@ -325,12 +325,12 @@ def _matmul(table: Any) -> None:
                 else:
                     pack_tile(at(x, i * row + k * step), row, step, min(ROWS, last - i), n, np.float32(1), at(xs, (i - first) * n))
             for p in range(panels_from, panels_to, abreast):
-                some = min(abreast, panels_to - p)  # min(0, some) below: a plain 0 would have _tile compiled once more, for that number
+                some = min(abreast, panels_to - p)  # min(0, some) below: Numba would compile _tile once more for a literal 0
                 for q in range(p, p + some):
                     for i in range(first, whole, ROWS):
                         _tile(at(xs, (i - first) * n), at(block, q * height * COLUMNS), min(0, some), n, at(y, i * y_row + q * COLUMNS), y_row,
                               min(ROWS, last - i), min(COLUMNS, O - q * COLUMNS), scratch, at(bias, q * COLUMNS), k == 0, ends)  # fmt: skip
-                wide = abreast if some == abreast else 1  # where too few panels are left: one at a time, each computed twice or more, used once
+                wide = abreast if some == abreast else 1  # too few panels left: one at a time, `abreast` copies computed, one used
                 for q in range(p, p + some if whole < last else p, wide):
                     _tile(at(xs, (whole - first) * n), at(block, q * height * COLUMNS), (wide > 1) * height * COLUMNS, n,
                           at(y, whole * y_row + q * COLUMNS), y_row, last - whole, min(wide * COLUMNS, O - q * COLUMNS), scratch,
@@ -349,7 +349,7 @@ def begin(y: Any, y_row: int, rows: int, columns: int, bias: Any) -> None:
 
 @inner
 def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
-    """Relu or gelu, where one is asked for, while the numbers are at hand."""
+    """Applies the activation function, if any, while the results are still in the cache."""
     if function:
         for r in range(rows):
             for c in range(columns):
@@ -358,7 +358,7 @@ def finish(y: Any, y_row: int, rows: int, columns: int, function: int) -> None:
 
 @inner
 def copy_tile(source: Any, source_row: int, rows: int, columns: int, target: Any, target_row: int) -> None:
-    """rows × columns numbers to another place."""
+    """Copies rows × columns elements."""
     for r in range(rows):
         for c in range(columns):
             target[r * target_row + c] = source[r * source_row + c]
@@ -366,7 +366,7 @@ def copy_tile(source: Any, source_row: int, rows: int, columns: int, target: Any
 
 @inner
 def pack_tile(x: Any, row: int, step: int, rows: int, n: int, scale: Any, xs: Any) -> None:
-    """xs[j, r] = scale · x[r · row + j · step]; of the last row again where there are fewer than ROWS."""
+    """xs[j, r] = scale · x[r · row + j · step]; the last row repeats if there are fewer than ROWS."""
     whole = n // TILE.width * TILE.width if step == 1 else 0
     if whole:
         interleave(x, row, rows, whole, scale, xs)
@@ -377,7 +377,7 @@ def pack_tile(x: Any, row: int, step: int, rows: int, n: int, scale: Any, xs: An
 
 @intrinsic
 def interleave(typing_context, x, row, rows, n, scale, xs):
-    """The same for n numbers that lie side by side: whole vectors, and at least one."""
+    """pack_tile for n contiguous elements of each row: whole vectors, and at least one."""
 
     def generate(context, builder, signature, arguments):
         x, row, rows, n, scale, xs = arguments
@@ -392,7 +392,7 @@ def interleave(typing_context, x, row, rows, n, scale, xs):
             for j in range(lanes):
                 for r, square in zip(squares, columns, strict=True):
                     column, first = square[j], j * ROWS + r
-                    if first + lanes > lanes * ROWS:  # elsewhere, what a column has too many is written over by the next
+                    if first + lanes > lanes * ROWS:  # elsewhere, the next column overwrites the surplus lanes
                         some = ir.Constant(ir.VectorType(ir.IntType(32), min(lanes, ROWS - r)), list(range(min(lanes, ROWS - r))))
                         column = builder.shuffle_vector(column, column, some)
                     store(builder, column, builder.gep(target, [index(first)]))
@@ -406,7 +406,7 @@ def interleave(typing_context, x, row, rows, n, scale, xs):
 
 @inner
 def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None:
-    """As pack_tile, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, a zero after an odd n's last."""
+    """As pack_tile, in pairs of bfloat16: xs[j, r] holds x[r · row + 2j · step] and its neighbour, which is 0 after an odd n's last."""
     for r in range(ROWS):
         whole = n // TILE.width * TILE.width if step == 1 and r < rows else 0
         if whole:
@@ -421,9 +421,9 @@ def _round_rows(x: Any, row: int, step: int, rows: int, n: int, xs: Any) -> None
 @inner
 def _tile(x: Any, panel: Any, gap: int, n: int, y: Any, y_row: int, rows: int, columns: int, scratch: Any, bias: Any, begins: bool,
           function: int) -> None:  # fmt: skip
-    """Adds n products to rows × columns results, which the first begin from the bias, and whose last the function follows, while they are at hand.
+    """Adds n products to rows × columns results: if `begins`, they start from the bias; then `function` is applied (0 means none).
 
-    By way of a scratch tile unless it is a whole one.
+    An incomplete tile is computed in a scratch tile and copied.
     """
     if begins:
         begin(y, y_row, rows, columns, bias)
@@ -448,10 +448,10 @@ def micro_kernel(rows: int, abreast: int, x_row: int, x_step: int, tile: Tile = 
                  asks: bool = False, ahead: int = 0) -> Any:  # fmt: skip
     """kernel(y, y_row, x, panel, panel_gap, n): y[r, c] += Σ x[r, k] · panel[k, c], over k = 0 … n - 1, for all columns of some panels.
 
-    y's rows are y_row apart, x's x_row, its numbers x_step, the panels panel_gap. The tile stays in registers over the whole loop: per step one load
-    for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
-    Of a panel alone, the first `vectors` can be all that is computed; adds=False writes the sums over what y had; asks=True is for a y that lies far
-    away, whose numbers come while the sums are made. Weights of 16 bits are asked for so many bytes `ahead`.
+    y's rows are y_row apart, x's x_row, x's elements x_step, the panels panel_gap. The tile stays in registers over the whole loop: each step takes
+    one load for each vector of the panels, one broadcast for each row, and their products. Where the panels hold pairs, as int32, so does x.
+    `vectors` computes only that many leading vectors of a single panel; adds=False overwrites y; asks=True prefetches y, which arrives from memory
+    during the loop. 16-bit weights are prefetched `ahead` bytes before their use.
     """
     vectors = vectors or abreast * tile.vectors
     index, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), tile.width)
@@ -496,7 +496,8 @@ many, few, one = micro_kernel(ROWS, 1, 1, ROWS, asks=True), micro_kernel(FEW, 2,
 
 
 def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) -> Any:
-    """A vector of weights in float32: bfloat16 is its upper half; float16 has an instruction of its own, or is put together here; pairs stay."""
+    """LLVM: loads a vector of weights as float32; pairs stay as they are. bfloat16 is float32's upper half; float16 is converted by an instruction
+    where there is one, else here."""
     if stored in (types.float32, types.int32):
         return load(builder, address, vector)
     half, whole = (ir.VectorType(ir.IntType(size), vector.count) for size in (16, 32))
@@ -508,7 +509,7 @@ def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) ->
     value = builder.zext(value, whole)
     sign = builder.shl(builder.and_(value, every(whole, 0x8000)), every(whole, 16))
     size = builder.shl(builder.and_(value, every(whole, 0x7FFF)), every(whole, 13))
-    number = builder.bitcast(builder.fmul(builder.bitcast(size, vector), every(vector, 2.0**112)), whole)  # exact, subnormals too
+    number = builder.bitcast(builder.fmul(builder.bitcast(size, vector), every(vector, 2.0**112)), whole)  # exact, also for subnormals
     number = builder.select(
         builder.icmp_unsigned("<", size, every(whole, 0x0F800000)), number, builder.or_(size, every(whole, 0x7F800000))
     )  # inf, NaN
@@ -519,14 +520,14 @@ def widened(builder: Any, address: Any, vector: Any, stored: Any, tile: Tile) ->
 
 
 def pair_products(builder: Any, a: Any, b: Any, c: Any, tile: Tile) -> Any:
-    """c plus, in each lane, the product of the pairs' upper halves, then that of the lower ones: VDPBF16PS.
+    """LLVM: VDPBF16PS, which in each lane adds to c the product of the pairs' upper halves, then that of the lower halves.
 
-    Intel's manual defines it as two fused multiply-adds in this order, rounded to the nearest even, with subnormal numbers taken as 0 and subnormal
-    sums made 0, whatever MXCSR says. The emulation does not do the latter, so it may differ below 1.2e-38, and nowhere else by that definition.
+    Intel's manual defines it as two fused multiply-adds in this order, rounded to nearest even, with subnormal inputs taken as 0 and subnormal
+    results flushed to 0, regardless of MXCSR. The emulation does neither: it may differ where an input or a sum is below 1.2e-38, and only there.
     """
     words = ir.VectorType(ir.IntType(32), tile.width)
     a, b = builder.bitcast(a, words), builder.bitcast(b, words)
-    if tile.pairs != EMULATED:  # LLVM takes words for pairs, as it once declared them itself
+    if tile.pairs != EMULATED:  # declared with 32-bit words for pairs, its older signature in LLVM, which LLVM still accepts
         return instruction(builder, tile.pairs, c.type, c, a, b)
     upper_a, upper_b = (builder.bitcast(builder.and_(pair, every(words, 0xFFFF0000)), c.type) for pair in (a, b))
     lower_a, lower_b = (builder.bitcast(builder.shl(pair, every(words, 16)), c.type) for pair in (a, b))
@@ -534,15 +535,15 @@ def pair_products(builder: Any, a: Any, b: Any, c: Any, tile: Tile) -> Any:
 
 
 def rounded_pairs(builder: Any, numbers: Any) -> Any:
-    """A vector of float32 as half as many pairs of bfloat16."""
+    """LLVM: a vector of float32 as half as many pairs of bfloat16, each in a float32's bits."""
     count = numbers.type.count
     bits = bfloat16_bits(builder, builder.bitcast(numbers, ir.VectorType(ir.IntType(32), count)))
     halves = builder.trunc(bits, ir.VectorType(ir.IntType(16), count))
-    return builder.bitcast(halves, ir.VectorType(ir.FloatType(), count // 2))  # a pair goes where a float32 goes
+    return builder.bitcast(halves, ir.VectorType(ir.FloatType(), count // 2))  # so that x's buffer of float32 can hold pairs
 
 
 def bfloat16_bits(builder: Any, bits: Any) -> Any:
-    """The upper half of a float32, or of a vector of them, rounded to the nearest, of two as near to the even one; NaN stays NaN."""
+    """LLVM: float32 bits, or a vector of them, rounded to bfloat16 (to nearest, ties to even); NaN stays NaN."""
 
     def word(value: int) -> Any:
         return every(bits.type, value) if isinstance(bits.type, ir.VectorType) else bits.type(value)
@@ -555,7 +556,7 @@ def bfloat16_bits(builder: Any, bits: Any) -> Any:
 
 @intrinsic
 def pair_of(typing_context, low, high):
-    """Two numbers as a pair."""
+    """Two float32 as a pair of bfloat16."""
 
     def generate(context, builder, signature, arguments):
         numbers, place = ir.Constant(ir.VectorType(ir.FloatType(), 2), ir.Undefined), ir.IntType(32)
@@ -568,7 +569,7 @@ def pair_of(typing_context, low, high):
 
 @intrinsic
 def round_row(typing_context, x, n, xs):
-    """n numbers, whole vectors and at least one, as pairs that are ROWS apart."""
+    """n float32 (whole vectors, and at least one) as pairs that are ROWS apart."""
 
     def generate(context, builder, signature, arguments):
         x, n, xs = arguments

@@ -1,12 +1,12 @@
 """Matrix products in Intel's tiles (AMX): bfloat16 and int8 weights, where the processor multiplies 16 rows by 16 columns in one instruction.
 
-A tile is 16 rows of 16 words of 32 bits; a word holds two bfloat16 or four int8 numbers, neighbours in k. A weight (O, I) is stored as strips of 16
-columns, and a strip as tiles in the order of k, so that the processor reads it from one end to the other, for one row of x as for many. A result
-depends on its own row and column alone: the same bits however many rows go in together, as in gemm.py.
+A tile is 16 rows of 16 words of 32 bits; a word holds two bfloat16 or four int8 values, neighbours in k. A weight (O, I) is stored as strips of 16
+output columns, and a strip as tiles in the order of k, so that it is read sequentially, for one row of x as for many. An element of the result
+depends only on its own row and column: it is bit-identical however many rows are multiplied together, as in gemm.py.
 
-bfloat16: x is rounded to it, as HF does in that type; products of 32 neighbours are added to the float32 sum as Intel's manual says of TDPBF16PS.
-int8: x becomes whole numbers of 16 bits, as in gemm_int.py; their upper and lower bytes meet the weights one after the other (TDPBSSD, TDPBUSD), and
-256 times the one sum and the other are, exactly, what gemm_int.py adds up: the results are the same bits.
+bfloat16: x is rounded to it, as HF does in that dtype; products of 32 neighbours in k are added to the float32 sum as Intel's manual defines
+TDPBF16PS. int8: x is rounded to 16-bit integers, as in gemm_int.py; first their upper, then their lower bytes are multiplied by the weights (TDPBSSD,
+TDPBUSD). 256 times the first sum plus the second is exactly gemm_int.py's sum: the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -63,29 +63,29 @@ from opt_np.ops import LAYER_NORM_EPS
 
 SIDE = 16  # rows of a tile, and words of a row
 TILE_BYTES = SIDE * SIDE * 4
-ABREAST = 2  # tiles of rows that meet a strip together: a block of k of 32 rows of x leaves half of the first-level cache to what passes through. Two
-# by two would need fewer loads, but eight tiles at once; where another thread shares the core, tiles that are loaded wait for a register
+ABREAST = 2  # tiles of rows multiplied by a strip together: a block of k of 32 rows of x leaves half of the L1 cache to the streaming weights. Two by
+# two would need fewer loads, but all eight tile registers; where another thread shares the core, tile loads then wait for a free register
 GROUP = ABREAST * SIDE
-DEPTH, CHUNK = 2 * BLOCK_K, BLOCK_K // SIDE  # a block of rows meets so many strips together, so deep: in bfloat16 600 kB of the second-level cache
-MOST_ROWS, X_BYTES = 16 * GROUP, 800 << 10  # of a block, and what they take of it; with DEPTH after DEPTH, sums wait there, too
-ASKS = 2  # lines of the strips that come next that are asked for with each tile, for int8 half as many
-LAST_ROWS = 256  # of a block, which ask for them one after the other; rows before them ask for the first
-FLUSH = 0x8040  # in MXCSR: subnormal numbers are 0, before and after
-TASKS_EACH = 3, 2  # for each thread: parts of the strips where there are few rows, or blocks of rows
+DEPTH, CHUNK = 2 * BLOCK_K, BLOCK_K // SIDE  # k and strips that a block of rows is multiplied by at a time: in bfloat16 600 kB of the L2 cache
+MOST_ROWS, X_BYTES = 16 * GROUP, 800 << 10  # most rows of a block, and bytes of L2 for them; if k is deeper than DEPTH, partial sums wait there too
+ASKS = 2  # cache lines of the next strips that are prefetched with each tile, for int8 half as many
+LAST_ROWS = 256  # the last rows of a block prefetch all of the next strips in order; the rows before them, only their beginning
+FLUSH = 0x8040  # in MXCSR: subnormal inputs and results are 0
+TASKS_EACH = 3, 2  # tasks per thread: parts of the strips if there are few rows, else blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tiles; those before hold sums
-PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; upper bytes have a sign, lower ones have none
-INTEGERS = False  # in the kernel: it has two variants
+OF_X_LOWER, OF_X, OF_WEIGHTS = 5, 6, 7  # tile registers; those before hold sums
+PAIRS, BYTES_OF = "tdpbf16ps", ("tdpbssd", "tdpbusd")  # the instructions; x's upper bytes are signed, its lower ones unsigned
+INTEGERS = False  # whether weights are int8; kernel variants rebind it
 RELU = FUNCTIONS["relu"]
 INT8, SINGLE, INDEX = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 VECTOR, WORDS, HALVES = (ir.VectorType(kind, SIDE) for kind in (ir.FloatType(), SINGLE, ir.IntType(16)))
-WHOLE = INDEX(4 * SIDE)  # bytes, from row to row of a tile that lies by itself
+WHOLE = INDEX(4 * SIDE)  # bytes from row to row of a contiguous tile
 
 assert BLOCK_K % (4 * SIDE) == 0  # whole tiles
 
 
 def unit() -> str:
-    """ "AMX" where Numba compiles for it and the system lets this process use it, which it has to be asked for; or ""."""
+    """ "AMX" if Numba targets it and the system grants this process its use, which has to be requested; else ""."""
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     if TILE.pairs != DPBF16 or not {"+amx-tile", "+amx-bf16", "+amx-int8", "+avx512vnni"} <= features or sys.platform != "linux":
         return ""
@@ -96,7 +96,7 @@ UNIT = unit()
 
 
 class Rounded:
-    """Activations (M, K) as products in tiles take them, rounded once for all that read them: block of k after block, 16 rows after 16."""
+    """Activations (M, K) rounded and laid out for products in tiles, once for all that read them: by blocks of k, and in a block by 16 rows."""
 
     def __init__(self, M: int, K: int, stored: np.dtype) -> None:
         self.stored, self.rows = stored, math.ceil(M / SIDE) * SIDE
@@ -104,13 +104,13 @@ class Rounded:
 
 
 def rounded_size(rows: int, K: int, stored: Any) -> int:
-    """Numbers that rounded rows take: as bfloat16, or as two planes of bytes, the lower ones behind; and the scales of their blocks of k."""
+    """float32 elements of memory for rounded rows: bfloat16, or a plane of upper bytes and one of lower bytes; then a scale for each block of k."""
     planes, per = (2, 4) if stored == np.int8 else (1, 2)
     return rows * (planes * math.ceil(K / (per * SIDE)) * SIDE + math.ceil(K / BLOCK_K))
 
 
 class PackedTiles(Packed):
-    """A bfloat16 or int8 weight (O, I) as strips: panels[s, t, r, c] is of column s · 16 + c the t-th tile's word r; zeros beyond O and I."""
+    """A bfloat16 or int8 weight (O, I) as strips: panels[s, t, r, c] is word r of tile t of column s · 16 + c; 0 beyond O and I."""
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:
         O, I = self.shape = weight.shape
@@ -121,7 +121,7 @@ class PackedTiles(Packed):
         self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
         tiles = math.ceil(I / (per * SIDE))
         self.panels = for_weights((self.count, tiles, SIDE, SIDE), np.int32)
-        for s in range(0, self.count, 16):  # some strips at a time: what is made besides them is small
+        for s in range(0, self.count, 16):  # 16 strips at a time, to keep the temporary arrays small
             rows = weight[s * SIDE : (s + 16) * SIDE]
             whole = np.zeros((min(16, self.count - s) * SIDE, tiles * SIDE * per), weight.dtype)
             whole[: len(rows), :I] = rows
@@ -129,11 +129,11 @@ class PackedTiles(Packed):
 
     @property
     def kind(self) -> str:
-        return "int8" if self.stored == np.int8 else ""  # of the whole numbers that it is kept in, for good
+        return "int8" if self.stored == np.int8 else ""  # of integer weights, which opt_np/quantize.py made
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.float32) if self.stored == np.int8 else self.stored  # of what it stands for
+        return np.dtype(np.float32) if self.stored == np.int8 else self.stored  # of the matrix that it represents
 
     @property
     def count(self) -> int:
@@ -160,28 +160,28 @@ class PackedTiles(Packed):
         return self.panels.shape[1]
 
     def needed(self, M: int) -> int:
-        """Numbers of memory that a thread needs: x's block, a row, and sums."""
+        """Scratch memory of a thread, in float32 elements: x's block, a row, and sums."""
         rows, *_ = shares(M, self.shape[1], self.count)
         sums = CHUNK * (rows if self.shape[1] > DEPTH else GROUP)
         return lines(rounded_size(rows, self.shape[1], self.stored) + BLOCK_K + (sums + 2 * SIDE) * SIDE)
 
     def call(self, x: Any, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds: bool = False) -> tuple[Kernel, list, int]:  # fmt: skip
-        """As Packed.call. Threads share the rows, so that each is rounded once, or where they are few the strips.
+        """As Packed.call. Threads share the rows, so that each is rounded once, or the strips, if rows are few.
 
-        x, and where `writes_rounded` y, may be Rounded. What y has can be added to.
+        x may be Rounded, and so may y if `writes_rounded`. adds=True adds to what y contains.
         """
         rows, blocks, parts = shares(M, self.shape[1], self.count)
         given, rounds = ((a.memory, a.rows) if isinstance(a, Rounded) else (0, 0) for a in (x, y))
         parts = 1 if rounds[1] else parts
-        chunk, depth = (CHUNK, DEPTH) if M > SIDE else (1, self.shape[1] + 1)  # few rows wait for memory: it is read from one end to the other
+        chunk, depth = (CHUNK, DEPTH) if M > SIDE else (1, self.shape[1] + 1)  # few rows are limited by memory: weights are read sequentially
         x, y = 0 if given[1] else x, 0 if rounds[1] else y
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, self.shape[0], M, *self.shape, rows, blocks,
                      parts, chunk, depth, self.scale, self.columns, self.columns.size, SHAPES[min(M, SIDE)], *given, *rounds, int(adds)]  # fmt: skip
         return MATMUL[self.stored.name], arguments, blocks * parts
 
     def writes_rounded(self, M: int) -> bool:
-        """Whether a result of so many rows may be Rounded: where a task has whole rows."""
+        """Whether a result of M rows may be Rounded: only if tasks have whole rows."""
         return get_num_threads() * GROUP <= M
 
     def __repr__(self) -> str:
@@ -189,12 +189,12 @@ class PackedTiles(Packed):
 
 
 def rows_at_once(I: int) -> int:
-    """Rows of a block, at most: whole groups."""
+    """The most rows of a block, a multiple of GROUP."""
     return max(GROUP, min(MOST_ROWS, X_BYTES // (2 * min(I, DEPTH) + 1) // GROUP * GROUP))
 
 
 def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
-    """Rows of a block, how many blocks, and parts of a weight's strips or panels for each: blocks times parts are the tasks."""
+    """The rows of a block, the number of blocks, and the parts that a weight's strips or panels are split into: blocks · parts tasks."""
     threads, (few, many) = get_num_threads(), TASKS_EACH
     blocks = math.ceil(M / rows_at_once(I))
     if threads <= M // GROUP:
@@ -205,10 +205,10 @@ def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
 
 
 def tile_shapes(rows: int, depth: int = SIDE, columns: int = SIDE, weights: int = 1) -> np.ndarray:
-    """What LDTILECFG reads: the palette, 14 bytes of nothing, and the bytes of a row (16 bits) and the rows (8) of each of eight tiles.
+    """LDTILECFG's operand: the palette, reserved bytes, and for each of eight tiles the bytes of a row (16 bits each) and the rows (8 bits each).
 
-    All have `rows` rows but the weights' own, the last, which have `depth`, as many as x's have words, and like the sums `columns`: fewer are
-    multiplied sooner.
+    Tiles have `rows` rows, but the weights' tiles, the last, have `depth`, which is also the words in a row of x; the rows of weights and of sums
+    have `columns` words. Smaller tiles multiply faster.
     """
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1
@@ -224,8 +224,8 @@ SHAPES = [tile_shapes(rows) for rows in range(SIDE + 1)]
 
 
 def _matmul(table: Any) -> None:
-    """A task is a block of rows and a part of the strips. x's rows are rounded into tiles, block of k after block of k; then some strips, which stay
-    in the cache, meet group after group of them."""
+    """A task is a block of rows and a part of the strips. First x's rows are rounded into tiles, one block of k at a time; then groups of rows are
+    multiplied by CHUNK strips at a time, which stay in the cache meanwhile."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], bytes_(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, most, blocks, parts, chunk, depth, scale, factors = a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], floats(a[17]), floats(a[18])
@@ -251,7 +251,7 @@ def _matmul(table: Any) -> None:
             until = min(some + chunk, strips_to)
             for k_from in range(0, max(K, 1), depth):
                 k_to = min(k_from + depth, K)
-                following = at(panels, (until if until < strips_to else P * part // parts) * strip)  # or the first again, for other rows
+                following = at(panels, (until if until < strips_to else P * part // parts) * strip)  # or the first, for the next block of rows
                 following_k = min(depth, K)
                 if k_to < K:
                     following, following_k = at(panels, some * strip + k_to // (per * SIDE) * TILE_BYTES), min(depth, K - k_to)
@@ -311,7 +311,7 @@ def _matmul(table: Any) -> None:
 
 @inner
 def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
-    """Of the block that begins at k, how many numbers it has, and how many tiles those take."""
+    """The length of the block of k that begins at k, and how many tiles it takes."""
     n = min(BLOCK_K, K - k)
     return n, (n + per * SIDE - 1) // (per * SIDE)
 
@@ -319,7 +319,7 @@ def tiles_of(K: int, k: int, per: int) -> tuple[int, int]:
 @inner
 def round_block(x: Any, step: int, factors: Any, uneven: int, line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int, i: int,
                 k: int) -> None:  # fmt: skip
-    """A block of k of x's row i, times `factors` where they are uneven, to its place; by way of a line where it is not whole tiles that lie so."""
+    """Rounds one block of k of x's row i, times `factors` if `uneven`; by way of `line` if the block is not contiguous or does not fill its tiles."""
     per = 4 if integers else 2
     n, tiles = tiles_of(K, k, per)
     source = x
@@ -332,12 +332,12 @@ def round_block(x: Any, step: int, factors: Any, uneven: int, line: Any, integer
 
 @inner
 def round_line(line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int, i: int, k: int) -> None:
-    """A block of k of row i, whole tiles' rows, to its place among so many rows; `plane` bytes after it the lower bytes', after both the scales."""
+    """Rounds a block of k of row i, padded to whole tiles, to its position among `rows` rows; `plane` bytes on are the lower bytes, then scales."""
     per = 4 if integers else 2
     _, tiles = tiles_of(K, k, per)
     target = at(xs, (k // (per * SIDE) * (rows // SIDE) + i // SIDE * tiles) * TILE_BYTES + i % SIDE * SIDE * 4)
     if integers:
-        highest = largest(line, tiles * per * SIDE)  # NaN where a number is NaN or infinite
+        highest = largest(line, tiles * per * SIDE)  # NaN if a value is NaN or infinite
         floats_of(at(xs, 2 * plane))[k // BLOCK_K * rows + i] = highest / np.float32(LARGEST)
         split_row(line, np.float32(LARGEST) / highest if highest > TINY else np.float32(0), tiles * per * SIDE, target, at(target, plane))
     else:
@@ -346,7 +346,7 @@ def round_line(line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int
 
 @intrinsic
 def floats_of(typing_context, bytes_):
-    """The same address, for float32."""
+    """The pointer cast to float32."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType().as_pointer())
@@ -356,7 +356,7 @@ def floats_of(typing_context, bytes_):
 
 @inner
 def write_row(sums: Any, apart: int, y: Any, columns: int, adds: int, function: int) -> None:
-    """A row of strips' sums, which lie `apart`, to their place side by side, or added to what is there; then relu or gelu, which see them at once."""
+    """Writes a row of the strips' sums, `apart` from strip to strip, to contiguous y, or adds them to it; then applies the activation function."""
     whole = columns // SIDE
     relu = function == RELU and not adds
     if whole == 0:
@@ -375,7 +375,7 @@ def write_row(sums: Any, apart: int, y: Any, columns: int, adds: int, function: 
 
 
 def vectors(what: Callable[[Any, Any, Any], Any]) -> Any:
-    """kernel(sums, apart, y, n): n vectors of 16, at least one, that lie `apart`, to y side by side, as what(builder, numbers, place) makes them."""
+    """kernel(sums, apart, y, n): stores what(builder, vector, its place in y) for n ≥ 1 vectors of 16, `apart` in sums and contiguous in y."""
 
     @intrinsic
     def kernel(typing_context, sums, apart, y, n):
@@ -402,7 +402,7 @@ above_zero = vectors(lambda builder, numbers, place: builder.select(builder.fcmp
 
 @intrinsic
 def add_scaled(typing_context, y, start, start_row, sums, scale, sizes, rows):
-    """Rows of 16: what stands at `start`, from row to row start_row apart, and the sums; the lower bytes' stand a tile behind the upper ones'."""
+    """y = start + scaled sums, in rows of 16; start's rows are start_row apart, and the lower bytes' sums a tile behind the upper bytes'."""
 
     def generate(context, builder, signature, arguments):
         y, start, start_row, sums, scale, sizes, rows = arguments
@@ -421,19 +421,19 @@ def add_scaled(typing_context, y, start, start_row, sums, scale, sizes, rows):
 
 
 def add_scaled_to(builder: Any, y: Any, sums: Any, scale: Any, size: Any) -> Any:
-    """LLVM: y with the sums that stand there, and a tile behind them those of the lower bytes, times what they are worth; `size` is an address."""
+    """LLVM: y plus the upper bytes' sums at `sums` and the lower bytes', a tile behind, scaled; `size` is the address of the row's scale."""
     return builder.fadd(y, scaled(builder, load(builder, sums, WORDS), load(builder, builder.gep(sums, [INDEX(SIDE * SIDE)]), WORDS), scale, size))
 
 
 def scaled(builder: Any, upper: Any, lower: Any, scale: Any, size: Any) -> Any:
-    """LLVM: the upper and the lower bytes' sums as one, times what it is worth."""
+    """LLVM: (256 · upper + lower) times both scales, the column's and the row's."""
     total = builder.sitofp(builder.add(builder.shl(upper, every(WORDS, 8)), lower), VECTOR)
     return builder.fmul(total, builder.fmul(scale, broadcast(builder, builder.load(size), VECTOR)))
 
 
 @intrinsic
 def round_row(typing_context, x, n, target):
-    """n numbers, whole tiles' rows, as bfloat16: a row of each tile."""
+    """Rounds n values, a multiple of 32, to bfloat16: one row in each tile."""
 
     def generate(context, builder, signature, arguments):
         x, n, target = arguments
@@ -451,21 +451,21 @@ def round_row(typing_context, x, n, target):
 
 
 def halves_at(builder: Any, place: Any, stored: Any) -> Any:
-    """LLVM: 16 numbers as bfloat16, which they may be already."""
+    """LLVM: loads 16 values as bfloat16, rounded unless they are stored so."""
     return load(builder, place, HALVES) if stored == types.uint16 else rounded(builder, widened(builder, place, VECTOR, stored, TILE))
 
 
 def rounded(builder: Any, numbers: Any) -> Any:
-    """A vector of float32 as bfloat16; a subnormal one may become 0, which it is to a product of tiles."""
+    """LLVM: rounds a vector of float32 to bfloat16; a subnormal value may become 0, as which a product in tiles would take it anyway."""
     if EMULATED in (UNIT, TILE.pairs):
         return builder.trunc(bfloat16_bits(builder, builder.bitcast(numbers, WORDS)), HALVES)
-    # LLVM takes 16-bit words for bfloat16, as it once declared them itself
+    # declared with 16-bit words for bfloat16, its older signature in LLVM, which LLVM still accepts
     return instruction(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", HALVES, numbers)
 
 
 @intrinsic
 def split_row(typing_context, x, inverse, n, upper, lower):
-    """n numbers, whole tiles' rows, times `inverse` in 16 bits: their upper bytes (with the sign) and their lower ones, a row of each tile."""
+    """Rounds n values, a multiple of 64, times `inverse` to 16 bits: upper bytes (signed) and lower bytes, one row in each tile."""
 
     def generate(context, builder, signature, arguments):
         x, inverse, n, *targets = arguments
@@ -488,15 +488,15 @@ def split_row(typing_context, x, inverse, n, upper, lower):
 
 @inner
 def int8_at(numbers: Any, i: int) -> Any:
-    """gemm.float32_at for whole numbers."""
+    """gemm.float32_at for int8."""
     return np.float32(numbers[i])
 
 
-# ---- LayerNorm, where products come next -------------------------------------------------------------------------------------------------
+# ---- LayerNorm, rounded for the products that follow -------------------------------------------------------------------------------------
 
 
 def norm_call(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: Rounded) -> tuple[Kernel, list, int]:
-    """LayerNorm's kernel that writes rounded rows, its arguments, and how many tasks they make; a task needs memory for a row."""
+    """The LayerNorm kernel that writes rounded rows, its arguments, and the number of tasks; a thread needs scratch memory for a row."""
     M, D = x.shape
     some = max(NUMBERS // D, 1)
     return NORM[y.stored.name], [x, weight, bias, y.memory, y.rows, M, D, some, float_bits(LAYER_NORM_EPS)], math.ceil(M / some)
@@ -525,10 +525,10 @@ def _norm(table: Any) -> None:
 
 @intrinsic
 def configure(typing_context, shapes):
-    """Gives the thread's tiles their shapes."""
+    """Sets the shapes of the thread's tile registers."""
 
     def generate(context, builder, signature, arguments):
-        if UNIT not in ("", EMULATED):  # attention_bf16.py asks, with tiles or without
+        if UNIT not in ("", EMULATED):  # attention_bf16.py calls this even without tiles
             instruction(builder, "llvm.x86.ldtilecfg", ir.VoidType(), arguments[0])
         return context.get_dummy_value()
 
@@ -537,7 +537,7 @@ def configure(typing_context, shapes):
 
 @intrinsic
 def release(typing_context):
-    """The thread has no tiles any more, and the system none of them to keep for it."""
+    """Clears the thread's tile registers, so that the system need not save them at context switches."""
 
     def generate(context, builder, signature, arguments):
         if UNIT not in ("", EMULATED):
@@ -548,7 +548,7 @@ def release(typing_context):
 
 
 class Tiles:
-    """LLVM: the registers, by their numbers."""
+    """LLVM: the tile registers, by number."""
 
     def __init__(self, builder: Any, depth: Any) -> None:
         self.builder, self.depth = builder, depth
@@ -557,7 +557,7 @@ class Tiles:
         instruction(self.builder, "llvm.x86.tilezero", ir.VoidType(), INT8(tile))
 
     def load(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
-        """Rows of so many words, which is the tile's shape, so many bytes apart."""
+        """Loads rows that are `step` bytes apart; `words` has to be the row length of the tile's shape."""
         instruction(self.builder, "llvm.x86.tileloadd64", ir.VoidType(), INT8(tile), place, step)
 
     def store(self, tile: int, place: Any, step: Any = WHOLE, words: int = SIDE) -> None:
@@ -568,7 +568,7 @@ class Tiles:
 
 
 class EmulatedTiles(Tiles):
-    """The same in memory, by Intel's manual: for tests, on processors that have no tiles."""
+    """LLVM: tile registers emulated in memory, by Intel's manual: for tests on processors without AMX."""
 
     def __init__(self, builder: Any, depth: Any) -> None:
         super().__init__(builder, depth)
@@ -609,7 +609,7 @@ class EmulatedTiles(Tiles):
 
             carried = loop(self.builder, self.depth, 1, [every(VECTOR if sums == 2 else WORDS, 0)] * sums, step)
             place, add = self.place(total, m), self.builder.fadd if sums == 2 else self.builder.add
-            found = add(*carried) if sums == 2 else carried[0]  # the sums of pairs are added to each other, and then to what there was
+            found = add(*carried) if sums == 2 else carried[0]  # the two halves' sums are added to each other first, then to the total
             store(self.builder, add(load(self.builder, place, found.type), found), place)
             return []
 
@@ -617,14 +617,15 @@ class EmulatedTiles(Tiles):
 
 
 def unit_of(builder: Any, depth: Any) -> Tiles:
-    """LLVM: the tiles there are; the weights' have so many rows."""
+    """LLVM: the processor's tiles, or emulated ones; the weights' tiles have `depth` rows."""
     return (EmulatedTiles if UNIT == EMULATED else Tiles)(builder, depth)
 
 
 def over_tiles(*products: str, asks: int = 0, adds: bool = True) -> Any:
-    """kernel(sums, start, start_row, x, gap, strip, n, asked): a loop over n tiles of a strip; each meets one of x, or some, `gap` bytes apart.
+    """kernel(sums, start, start_row, x, gap, strip, n, asked): a loop over n tiles of a strip, each by one tile of x for each of `products`.
 
-    Sums begin with what stands at `start`, from row to row start_row apart, or at 0. Each step asks for so many lines of memory, from `asked` on.
+    x's tiles are `gap` bytes apart. Sums start from the values at `start`, whose rows are start_row apart, or from 0 if not `adds`. Each step
+    prefetches `asks` cache lines, from `asked` on.
     """
     count = len(products)
 
@@ -660,7 +661,7 @@ def over_tiles(*products: str, asks: int = 0, adds: bool = True) -> Any:
 
 @intrinsic
 def ask_to_write(typing_context, y, row, n):
-    """Asks for a line of each of n rows."""
+    """Prefetches a cache line of each of n rows for writing."""
 
     def generate(context, builder, signature, arguments):
         y, row, n = arguments
@@ -677,7 +678,7 @@ def ask_to_write(typing_context, y, row, n):
 
 @intrinsic
 def flush(typing_context):
-    """From here on subnormal numbers are 0 in this thread; returns what `restore` wants."""
+    """From here on this thread's vector instructions take subnormals as 0; returns the previous mode, for `restore`."""
 
     def generate(context, builder, signature, arguments):
         if EMULATED in (UNIT, TILE.pairs):  # on any processor
@@ -696,7 +697,7 @@ def flush(typing_context):
 
 @intrinsic
 def restore(typing_context, before):
-    """As it was."""
+    """Restores the mode that `flush` returned."""
 
     def generate(context, builder, signature, arguments):
         if EMULATED not in (UNIT, TILE.pairs):
@@ -711,7 +712,7 @@ def restore(typing_context, before):
 
 @intrinsic
 def lone_pairs(typing_context, y, start, x, strip, n):
-    """As `one`, for one row, in vectors. They take subnormal numbers as tiles do between `flush` and `restore`."""
+    """As `one`, for a single row, in vector instructions; between `flush` and `restore` they treat subnormals as tiles do."""
 
     def generate(context, builder, signature, arguments):
         y, start, x, strip, n = arguments
@@ -734,7 +735,7 @@ def lone_pairs(typing_context, y, start, x, strip, n):
 
 
 def add_pairs(builder: Any, a: Any, b: Any, sums: list) -> list:
-    """LLVM: sums of the products of the first numbers of pairs, and of the second, each rounded once."""
+    """LLVM: adds the products of the pairs' lower halves to one sum, and of their upper halves to another, each rounded once."""
     halves = [[builder.shl(x, every(WORDS, 16)), builder.and_(x, every(WORDS, 0xFFFF0000))] for x in (a, b)]
     both = [[builder.bitcast(half, VECTOR) for half in numbers] for numbers in halves]
     return [multiply_add(builder, x, w, total, True) for x, w, total in zip(*both, sums, strict=True)]
@@ -742,9 +743,9 @@ def add_pairs(builder: Any, a: Any, b: Any, sums: list) -> list:
 
 @intrinsic
 def lone(typing_context, y, start, x, plane, strip, n, scale, size):
-    """As bytes_of_few and add_scaled, for one row, in vectors: there is less to wait for beside memory than with tiles of a single row.
+    """As bytes_of_few and add_scaled, for a single row, in vector instructions, whose latency is below that of tiles with one row.
 
-    The upper bytes are met 128 larger, without a sign, and what that adds is taken off.
+    The upper bytes are multiplied as unsigned, 128 larger than they are; the excess is subtracted at the end.
     """
 
     def generate(context, builder, signature, arguments):
@@ -759,7 +760,7 @@ def lone(typing_context, y, start, x, plane, strip, n, scale, size):
                 prefetch(builder, builder.gep(line, [INDEX(AHEAD)]), level=2)
                 words = [builder.load(builder.bitcast(builder.gep(place, [INDEX(4 * r)]), SINGLE.as_pointer())) for place in (upper, lower)]
                 words[0] = builder.xor(words[0], SINGLE(0x80808080))
-                for i, word in enumerate((*words, SINGLE(0x80808080)), r % 2 * 3):  # two of each, that do not wait for each other
+                for i, word in enumerate((*words, SINGLE(0x80808080)), r % 2 * 3):  # two independent sums of each, against latency
                     sums[i] = meet(builder, broadcast(builder, word, WORDS), load(builder, line, WORDS), sums[i])
             return sums
 
@@ -773,14 +774,14 @@ def lone(typing_context, y, start, x, plane, strip, n, scale, size):
 
 
 def meet(builder: Any, x: Any, weights: Any, total: Any) -> Any:
-    """LLVM: the total and the products of four bytes of x, without a sign, and four with one."""
+    """LLVM: VPDPBUSD, which adds to each total the products of four unsigned bytes of x and four signed ones of the weights."""
     if UNIT == EMULATED:
         return quads(builder, x, weights, total, True)
     return instruction(builder, "llvm.x86.avx512.vpdpbusd.512", WORDS, total, x, weights)
 
 
 def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
-    """LLVM: the same by other instructions; a's bytes have a sign, or none."""
+    """LLVM: adds the products of four bytes in other instructions; a's bytes are unsigned or signed, b's are signed."""
     for e in range(4):
         x, w = (builder.shl(value, every(WORDS, 24 - 8 * e)) for value in (a, b))
         x = (builder.lshr if unsigned else builder.ashr)(x, every(WORDS, 24))
@@ -788,7 +789,7 @@ def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
     return total
 
 
-WHOLE_TILE = TILE_BYTES // LINE  # few rows wait for memory, and ask for as much as they read
+WHOLE_TILE = TILE_BYTES // LINE  # few rows are limited by memory, and prefetch as much as they read
 one, two = over_tiles(PAIRS, asks=WHOLE_TILE), over_tiles(PAIRS, PAIRS, asks=ASKS)
 bytes_apart, bytes_of_few = (over_tiles(*BYTES_OF, asks=asks, adds=False) for asks in (ASKS // 2, WHOLE_TILE))
 NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}

@@ -1,8 +1,8 @@
-"""Matrix products in Intel's tiles with int4 weights, for more rows than a few: the same bits as gemm_int.py's, whose panels these are.
+"""Matrix products in Intel's tiles (AMX) with int4 weights, for 16 or more rows: bit-identical to gemm_int.py, whose panels it reads.
 
-A panel's numbers become bytes, in strips of tiles as gemm_amx.py has them, and then all rows of a block meet them. A tile is as deep as a group of k
-that has one scale; the sums of x's upper and lower bytes become one, which is scaled and added to the result in float32, group after group. That, 16
-rows by 16 columns at a time, takes as long as the tiles do, so it is done while the next group is in them.
+A panel is unpacked to bytes, in strips of tiles as in gemm_amx.py, and then multiplied by all rows of a block. A tile is as deep as a group of k with
+a common scale; the sums for x's upper and lower bytes are combined, scaled and added to the result in float32, group by group. For 16 rows by 16
+columns, that takes as long as the tile instructions, so it is done while the tiles multiply the next group.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ from opt_fast.kernel import (
 )
 from opt_fast.rowwise import FUNCTIONS
 
-DEEP = 4 * SIDE  # numbers of k in a tile's row, at most
+DEEP = 4 * SIDE  # values of k in a tile's row, at most
 STRIPS = COLUMNS // SIDE  # of a panel
-MOST_STRIPS, WEIGHT_BYTES = 32, 600 << 10  # that are unpacked together: they stay in the second-level cache
-PER = 4  # numbers in a word
+MOST_STRIPS, WEIGHT_BYTES = 32, 600 << 10  # unpacked together, at most, so that they stay in the L2 cache
+PER = 4  # weights in a word
 SHAPES = {group: tile_shapes(SIDE, group // PER) for group in (DEEP // 2, DEEP)}
-SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # what gives a sign to those that have none in a word
+SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # flips that make a word's unsigned weights signed
 
 
 class PackedNibbles(PackedIntegers):
-    """An int4 weight (O, I) whose products are in tiles where rows fill one: with fewer, unpacking takes longer than is won."""
+    """An int4 weight (O, I) whose products are in tiles if x has at least 16 rows: with fewer, unpacking costs more than tiles save."""
 
     @property
     def tiles(self) -> int:
@@ -79,7 +79,7 @@ class PackedNibbles(PackedIntegers):
         return max(1, min(MOST_STRIPS, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
 
     def needed(self, M: int) -> int:
-        """Numbers of memory that a thread needs: sums, a row, some panels' scales and strips, and x's block."""
+        """Scratch memory of a thread, in float32 elements: sums, a row, some panels' scales and strips, and x's block."""
         I, (rows, *_) = self.shape[1], shares(M, self.shape[1], self.count)
         panels = self.abreast * COLUMNS * (SIDE + math.ceil(I / self.group) + self.tiles * SIDE)
         return max(super().needed(M), lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows, I, np.int8)))
@@ -95,7 +95,8 @@ class PackedNibbles(PackedIntegers):
 
 
 def _matmul_nibbles(table: Any) -> None:
-    """A task is a block of rows and a part of the panels: x's rows are rounded; then panel after panel is unpacked, and meets 16 after 16 of them."""
+    """A task is a block of rows and a part of the panels: x's rows are rounded; then `abreast` panels at a time are unpacked, and multiplied by the
+    rows, 16 at a time."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], int16s(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
     M, O, K, most, blocks, parts, factors, uneven, group, full = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), a[15], a[16], a[17]
@@ -148,7 +149,7 @@ def _matmul_nibbles(table: Any) -> None:
 
 @inner
 def unpack(words: Any, rows: int, strips: Any, strip: int, scales: Any) -> None:
-    """A group's scales and rows of words, of a panel, as float32 and as rows of tiles. What the group is short of meets zeros of x's."""
+    """Unpacks a panel's group: scales to float32, words to rows of tiles. Rows missing at the end are multiplied by zeros of x."""
     unpack_scales(words, scales)
     for r in range(rows):
         unpack_row(at(words, (r + 1) * COLUMNS), at(strips, r * 4 * SIDE), strip)
@@ -156,7 +157,7 @@ def unpack(words: Any, rows: int, strips: Any, strip: int, scales: Any) -> None:
 
 @intrinsic
 def unpack_scales(typing_context, words, scales):
-    """A row of float16."""
+    """Converts a row of float16 scales to float32."""
 
     def generate(context, builder, signature, arguments):
         words, scales = arguments
@@ -170,7 +171,7 @@ def unpack_scales(typing_context, words, scales):
 
 @intrinsic
 def unpack_row(typing_context, words, strips, strip):
-    """A row of words, of all columns: 16 columns' bytes to the same place of each strip. gemm_int.word_order says where the numbers are."""
+    """Unpacks a row of words, for all columns: each 16 columns' bytes go to the same row of their strip. gemm_int.word_order defines the words."""
 
     def generate(context, builder, signature, arguments):
         words, strips, strip = arguments
@@ -182,7 +183,7 @@ def unpack_row(typing_context, words, strips, strip):
         )
         for c in range(count):
             pairs = []
-            for vector in (c, count + c):  # of the first two of k, and of the next
+            for vector in (c, count + c):  # of the first two of k, and of the other two
                 up = 16 - 4 * (vector % PER + 1)
                 word = builder.shl(loaded[vector // PER], every(PAIRS, up)) if up else loaded[vector // PER]
                 pairs.append(builder.bitcast(builder.ashr(word, every(PAIRS, 12)), byte))
@@ -195,9 +196,9 @@ def unpack_row(typing_context, words, strips, strip):
 
 @intrinsic
 def by_groups(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group):
-    """16 rows of x meet a strip's tiles, some groups of a block of k: each is scaled and added to the sums, as gemm_int.micro_kernel does it.
+    """Multiplies 16 rows of x by a strip's tiles for `count` groups of k; each group's sums are scaled and added as in gemm_int.micro_kernel.
 
-    Sums begin with what stands at `start`, from row to row start_row apart. While one group is added, the next is in the tiles.
+    Sums start from the values at `start`, whose rows are start_row apart. While one group is added, the tiles multiply the next.
     """
 
     def generate(context, builder, signature, arguments):
@@ -220,7 +221,7 @@ def by_groups(typing_context, sums, start, start_row, apart, x, plane, strip, sc
                 tiles.zero(i)
                 tiles.multiply(name, i, OF_X - i, OF_WEIGHTS)
             after = builder.add(g, INDEX(1))
-            load_tiles(builder.select(builder.icmp_signed("<", after, count), after, g))  # before sums are stored, for which they would wait
+            load_tiles(builder.select(builder.icmp_signed("<", after, count), after, g))  # before storing sums, for which loads would wait
             for i in range(2):
                 tiles.store(i, builder.bitcast(both(g, i * SIDE), ir.IntType(8).as_pointer()))
 

@@ -1,15 +1,15 @@
-"""Matrix products on the CPU with int8 and int4 weights: whole numbers, added exactly, at the speed at which memory delivers the weights.
+"""Matrix products on the CPU with int8 and int4 weights: exact integer sums, at the speed at which memory delivers the weights.
 
-What such weights mean is said by opt_np.ops.dequantized. Each row of x is rounded to 16 bits, BLOCK_K numbers at a time, each block on a scale of its
-own: so fine that the error is the weights' alone, even where a few numbers are far larger than the rest, which 8 bits do not survive. Products of
-16-bit numbers are added up exactly in 32 bits, two in one instruction; then they are scaled, in float32, and added to the result, block by block. A
-result depends on its own row and column alone, as in gemm.py, so the bits are the same however many rows go in together.
+opt_np.ops.dequantized defines the values of such weights. Each row of x is rounded to 16-bit integers, in blocks of BLOCK_K with a scale each: so
+fine that the error is that of the weights alone, even where a few values are far larger than the rest, which 8 bits would not survive. Products of
+16-bit integers are summed exactly in 32 bits, two per instruction; the sums are then scaled in float32 and added to the result, block by block. An
+element of the result depends only on its own row and column, as in gemm.py: it is bit-identical however many rows are multiplied together.
 
-The weights lie in the order in which they are read: block of k after block of k, and in each panel after panel, rows of COLUMNS 16-bit words. A word
-holds two int8 or four int4 numbers, those of a RUN for neighbouring vectors of columns and the same k. So a run's numbers need no mask: shifted down
-to one of them, a word still holds those above, 16 (or 256) times as large, and what they add to the sum is the sum that the next vector has, as many
-times as large: it is taken off at the end, exactly. The last number of a run has a sign; the others are 0 to 15 for -8 to 7 (0 to 255 for -128 to
-127), and what that adds is taken off, too. An int4 panel has before each group of k a row of scales (float16).
+The weights are stored in the order in which they are read: by blocks of k, in each by panels (COLUMNS output columns), in each by rows of COLUMNS
+16-bit words. A word holds two int8 or four int4 weights; those of a RUN belong to the same k and to neighbouring vectors of columns. So a run needs
+no mask: shifted down to one of its weights, a word still holds those above it, 16 (or 256) times as large; what they add is 16 (or 256) times the
+next vector's sum, which is subtracted at the end, exactly. The last weight of a run is signed; the others are stored as 0 to 15 for -8 to 7 (0 to
+255 for -128 to 127), and the excess is subtracted, too. In an int4 panel, each group of k is preceded by a row of scales (float16).
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from opt_fast.kernel import (
 from opt_fast.rowwise import FUNCTIONS
 from opt_np import ops
 
-ROWS, FEW = 4, 2  # of a tile: the sums of more would not all stay in registers, with the words and the mask beside them
-LARGEST = 32767.0  # of the whole numbers that a block of x becomes
-TINY = 1e-30  # a block of x that is nowhere larger is taken as 0: its scale could not be inverted
+ROWS, FEW = 4, 2  # of a tile: with more, the sums would not all fit in registers beside the words
+LARGEST = 32767.0  # the largest integer to which a block of x is scaled
+TINY = 1e-30  # a block of x whose largest magnitude is no more is taken as 0, as its scale could not be inverted
 GROUPS = BLOCK_K // 32  # of a block, at most
 WIDTH = TILE.width
 VECTOR, INTS, PAIRS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH), ir.VectorType(ir.IntType(16), 2 * WIDTH)
 
 
 def word_order(bits: int) -> np.ndarray:
-    """Which number of the columns' neighbours in k, k · COLUMNS + column, each part of each word holds: (16 / bits, COLUMNS).
+    """Which weight, as k · COLUMNS + column, each bit field of each word of a row holds.  ->  (16 / bits, COLUMNS)
 
-    A vector of words (2 · WIDTH) holds a vector of pairs in each of its parts; with four parts, pair 0 of all columns comes before pair 1.
+    A vector of words (2 · WIDTH) holds a vector of pairs in each of its bit fields; with four fields, pair 0 of all columns comes before pair 1.
     """
     per = 16 // bits
     part, word = np.mgrid[:per, :COLUMNS]
@@ -77,23 +77,23 @@ def word_order(bits: int) -> np.ndarray:
 
 
 ORDER = {bits: word_order(bits) for bits in (8, 4)}
-RUN = {bits: min(16 // bits, TILE.vectors) for bits in (8, 4)}  # of a word's numbers
+RUN = {bits: min(16 // bits, TILE.vectors) for bits in (8, 4)}  # weights of a word that form a run
 
 assert TILE.vectors % 2 == ROWS % 2 == 0  # whole vectors of words; pairs of k, ROWS apart
 assert BLOCK_K * 127 * LARGEST < 2**31  # sums of int8's products fit into 32 bits
 assert BLOCK_K % 64 == BLOCK_UNIT % ROWS == 0  # whole groups, whole tiles
-assert BLOCK_ROWS * (BLOCK_K // 2 + 1 + GROUPS) + BLOCK_K + ROWS * COLUMNS <= NEEDED  # a task's memory
+assert BLOCK_ROWS * (BLOCK_K // 2 + 1 + GROUPS) + BLOCK_K + ROWS * COLUMNS <= NEEDED  # a thread's scratch memory
 
 
 class PackedIntegers(Packed):
-    """An int8 or int4 weight (O, I) in panels; np.asarray() gives the float32 matrix that it stands for."""
+    """An int8 or int4 weight (O, I) in panels; np.asarray() returns the dequantized float32 matrix."""
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | None = None) -> None:
         self.bits = 8 if weight.dtype == np.int8 else 4
         self.zero = 0 if self.bits == 8 else 8
         tops = sum(1 << self.bits * (i + 1) - 1 for i in range(16 // self.bits) if (i % RUN[self.bits] == RUN[self.bits] - 1) == (self.bits == 4))
-        self.flipped = np.uint16(tops)  # the highest bit of each of the numbers that change between having a sign and having none
-        self.signs = np.uint16(tops ^ 0x8888 * (self.bits == 4))  # which give every number its sign
+        self.flipped = np.uint16(tops)  # the highest bit of each weight that is converted between signed and unsigned
+        self.signs = np.uint16(tops ^ 0x8888 * (self.bits == 4))  # flips that make every weight of a stored word signed
         O, I = self.shape = (len(weight), weight.shape[1] * 8 // self.bits)
         self.group = BLOCK_K if self.bits == 8 else max(ops.group_size(I, scale.shape[1]), 32)
         self.columns = np.zeros(0, np.float32) if columns is None else np.array(columns, np.float32)
@@ -107,7 +107,7 @@ class PackedIntegers(Packed):
             )
 
     def fill(self, block: np.ndarray, weight: np.ndarray, scale: np.ndarray | None) -> None:
-        """One block of k in words, some panels at a time.  block: (P, height, COLUMNS);  weight: (O, n) or (O, n/2);  scale: (O, G)"""
+        """Packs one block of k into words, 64 panels at a time.  block: (P, height, COLUMNS);  weight: (O, n) or (O, n/2);  scale: (O, G)"""
         per, size, (groups, rest) = 16 // self.bits, self.group * self.bits // 16, self.groups(block)
         for p in range(0, self.count, 64):
             rows = weight[p * COLUMNS : (p + 64) * COLUMNS]
@@ -135,18 +135,18 @@ class PackedIntegers(Packed):
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)  # of what it stands for
+        return np.dtype(np.float32)  # of the dequantized matrix
 
     @property
     def nbytes(self) -> int:
         return self.panels.nbytes + self.scale.nbytes + self.columns.nbytes
 
     def height(self, n: int) -> int:
-        """Rows of words that a panel has for n numbers of k, int4's scales among them."""
+        """Rows of words in a panel for n of k, including int4's rows of scales."""
         return -(-n * self.bits // 16) + (-(-n // self.group) if self.bits == 4 else 0)
 
     def groups(self, block: np.ndarray) -> tuple[int, int]:
-        """How many groups a block of k has, and how many rows of scales among its words."""
+        """The number of groups in a block of k, and the number of rows of scales among its words."""
         groups = -(-block.shape[1] // (self.group * self.bits // 16 + (self.bits == 4)))
         return groups, groups if self.bits == 4 else 0
 
@@ -172,7 +172,7 @@ class PackedIntegers(Packed):
         return LOOK_UP, arguments, ids.size
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
-        """As Packed.call; x's rows lie whole."""
+        """As Packed.call, for contiguous rows of x only. Raises ValueError for others."""
         if step != 1:
             raise ValueError("x is transposed; an integer weight takes whole rows: give np.ascontiguousarray(x)")
         (O, I), (most, blocks, parts) = self.shape, cut(self.count, M)
@@ -185,11 +185,11 @@ class PackedIntegers(Packed):
 
 
 def k_blocks(I: int) -> list[tuple[int, int]]:
-    """Where each block of k begins, and how long it is."""
+    """Start and length of each block of k."""
     return [(first, min(BLOCK_K, I - first)) for first in range(0, I, BLOCK_K)]
 
 
-as_stored = uint16s  # weights, in the kernel that reads them: it has variants
+as_stored = uint16s  # the weights' pointer type; kernel variants rebind it
 
 
 # ---- looking up --------------------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ as_stored = uint16s  # weights, in the kernel that reads them: it has variants
 
 PLACES = {
     bits: np.argsort(order, axis=None) for bits, order in ORDER.items()
-}  # of a column's number in words, part · COLUMNS + word: (16 / bits, COLUMNS)
+}  # the inverse of ORDER: where weight k · COLUMNS + column is, as field · COLUMNS + word
 
 
 def _look_up_integers(table: Any) -> None:
@@ -211,7 +211,7 @@ def _look_up_integers(table: Any) -> None:
         p, c, found, start = ids[task] // COLUMNS, ids[task] % COLUMNS, at(y, task * I), 0
         for first in range(0, I, BLOCK_K):
             numbers = min(BLOCK_K, I - first)
-            height, apart = (numbers + per - 1) // per, group // per + 1  # of the panel without its scales; of a group with them
+            height, apart = (numbers + per - 1) // per, group // per + 1  # rows: of the panel without scales, of a group with them
             if bits == 4:
                 height += (numbers + group - 1) // group
             panel = start + p * height * COLUMNS
@@ -234,7 +234,7 @@ def _look_up_integers(table: Any) -> None:
 
 
 def _matmul(table: Any) -> None:
-    """A task is a block of rows and a part of the panels, as in gemm.py; of each block of k it rounds x's rows, then meets its panels."""
+    """A task is a block of rows and a part of the panels, as in gemm.py; for each block of k it rounds x's rows, then multiplies by the panels."""
     a = at(table, ARGUMENTS)
     x, x_row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], as_stored(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
     M, O, K, most, blocks, parts, scale, factors = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), floats(a[15])
@@ -256,9 +256,9 @@ def _matmul(table: Any) -> None:
                 _round_row(at(x, (first + i) * x_row + k), at(factors, k), uneven, n, group, word, even,
                            at(xs, tile * BLOCK_K + 2 * r), at(sizes, top + i), at(starts, tile * GROUPS + r))  # fmt: skip
             block, height = at(panels, k // BLOCK_K * P * full), words_of(n, word, group, scaled)
-            if k + BLOCK_K < K:  # then come the same columns' next numbers of k,
+            if k + BLOCK_K < K:  # next in order is the following block of k for the same columns,
                 coming = at(block, P * full + panels_from * words_of(min(BLOCK_K, K - k - BLOCK_K), word, group, scaled) * COLUMNS)
-            else:  # or what this thread takes next, if all take turns
+            else:  # or the panels of this thread's next task, if threads take tasks in turn
                 coming = at(panels, min(P * (part + table[THREADS]) // parts, P - 1) * words_of(min(BLOCK_K, K), word, group, scaled) * COLUMNS)
             for q in range(panels_from, panels_to):
                 panel = at(block, q * height * COLUMNS)
@@ -275,18 +275,18 @@ def _matmul(table: Any) -> None:
 
 @inner
 def words_of(n: int, word: int, group: int, scaled: int) -> int:
-    """PackedIntegers.height, where a word holds so many numbers, and groups have rows of scales unless columns are scaled."""
+    """PackedIntegers.height, for `word` weights in a word; groups have rows of scales unless whole columns are scaled (int8)."""
     return (n + word - 1) // word + (n + group - 1) // group * (1 - scaled)
 
 
 @inner
 def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int, even: Any, xs: Any, size: Any, starts: Any) -> None:
-    """A row's n numbers in whole ones, pairs ROWS apart; what one of them is worth; and for each group what is added to its sum."""
+    """Rounds n values of a row to 16-bit integers xs, in pairs ROWS apart; their scale goes to `size`, each group's correction to `starts`."""
     if uneven:
         for j in range(n):
             even[j] = x[j] * columns[j]
         x = even
-    most = largest(x, n)  # NaN where a number is NaN or infinite
+    most = largest(x, n)  # NaN if a value is NaN or infinite
     inverse = np.float32(LARGEST) / most if most > TINY else np.float32(0)
     size[0] = most / np.float32(LARGEST)
     for g in range(0, n, group):
@@ -305,7 +305,7 @@ def _round_row(x: Any, columns: Any, uneven: int, n: int, group: int, word: int,
 @inner
 def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, after: Any, scale: Any, n: int, group: int, y: Any, y_row: int, rows: int, columns: int,
           scratch: Any, bias: Any, begins: bool, function: int) -> None:  # fmt: skip
-    """As gemm._tile; by way of a scratch tile unless a kernel writes just these results."""
+    """As gemm._tile; by way of a scratch tile unless a micro-kernel has exactly this shape."""
     if begins:
         begin(y, y_row, rows, columns, bias)
     whole = columns == COLUMNS and rows in (ROWS, FEW, 1)
@@ -330,16 +330,16 @@ def _tile(xs: Any, sizes: Any, starts: Any, panel: Any, after: Any, scale: Any, 
 def micro_kernel(rows: int) -> Any:
     """kernel(y, y_row, xs, sizes, starts, panel, after, scale, n, group): y[r, c] += size[r] · scale[c] · Σ x[r, k] · panel[k, c], k = 0 … n - 1.
 
-    As gemm.micro_kernel, with sums of whole numbers in the registers, for each group of k. An int8 panel comes as uint16, an int4 one as int16. Where
-    rows are few, and memory is what they wait for, it asks for what lies AHEAD, at the panel's end for the beginning of `after`, which comes next.
+    As gemm.micro_kernel, with integer sums in the registers, for each group of k. An int8 panel is passed as uint16, an int4 one as int16. Few rows
+    are limited by memory: for them it prefetches AHEAD bytes ahead, and towards the panel's end the beginning of `after`, the next panel.
     """
     vectors, index = TILE.vectors, ir.IntType(64)
 
     @intrinsic
     def kernel(typing_context, y, y_row, xs, sizes, starts, panel, after, scale, n, group):
         eight = panel.dtype == types.uint16
-        per = 2 if eight else 4  # numbers in a word
-        chains = per // 2 if rows == 1 else 1  # of sums: where two products are added one after the other, LLVM takes two instructions for the second
+        per = 2 if eight else 4  # weights in a word
+        chains = per // 2 if rows == 1 else 1  # independent sums: LLVM would need two instructions for a second product added to the same sum
 
         def generate(context, builder, signature, arguments):
             y, y_row, xs, sizes, starts, panel, after, scale, n, group = arguments
@@ -348,7 +348,7 @@ def micro_kernel(rows: int) -> Any:
             groups = builder.sdiv(builder.add(n, builder.sub(group, index(1))), group)
             height = builder.sdiv(builder.add(n, index(per - 1)), index(per))
             whole = builder.mul(height if eight else builder.add(height, groups), index(COLUMNS))
-            beyond = builder.gep(after, [builder.neg(whole)])  # where the next panel would have to begin for an offset to go on in it
+            beyond = builder.gep(after, [builder.neg(whole)])  # the base from which the same offsets continue into `after`
 
             def place(pointer: Any, *offsets: Any) -> Any:
                 for offset in offsets:
@@ -356,7 +356,7 @@ def micro_kernel(rows: int) -> Any:
                 return pointer
 
             def ask(offset: Any) -> None:
-                """For the words that are used so much later than those at this offset."""
+                """Prefetches the words that are used AHEAD bytes after those at this offset."""
                 offset = builder.add(offset, index(AHEAD // 2))
                 inside = builder.icmp_signed("<", offset, whole)
                 for line in range(0, COLUMNS, LINE // 2):
@@ -418,7 +418,7 @@ many, few, one = micro_kernel(ROWS), micro_kernel(FEW), micro_kernel(1)
 
 
 def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
-    """The vectors of pairs in a panel's row of words, in 16 bits: of the first pair all columns, then of the next; with their run above."""
+    """The vectors of pairs in a panel's row of words, in 16 bits, pair 0 of all columns first; the upper bits still hold the rest of its run."""
     bits = 16 // per
     for i in range(TILE.vectors * per // 2):
         part, end = i % per, i % per // RUN[bits] * RUN[bits] + RUN[bits]
@@ -431,7 +431,7 @@ def word_pairs(builder: Any, here: Any, per: int) -> Iterator[Any]:
 
 
 def pair_instruction() -> str:
-    """What multiplies 16-bit numbers and adds neighbours, where the processor that Numba compiles for has it for vectors of our width."""
+    """LLVM's name of the instruction that multiplies 16-bit integers and adds neighbours, if Numba's target has it at this width; else ""."""
     features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     return {16: "llvm.x86.avx512.pmaddw.d.512" * ("+avx512bw" in features), 8: "llvm.x86.avx2.pmadd.wd" * ("+avx2" in features)}.get(WIDTH, "")
 
@@ -440,7 +440,7 @@ PAIR_INSTRUCTION = pair_instruction()
 
 
 def products(builder: Any, a: Any, b: Any) -> Any:
-    """a[2i] · b[2i] + a[2i + 1] · b[2i + 1], in 32 bits."""
+    """LLVM: a[2i] · b[2i] + a[2i + 1] · b[2i + 1], in 32 bits."""
     if PAIR_INSTRUCTION:
         return instruction(builder, PAIR_INSTRUCTION, INTS, a, b)
     a, b = builder.bitcast(a, INTS), builder.bitcast(b, INTS)
@@ -450,7 +450,7 @@ def products(builder: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def largest(typing_context, x, n):
-    """The largest size of n numbers; NaN where one is NaN or infinite."""
+    """The largest magnitude of n values; NaN if one is NaN or infinite."""
 
     def generate(context, builder, signature, arguments):
         x, n = arguments
@@ -484,8 +484,8 @@ def largest(typing_context, x, n):
 
 
 def whole_numbers(builder: Any, value: Any) -> Any:
-    """A vector of float32 rounded to whole numbers of 16 bits; NaN becomes the lowest."""
-    magic, vector = 1.5 * 2**23, value.type  # so large that its last bit counts ones: what is added to it is rounded
+    """LLVM: rounds a vector of float32 to integers of 16 bits, in 32-bit words; NaN becomes -LARGEST."""
+    magic, vector = 1.5 * 2**23, value.type  # so large that its last bit is worth 1: adding it rounds to an integer
     words = ir.VectorType(ir.IntType(32), vector.count)
     value = builder.select(builder.fcmp_ordered(">", value, every(vector, -LARGEST)), value, every(vector, -LARGEST))
     value = builder.select(builder.fcmp_ordered("<", value, every(vector, LARGEST)), value, every(vector, LARGEST))
@@ -495,7 +495,7 @@ def whole_numbers(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def rounded(typing_context, x, inverse, n, xs):
-    """n numbers, whole vectors and at least one, times `inverse`, rounded to 16 bits, in pairs that are ROWS apart; and their sum."""
+    """Rounds n values (whole vectors, and at least one) times `inverse` to 16 bits, in pairs that are ROWS apart, and returns their sum."""
 
     def generate(context, builder, signature, arguments):
         x, inverse, n, xs = arguments

@@ -1,15 +1,15 @@
-"""Matrix products of float32 in Intel's tiles (AMX), which multiply bfloat16: every number is the sum of three, and six of their nine products count.
+"""float32 matrix products in Intel's tiles (AMX), which multiply bfloat16: values are split into three bfloat16 parts; six of nine products count.
 
-x = x0 + x1 + x2 to the last bit: 8 bits of 24 each. Of x · w, x1 · w2, x2 · w1 and x2 · w2 are left out, some 2^-25 of it, less than float32 rounds
-off by itself. Six instructions for tiles of bfloat16 still take half the time of float32's own, and sums of fewer, longer terms round less often:
-errors are like those of products in float32 (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype").
-What differs: infinite numbers, and those from 3.3961775e38 on, become NaN, and parts below 1.2e-38 are taken as 0.
+x = x0 + x1 + x2 exactly: each part holds 8 of the 24 bits. Of x · w, the products x1 · w2, x2 · w1 and x2 · w2 are left out, some 2^-25 of it, less
+than float32's own rounding error. Six bfloat16 tile instructions still take half the time of float32 vector instructions, and sums of fewer, longer
+terms round less often: errors are like those of products in float32 (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence
+Datatype"). What differs: infinities and magnitudes from 3.3961775e38 on become NaN, and parts below 1.2e-38 are taken as 0.
 
-A float16 is the sum of two bfloat16, to the last bit: where weights are float16, five products count, all but x2 · w1.
+A float16 is exactly the sum of two bfloat16 parts: with float16 weights, five of six products are added, all but x2 · w1.
 
-Weights stay as they are in memory, as strips of 16 columns, (P, I, 16). A block of a strip is taken apart when it is needed, and met by all rows of
-a task, or where rows are few by these while memory sends the next. A result depends on its own row and column alone: it begins with the bias, and
-for 32 numbers of k after the other the products are added, in one order, however many rows go in together and however the work is cut.
+Weights stay in float32 or float16 in memory, as strips of 16 output columns, (P, I, 16). A block of a strip is split into parts when needed, and
+multiplied by all rows of a task; if rows are few, while the next block arrives from memory. An element of the result depends only on its own row and
+column: it starts from the bias, and products are added in one order, 32 of k at a time, however many rows there are and however the work is cut.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ from opt_fast.kernel import (
 )
 from opt_fast.rowwise import FUNCTIONS
 
-PARTS, PLANE = 3, INDEX(TILE_BYTES)  # which are so far apart in memory, unless it is said otherwise
-LINES = PARTS * 4 * SIDE  # bytes of a row of a tile in parts, which lie side by side where rows are few
-PARTS_OF_HALF = 2  # of a float16
-ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one to the next, one of them stays in its tile
-DEEP = 2 * SIDE  # numbers of k that tiles hold
-TALL, ABREAST, few = 1, 1, cast(Any, None)  # tiles of few rows and of strips that meet at a time, and how: the kernel's variants have their own
-OF_LINES, OF_STRIPS = (5, 4), (6, 7)  # tiles of x and of strips, where rows are few
-TILES_AHEAD = 6  # so many are asked for before they are taken apart, where two strips are read at a time
+PARTS, PLANE = 3, INDEX(TILE_BYTES)  # parts of a float32, and the bytes from a tile of one part to that of the next, by default
+LINES = PARTS * 4 * SIDE  # bytes of a tile's row in all parts, which are contiguous where rows are few
+PARTS_OF_HALF = 2  # parts of a float16
+ORDER = (2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)  # x's part and the weight's: from one product to the next, one of them stays in its register
+DEEP = 2 * SIDE  # values of k that a tile holds
+TALL, ABREAST, few = 1, 1, cast(Any, None)  # tiles of rows and strips multiplied at a time, and the kernel for it; variants of _few rebind these
+OF_LINES, OF_STRIPS = (5, 4), (6, 7)  # tile registers of x and of strips, where rows are few
+TILES_AHEAD = 6  # where two strips are read at a time: a tile is prefetched this many tiles before it is split
 SHAPES = [tile_shapes(rows, weights=len(OF_STRIPS)) for rows in range(SIDE + 1)]
-MOST_ROWS, ENOUGH = 256, 96  # of a block: 384 numbers of each in parts take 0.6 MB of the second-level cache, two by two strips 144 kB
-FEW_ROWS, FEW_NUMBERS = 96, 1 << 18  # few rows are no more, and have no more: their parts stay in that cache whole
+MOST_ROWS, ENOUGH = 256, 96  # rows of a block: most, and enough. With 384 of k, parts of 256 rows take 0.6 MB of L2, of two by two strips 144 kB
+FEW_ROWS, FEW_NUMBERS = 96, 1 << 18  # rows count as few up to this many rows and elements: all their parts then stay in the L2 cache
 
 
 class PackedParts(Packed):
@@ -89,14 +89,14 @@ class PackedParts(Packed):
     width = SIDE
 
     def needed(self, M: int) -> int:
-        """Numbers of memory that a thread needs for a product: parts of x, of two strips, twice, a tile of numbers, and two by two of sums, twice."""
+        """Scratch memory of a thread, in float32 elements: parts of x, parts of two strips (twice), a tile, and two by two tiles of sums (twice)."""
         rows, tiles = M if M <= SIDE else math.ceil(M / DEEP) * DEEP, math.ceil(self.shape[1] / DEEP)
         of_x = (rows * tiles + SIDE) * DEEP if is_few(M, self.shape[1]) else MOST_ROWS * BLOCK_K  # emulated, tiles are read whole
         return lines(PARTS * (of_x + 4 * SIDE * BLOCK_K) // 2 + SIDE * DEEP + 2 * DEEP * DEEP)
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int,
              adds_to: np.ndarray | None = None) -> tuple[Kernel, list, int]:  # fmt: skip
-        """As Packed.call. y's rows may lie further apart, and what it gets can be added to another array, (M, O)."""
+        """As Packed.call. y's rows may be padded; the result is also added to `adds_to`, (M, O), if given."""
         (O, I), stream = self.shape, 0 if adds_to is None else adds_to
         y_row = y.strides[0] // 4 if np.ndim(y) > 1 else O
         arguments = [x, row, step, self.panels, self.count, bias, FUNCTIONS[function], y, y_row, M, O, I, SHAPES[min(M, SIDE)], stream]
@@ -120,15 +120,15 @@ def pack(weight: np.ndarray) -> PackedParts:
 
 
 def is_few(M: int, I: int) -> bool:
-    """Whether so many rows are met by strips as memory sends these, rather than taken in blocks."""
+    """Whether M rows count as few: all of them are multiplied by the strips in the order of memory, instead of in blocks of rows."""
     return M <= SIDE or (M <= FEW_ROWS and M * I <= FEW_NUMBERS)
 
 
 def shares(M: int, strips: int) -> tuple[int, int, int]:
-    """Rows of a block, how many blocks, and parts of the strips for each: blocks times parts are the tasks."""
+    """The rows of a block, the number of blocks, and the parts that the strips are split into: blocks · parts tasks."""
     threads = get_num_threads()
     blocks = max(math.ceil(M / MOST_ROWS), min(threads, M // ENOUGH), 1)
-    if blocks > 1:  # as much work for each thread
+    if blocks > 1:  # the same work for each thread
         blocks = math.ceil(blocks / threads) * threads
     rows = math.ceil(M / blocks / DEEP) * DEEP
     blocks = math.ceil(M / rows)
@@ -140,10 +140,10 @@ def shares(M: int, strips: int) -> tuple[int, int, int]:
 
 
 def _few(table: Any) -> None:
-    """A task is a part of the strips, which few rows meet, all of them: one or two strips at a time are read from one end to the other.
+    """A task is a part of the strips, which are multiplied by all rows, for few rows: one or two strips at a time are read sequentially.
 
-    While a thread meets strips, it takes the first tiles of those that come next apart, of its next task too. What strips gave is written when the
-    next have been met: who asks for sums at once waits for them.
+    With the last tile of some strips, a thread also splits the first tile of the next ones, even those of its next task. The results of some strips
+    are written only after the next have been multiplied: reading sums at once would wait for them.
     """
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], as_stored(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
@@ -151,8 +151,8 @@ def _few(table: Any) -> None:
     square, numbers, space, high, wide = floats(place), as_stored(place), ABREAST * PARTS * TILE_BYTES, TALL * SIDE, ABREAST * SIDE
     corners, groups = at(square, SIDE * DEEP), (P + ABREAST - 1) // ABREAST
     weights = bytes_(place + 4 * (SIDE * DEEP + 2 * DEEP * DEEP))
-    xs, tile, whole = at(weights, 4 * space), min(M, high) * LINES, K // DEEP  # bytes of a tile's rows, parts of a row side by side,
-    tall = (K + DEEP - 1) // DEEP * tile  # and of all tiles of so many rows as are met at a time
+    xs, tile, whole = at(weights, 4 * space), min(M, high) * LINES, K // DEEP  # bytes of a tile's rows with all parts,
+    tall = (K + DEEP - 1) // DEEP * tile  # and of all tiles of the rows that are multiplied at a time
     configure(bytes_(a[12]))
     task, i, before, line, met, ended = claim(table, TASKS), 0, -1, 0, 0, False
     s = groups * task // parts * ABREAST
@@ -196,8 +196,8 @@ def _few(table: Any) -> None:
 
 
 def _matmul(table: Any) -> None:
-    """A task is a block of rows and a part of the strips. Block of k after block of k, x's rows are taken apart, then two strips after the other,
-    which meet all the rows; while they do, the next two are taken apart."""
+    """A task is a block of rows and a part of the strips. For each block of k, x's rows are split into parts, then the strips, two at a time; while
+    two are multiplied by all the rows, the next two are split."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, step, panels, P, bias, function, y, y_row = floats(a[0]), a[1], a[2], as_stored(a[3]), a[4], floats(a[5]), a[6], floats(a[7]), a[8]
     M, O, K, stream, most, blocks, parts = a[9], a[10], a[11], a[13], a[14], a[15], a[16]
@@ -245,9 +245,9 @@ def _matmul(table: Any) -> None:
 @inner
 def _four(y: Any, y_row: int, bias: Any, begins: bool, x: Any, weights: Any, tiles: int, rows: int, columns: int, corner: Any,
           more: Any, apart: int, others: Any, done: int, each: int) -> None:  # fmt: skip
-    """Adds the products of so many tiles to two by two of the result; by way of a corner of memory where there are fewer rows or columns.
+    """Adds the products of `tiles` tiles of k to two by two tiles of the result; by way of `corner` if there are fewer rows or columns.
 
-    The last five are as `four` wants them.
+    The last five arguments are those of `four`.
     """
     whole = rows == DEEP and columns == DEEP
     target, target_row = (y, y_row) if whole else (corner, DEEP)
@@ -274,19 +274,19 @@ def add(x: Any, x_row: int, rows: int, columns: int, y: Any, y_row: int) -> None
 
 
 def ahead(stored: Any) -> Any:
-    """LLVM: so many numbers ahead of their use weights are asked for."""
+    """LLVM: how many elements ahead of their use weights are prefetched."""
     return INDEX(AHEAD // (stored.bitwidth // 8))
 
 
 def in_parts(stored: Any) -> int:
-    """How many bfloat16 a number is the sum of, to the last bit."""
+    """How many bfloat16 parts a stored value has, whose sum is exact."""
     return PARTS if stored == types.float32 else PARTS_OF_HALF
 
 
 def products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[int, Any], parts: int = PARTS) -> Iterator[None]:
-    """LLVM, in six steps, or in five for weights of two parts: adds to tiles of sums the products of tiles of x and of a weight.
+    """LLVM: adds the products of tiles of x and of a weight to tiles of sums, in six steps, or in five for weights of two parts.
 
-    These are given by registers and by what loads a part there.
+    `rows` and `columns` map registers to functions that return the operands for loading a part.
     """
     before: tuple[int, int] = -1, -1
     for a, b in (both for both in ORDER if both[1] < parts):
@@ -300,23 +300,23 @@ def products(tiles: Any, sums: list[int], rows: dict[int, Any], columns: dict[in
 
 
 def parts_at(builder: Any, place: Any) -> Any:
-    """LLVM: where the parts of a tile are."""
+    """LLVM: the address of each part of a tile."""
     return lambda part: (builder.gep(place, [INDEX(part * TILE_BYTES)]),)
 
 
 def lines_at(builder: Any, place: Any) -> Any:
-    """The same where they are parts of rows, side by side."""
+    """The same, with a step, where the parts of a row are contiguous."""
     return lambda part: (builder.gep(place, [INDEX(part * 4 * SIDE)]), INDEX(LINES))
 
 
 def corner_at(builder: Any, place: Any, row: Any, r: int, c: int) -> tuple[Any, Any]:
-    """LLVM: where a tile of numbers begins, r and c tiles from `place`, and how far its rows lie apart, in bytes; `row` is so in numbers."""
+    """LLVM: the address of the float32 tile that is r tiles down and c across from `place`, and its rows' stride in bytes (`row` is in elements)."""
     here = builder.gep(place, [builder.add(builder.mul(row, INDEX(r * SIDE)), INDEX(c * SIDE))])
     return builder.bitcast(here, INT8.as_pointer()), builder.mul(row, INDEX(4))
 
 
 def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments: list, parts: int = PARTS, meanwhile: Any = None) -> None:
-    """LLVM: what over_parts says, over so many parts of a weight; in each step of k, before tiles multiply, comes what vectors do `meanwhile`."""
+    """LLVM: over_parts, for weights of `parts` parts; each step of k first emits `meanwhile`, vector code that runs while tiles multiply."""
     y, y_row, start, start_row, x, x_gap, weights, gap, n = arguments
     tiles, corners = unit_of(builder, INDEX(SIDE)), list(itertools.product(range(rows), range(columns)))
     of_x, of_weights = range(OF_WEIGHTS + 1 - columns - rows, OF_WEIGHTS + 1 - columns), range(OF_WEIGHTS + 1 - columns, OF_WEIGHTS + 1)
@@ -341,9 +341,9 @@ def multiply_tiles(builder: Any, rows: int, columns: int, adds: bool, arguments:
 
 
 def over_parts(rows: int, columns: int, adds: bool = True) -> Any:
-    """kernel(y, y_row, start, start_row, x, x_gap, weights, gap, n): rows × columns tiles of y, whose sums begin with what is at `start`, or with 0.
+    """kernel(y, y_row, start, start_row, x, x_gap, weights, gap, n): rows × columns tiles of y, whose sums start from `start`, or from 0.
 
-    A loop over n tiles of k; y's rows are y_row numbers apart, and start's; tiles of x x_gap bytes, the strips `gap`.
+    A loop over n tiles of k; rows of y are y_row elements apart, of `start` start_row; tiles of x are x_gap bytes apart, strips `gap` bytes.
     """
 
     @intrinsic
@@ -359,7 +359,7 @@ def over_parts(rows: int, columns: int, adds: bool = True) -> Any:
 
 @intrinsic
 def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, more, apart, others, done, each):
-    """As over_parts(2, 2). While tiles multiply, vectors have time: of the next two strips, `apart`, each step takes each / 2^16 words apart."""
+    """As over_parts(2, 2). While tiles multiply, vector units are free: each step splits each / 2^16 words of the next two strips, `apart`."""
 
     def generate(context, builder, signature, arguments):
         *arguments, more, apart, others, done, each = arguments
@@ -391,11 +391,11 @@ def four(typing_context, y, y_row, start, start_row, x, x_gap, weights, gap, n, 
 
 
 def over_few(tall: int, count: int, among: bool) -> Any:
-    """kernel(sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n): n tiles of one or two strips, and x's, `tall`.
+    """kernel(sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n): n tiles of strips by `tall` tiles of x.
 
-    Sums lie side by side, of DEEP numbers in a row, and begin with what is at `start`. While a tile of `these` multiplies, the next is taken apart
-    into `others`, before its products or among them; with the last tile, the first of `more`, the strips that come next. Strips are so far `apart`;
-    where only one is left, or will be left then, it is met twice.
+    Strips are one or two, `apart`; sums have DEEP elements in a row, and start from `start`. While a tile in `these` multiplies, the next is split
+    into `others`, before the products or, if `among`, between them; with the last tile, the first of `more`, the next strips. If only one strip is
+    left now (`left`) or will be next (`left_then`), it stands in for the second.
     """
 
     @intrinsic
@@ -411,7 +411,7 @@ def over_few(tall: int, count: int, among: bool) -> Any:
 
 
 def few_tiles(builder: Any, tall: int, count: int, among: bool, stored: Any, arguments: list) -> None:
-    """LLVM: what over_few says."""
+    """LLVM: the code of over_few's kernel."""
     sums, start, start_row, x, tile, strips, more, apart, left, left_then, these, others, n = arguments
     tiles, parts, size = unit_of(builder, INDEX(SIDE)), in_parts(stored), INDEX(SIDE * DEEP)
     rows, steps = list(itertools.product(range(SIDE), range(count))), sum(part < parts for _, part in ORDER)
@@ -450,13 +450,13 @@ def few_tiles(builder: Any, tall: int, count: int, among: bool, stored: Any, arg
         tiles.store(i, *corner_at(builder, sums, INDEX(DEEP), *place))
 
 
-# ---- numbers in parts --------------------------------------------------------------------------------------------------------------------
+# ---- splitting into parts ----------------------------------------------------------------------------------------------------------------
 
 
 def parts_of(builder: Any, numbers: Any, count: int = PARTS) -> list:
-    """LLVM: three vectors of float32, in words, that a vector of float32 is the sum of, or two for what was float16; their lower halves are 0.
+    """LLVM: splits a vector of float32 exactly into three parts, or into two if it was float16: words of float32 whose lower halves are 0.
 
-    The first is rounded to the nearest, so that what is left has either sign, and what products leave out of that adds up to nothing.
+    Of three, the first is rounded to nearest, so that the remainder has either sign, and the errors of the products left out average to zero.
     """
     found = []
     for i in range(count):
@@ -472,8 +472,8 @@ def parts_of(builder: Any, numbers: Any, count: int = PARTS) -> list:
 
 @inner
 def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: Any, line: int, part: int, tile: int) -> None:
-    """Up to 16 rows of n numbers in parts; in bytes, rows are a line apart, parts a part, and tiles of k a tile. By way of a square where they do not
-    lie so."""
+    """Splits up to 16 rows of n values; in xs, rows are `line` bytes apart, parts `part`, and tiles of k `tile`. By way of `square` where values are
+    not contiguous or do not fill a tile."""
     whole = n // DEEP if step == 1 else 0
     if whole:
         for r in range(rows):
@@ -491,7 +491,7 @@ def rows_apart(x: Any, row: int, step: int, rows: int, n: int, square: Any, xs: 
 
 @intrinsic
 def row_apart(typing_context, x, n, ahead, target, part, tile):
-    """n times 32 numbers in parts: a row of each tile. Numbers so far ahead are asked for."""
+    """Splits n times 32 values: a row of each of n tiles. Values `ahead` elements further on are prefetched."""
 
     def generate(context, builder, signature, arguments):
         x, n, ahead, target, part, tile = arguments
@@ -511,23 +511,23 @@ def row_apart(typing_context, x, n, ahead, target, part, tile):
 
 
 def put_row(builder: Any, both: list, target: Any, part: Any = PLANE) -> None:
-    """LLVM: two vectors in parts, one after the other: a row of a tile, and of those of the other parts, so many bytes apart."""
+    """LLVM: splits two vectors, which together fill a tile's row, and stores that row for each part, `part` bytes apart."""
     for i, words in enumerate(zip(*(parts_of(builder, numbers) for numbers in both), strict=True)):
         store(builder, upper_halves(builder, *words), builder.gep(target, [builder.mul(part, INDEX(i))]))
 
 
 def upper_halves(builder: Any, first: Any, second: Any) -> Any:
-    """LLVM: the upper halves of two vectors of words, one vector after the other; the lower ones are 0."""
+    """LLVM: the upper halves of two vectors of words, concatenated; the lower halves are 0."""
     if UNIT == EMULATED:
         both = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(SINGLE, DEEP), list(range(DEEP))))
         return builder.trunc(builder.lshr(both, every(both.type, 16)), ir.VectorType(ir.IntType(16), DEEP))
-    numbers = (builder.bitcast(words, VECTOR) for words in (second, first))  # exact here, but that subnormal numbers become 0
+    numbers = (builder.bitcast(words, VECTOR) for words in (second, first))  # exact here, except that subnormals become 0
     return instruction(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(ir.IntType(16), DEEP), *numbers)
 
 
 @intrinsic
 def turn(typing_context, x, step, n, square):
-    """square[r, k] = x[k · step + r], 16 rows of 32 numbers; beyond n of them, the last again."""
+    """square[r, k] = x[k · step + r], 16 rows of 32 values; for k ≥ n, the last is repeated."""
 
     def generate(context, builder, signature, arguments):
         x, step, n, square = arguments
@@ -543,7 +543,7 @@ def turn(typing_context, x, step, n, square):
 
 @inner
 def strips_apart(strips: Any, apart: int, count: int, n: int, square: Any, weights: Any) -> None:
-    """n numbers of each column of one or two strips in parts; with zeros behind, by way of a square, where they are not whole tiles."""
+    """Splits n of k of one or two strips; an incomplete last tile is filled with 0, by way of `square`."""
     whole, gap = n // DEEP, (n + DEEP - 1) // DEEP * PARTS * TILE_BYTES
     for c in range(count):
         strip = at(strips, c * apart)
@@ -558,7 +558,7 @@ def strips_apart(strips: Any, apart: int, count: int, n: int, square: Any, weigh
 
 @intrinsic
 def tiles_apart(typing_context, strip, n, weights):
-    """n tiles of a strip in parts."""
+    """Splits n tiles of a strip."""
 
     def generate(context, builder, signature, arguments):
         (strip, n, weights), stored = arguments, signature.args[0].dtype
@@ -577,7 +577,7 @@ def tiles_apart(typing_context, strip, n, weights):
 
 
 def words_apart(builder: Any, place: Any, asked: Any, stored: Any, target: Any) -> None:
-    """LLVM: two neighbours of k of a strip in parts: a row of a tile. What comes later is asked for."""
+    """LLVM: splits two neighbours in k of a strip, a row of a tile, and prefetches those at `asked`."""
     both = [[builder.gep(there, [INDEX(i * SIDE)]) for i in range(2)] for there in (place, asked)]
     for line in both[1][: 2 * SIDE * stored.bitwidth // 8 // LINE]:
         prefetch(builder, line, level=2)
@@ -585,18 +585,18 @@ def words_apart(builder: Any, place: Any, asked: Any, stored: Any, target: Any) 
 
 
 def put_words(builder: Any, both: list, target: Any, parts: int = PARTS) -> None:
-    """LLVM: two vectors in parts, whose words hold both: a row of a tile, and of the tiles of the other parts."""
+    """LLVM: splits two vectors, interleaves them in words, and stores a tile's row for each part."""
     for i, (lower, upper) in enumerate(zip(*(parts_of(builder, numbers, parts) for numbers in both), strict=True)):
         store(builder, builder.or_(builder.lshr(lower, every(WORDS, 16)), upper), builder.gep(target, [INDEX(i * TILE_BYTES)]))
 
 
-# How Numba sees stored numbers; strips that up to 16 rows meet at a time, and whether these are taken apart among the products or before them: one of
-# float16 would wait for its own sums, two of float32 or products in between for memory.
+# For each stored dtype: its name, its pointer type, how many strips up to 16 rows are multiplied by at a time, and whether those are split between
+# the products or before them: a single strip of float16 would wait for its own sums, two of float32, or splitting between products, for memory.
 STORED = {"<f4": ("float32", floats, 1, False), "<i2": ("float16", int16s, 2, True)}
 
 
 def variants(function: Any, name: str, tall: int = 1) -> dict[str, Kernel]:
-    """The kernel for each way in which weights are stored, where two tiles of rows are met at a time with two strips."""
+    """The kernel's variant for each stored dtype; with tall=2, two tiles of rows are multiplied by two strips at a time."""
     found = {}
     for dtype, (stored, pointers, abreast, among) in STORED.items():
         count, among = (abreast, among) if tall == 1 else (2, True)

@@ -1,7 +1,8 @@
 """Our attention inside HF transformers' own OPT: register(), then attn_implementation="opt_fast".
 
-HF asks a mask function once for each forward pass, and hands what it returns to every layer, which hands it to the attention function. Ours returns
-the layout of opt_np.ops.attention: so the padding mask crosses from the GPU to the host, where kernels want it, once a pass and not once a layer.
+HF calls a mask function once per forward pass and gives its result to every layer, which gives it to the attention function. Ours returns the
+layout of opt_np.ops.attention, so the padding mask is copied from the GPU to the host, where the kernels' launchers read it, once per pass and not
+once per layer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 
 def register(name: str = "opt_fast") -> None:
-    """Makes `from_pretrained(…, attn_implementation=name)` and `model.set_attn_implementation(name)` mean our attention, for HF's OPT.
+    """Makes `from_pretrained(…, attn_implementation=name)` and `model.set_attn_implementation(name)` select our attention, for HF's OPT.
 
-    Forward and backward, with HF's own cache or without, and with padding on either side, as HF's "sdpa"; see `attention` for what it refuses.
+    It runs forward and backward, with HF's own cache or without, and with padding on either side, as HF's "sdpa"; `attention` lists what it refuses.
     Equals what HF's AttentionInterface and AttentionMaskInterface call an attention function and its mask function.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -27,7 +28,7 @@ def layout(config: Any, q_length: int, kv_length: int, q_offset: Any = 0, attent
 
     attention_mask: (B, S)  ->  .visible (B, S)
 
-    Raises ValueError for a model that is no OPT, whose masks may mean more than padding, and for a cache that is longer than what it holds.
+    Raises ValueError for models other than OPT, whose masks may mean more than padding, and for a cache with more slots than tokens (a static one).
     """
     if config.model_type != "opt":
         raise ValueError(f"opt_fast's attention is OPT's, and this model is {config.model_type!r}; load it with attn_implementation='sdpa'")
@@ -40,11 +41,11 @@ def layout(config: Any, q_length: int, kv_length: int, q_offset: Any = 0, attent
 
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, dropout: float = 0.0,
               **options: Any) -> tuple[Any, None]:  # fmt: skip
-    """What an OPTAttention calls; `attention_mask` is `layout`'s, or None. OPT scales its queries itself, so `scaling` is 1.
+    """What HF's OPTAttention calls; `attention_mask` is `layout`'s result, or None. OPT scales its queries itself, so `scaling` is 1.
 
     query: (B, H, T, Dh);  key: (B, H, S, Dh);  value: (B, H, S, Dh)  ->  (B, T, H, Dh)
 
-    Raises ValueError for what tiled attention cannot do: dropout, giving out its weights, a mask of one's own for each query.
+    Raises ValueError for what tiled attention cannot do: dropout, returning its weights, and a mask that differs between queries, (B, 1, T, S).
     """
     from opt_fast import attention_cuda
 
@@ -56,12 +57,12 @@ def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any
         raise ValueError(
             f"attention_mask is {tuple(attention_mask.shape)}; opt_fast's attention is causal by itself and takes a mask of keys, (B, S)"
         )
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, ·, Dh) -> (B, ·, H, Dh), as they lie in memory before HF turns them
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, ·, Dh) -> (B, ·, H, Dh), their order in memory before HF transposes them
     return attention_cuda.attention_lse(q, k, v, scaling, attention_mask)[0], None
 
 
 def weights_wanted(options: dict[str, Any]) -> bool:
-    """Whether output_attentions was asked for, which OPT does not hand on: what is asked for stands in a variable of HF's own."""
+    """Whether output_attentions was requested; OPT does not pass it on, so this reads a private variable of HF's that records it."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:  # another version

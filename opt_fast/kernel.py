@@ -1,8 +1,9 @@
-"""How Python runs a compiled function on all threads, and the vector instructions that such functions are written with.
+"""Compiling kernels with Numba and running them on all threads, and the vector instructions that kernels are built from.
 
-Numba takes seconds to compile a parallel loop, and compiles all that the loop calls once more with it. So there is none: Numba's threads are given
-a kernel by its address; a kernel is compiled by itself, at its first use, and kept in __pycache__. It is given a table of whole numbers: where the
-next task stands, its arguments, and arrays as addresses. Threads take tasks until none is left, so one that is held up holds up no other.
+A Numba parallel loop takes seconds to compile, and compiles everything that it calls once more. So there are none here: a kernel is a plain function,
+compiled on its own at first use, cached in __pycache__, and handed to Numba's thread pool by its address. Its only parameter is its table, an int64
+array: counters that give out the tasks, then its arguments, arrays among them as addresses. Each thread claims tasks until none is left, so a slow
+thread delays no other.
 """
 
 from __future__ import annotations
@@ -36,29 +37,29 @@ from numba.core.registry import cpu_target
 from numba.core.typing import Signature
 from numba.extending import intrinsic as numba_intrinsic
 
-LANES = 16  # sums are kept side by side, on every processor
-LINE = 64  # bytes of the cache that are read together
-PIECE, LARGEST = 1 << 26, 1 << 28  # bytes of memory that many weights share, and that are kept at most for those that are packed for one use
-TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # places in the table: tasks begun and done, threads, their memory, how much each has …
+LANES = 16  # partial sums of a reduction: the same number on every processor
+LINE = 64  # bytes of a cache line
+PIECE, LARGEST = 1 << 26, 1 << 28  # bytes: of a block of memory that many weights share; and, at most, retained for weights packed for a single use
+TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # the table's slots: tasks begun, tasks done, threads, scratch memory, bytes of it each …
 KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
 config: Any = numba_config
 _local, _lock = threading.local(), threading.Lock()
-_libraries: list = []  # in which the machine code is
-_elsewhere: dict[Callable, subprocess.Popen] = {}  # what another process compiles
+_libraries: list = []  # own the machine code, and keep it alive
+_elsewhere: dict[Callable, subprocess.Popen] = {}  # kernels that another process is compiling
 COMPILED = (
     "kernel.py", "gemm.py", "gemm_int.py", "gemm_amx.py", "gemm_amx_int4.py", "gemm_parts.py", "rowwise.py", "attention_cpu.py", "attention_bf16.py",
     "attention_parts.py", "train_cpu.py", "program_cpu.py", "paged_cache.py",
 )  # fmt: skip
-inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload] # for functions that only kernels call: Python has no way in
+inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload] # called only by kernels: no entry point for Python
 
 
 class Kernel:
-    """A function of the table; kernel(*arguments, tasks=…, scratch=…) runs it on as many threads as find work, each with so many float32 of memory.
+    """A compiled function of a table; kernel(*arguments, tasks=…, scratch=…) runs it on one thread per task at most, each with `scratch` float32.
 
-    In it, claim(table, TASKS) is the next task, memory(table) the thread's own memory, and table[ARGUMENTS + i] the i-th argument. A kernel that may
-    be part of a program (program_cpu.py) also counts the tasks that are done: claim(table, DONE). It writes nothing before it has a task: a thread
-    that comes too late for one may come while another has the same memory in the next kernel.
+    Inside, claim(table, TASKS) is the next task, memory(table) the thread's scratch memory, and table[ARGUMENTS + i] the i-th argument. A kernel that
+    may be part of a Program (program_cpu.py) also counts finished tasks, with claim(table, DONE), and writes to its memory only once it has a task: a
+    thread that arrives after the last task may find another thread using the same memory in the next kernel.
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:
@@ -73,13 +74,13 @@ class Kernel:
         return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
     def ahead(self, name: str) -> None:
-        """Where it was never compiled, has another process do so while this one compiles others. name: what opt_fast has it as, as rowwise.ADD."""
+        """Has another process compile it, if not cached, while this one compiles others. name: its place in opt_fast, like "rowwise.ADD"."""
         if "address" in self.__dict__ or self._function in _elsewhere or numba.get_num_threads() == 1 or not runs_python():
             return
         with _lock, kept_compiled():
             found = kept(self._function, KERNEL)
             if found is None:
-                with suppress(OSError):  # where no process can be begun
+                with suppress(OSError):  # no process can be started
                     _elsewhere[self._function] = in_another_process(name)
             else:
                 _libraries.append(found[0])
@@ -99,14 +100,14 @@ class Kernel:
 
 
 def variant(function: Callable[[Any], None], name: str, **meanings: Any) -> Kernel:
-    """A kernel of the same lines in which some of the module's names have other meanings."""
+    """A kernel from the same source, with some of the module's global names bound to other values."""
     made = FunctionType(function.__code__, function.__globals__ | meanings)
-    made.__name__ = made.__qualname__ = f"{function.__name__}_{name}"  # by which Numba keeps it
+    made.__name__ = made.__qualname__ = f"{function.__name__}_{name}"  # Numba's cache finds it by this name
     return Kernel(made)
 
 
 def compiled(function: Any, types_: Signature) -> int:
-    """The address of a function that Numba has compiled, now or once, and that stays."""
+    """The address of a function's machine code, which stays loaded: from Numba's cache, or compiled now."""
     with _lock, kept_compiled(), event.install_listener("numba:run_pass", _Announcer()):
         found = kept(function, types_)
         if found is None and function in _elsewhere:
@@ -125,29 +126,29 @@ def compiled(function: Any, types_: Signature) -> int:
 
 
 def in_another_process(name: str) -> subprocess.Popen:
-    """Compiles a kernel of opt_fast where this process will find it. Should that fail, this one compiles it itself."""
+    """Starts compiling a kernel of opt_fast into the cache that this process reads. If that fails, this process compiles it itself."""
     announce()
     code = f"import sys; sys.path[:] = {sys.path!r}; from opt_fast import {name.split('.')[0]}; {name}.address"
     environment = os.environ | {"NUMBA_CACHE_DIR": os.path.dirname(config.CACHE_DIR)}
     silent: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, **silent)
     atexit.register(process.wait)
-    atexit.register(process.kill)  # which comes first, and does nothing to one that has ended
+    atexit.register(process.kill)  # runs before `wait` (last in, first out), and does nothing to a process that has ended
     return process
 
 
 def runs_python() -> bool:
-    """Whether sys.executable is Python, and not a program that holds it."""
+    """Whether sys.executable is Python, and not a program that embeds it."""
     return not getattr(sys, "frozen", False) and os.path.basename(sys.executable or "").startswith("python")
 
 
 def kept(function: Any, types_: Signature) -> tuple[Any, int] | None:
-    """The same, from the file in which Numba keeps it, as its own loading does, but for all that it would need to compile: which takes a quarter of a
-    second and 40 MB. None where there is no such file, or where another release of Numba has not what this takes from it."""
+    """The compiled function from Numba's cache: (library, address). It does what Numba's own loading does, without setting up the compiler, which
+    takes a quarter of a second and 40 MB. None if it is not cached, or if this release of Numba lacks the internals used here."""
     try:
         from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 
-        for name, place in _nrt_python.c_helpers.items():  # what machine code may call, as numba.core.runtime.nrt tells LLVM of it
+        for name, place in _nrt_python.c_helpers.items():  # runtime functions that machine code may call; as in numba.core.runtime.nrt
             binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", place)
         found = FunctionCache(function)._load_overload(types_, cpu_target.target_context)
         return found and (found.library, found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name))
@@ -161,8 +162,8 @@ def kept(function: Any, types_: Signature) -> tuple[Any, int] | None:
 
 @contextmanager
 def kept_compiled() -> Iterator[None]:
-    """Numba keeps what it compiles in __pycache__, and looks whether the function's own file has changed, but not the files of what it calls: so the
-    folder's name holds a checksum of all of them."""
+    """Inside, Numba's cache is a folder named after a checksum of all kernel sources: Numba itself notices only changes to a function's own file, not
+    to the files of the functions that it calls."""
     sources = b"".join((Path(__file__).parent / name).read_bytes() for name in COMPILED)
     wanted, before = Path(config.CACHE_DIR or Path(__file__).parent / "__pycache__"), config.CACHE_DIR
     name, places = f"kernels-{zlib.crc32(sources):08x}", (wanted, Path(os.path.expanduser("~/.cache/opt_fast")))
@@ -175,7 +176,7 @@ def kept_compiled() -> Iterator[None]:
 
 
 def can_be_written(folder: Path) -> bool:
-    """Makes the folder where it can be made."""
+    """Whether the folder can be written to; creates it if possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -185,7 +186,7 @@ def can_be_written(folder: Path) -> bool:
 
 @functools.cache
 def for_this_process() -> Path:
-    """A folder that is gone when Python ends."""
+    """A temporary folder, deleted when Python exits."""
     not_kept("set NUMBA_CACHE_DIR to a folder that can be written")
     folder = tempfile.mkdtemp(prefix="opt_fast-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -193,30 +194,30 @@ def for_this_process() -> Path:
 
 
 def address(a: np.ndarray) -> int:
-    """Where an array's numbers begin in memory."""
+    """The address of an array's first element."""
     return a.__array_interface__["data"][0]
 
 
 def lines(size: int) -> int:
-    """So many float32 as fill whole lines of the cache, `size` at least."""
+    """`size` float32, rounded up to whole cache lines."""
     return -(-size * 4 // LINE) * LINE // 4
 
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """np.empty that begins at a whole LINE: a vector as long as a line of the cache that does not would be read from two."""
+    """np.empty, aligned to a cache line: an unaligned vector of a line's length would span two lines."""
     size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
     return begun_at_a_line(np.empty(size + LINE, np.uint8), size)[0].view(dtype).reshape(shape)
 
 
 def begun_at_a_line(memory: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """So many bytes of the memory, and what is left behind them."""
+    """The memory's first `size` bytes from a cache line's start, and the rest behind them."""
     start = -address(memory) % LINE
     return memory[start : start + size], memory[start + size :]
 
 
 @contextmanager
 def side_by_side() -> Iterator[None]:
-    """Inside, weights share pieces of memory so large that the system gives them large pages, which are looked up less often."""
+    """Inside, for_weights allocates from shared blocks, large enough for the system to back with huge pages: fewer TLB misses."""
     _local.piece = np.empty(0, np.uint8)
     try:
         yield
@@ -226,7 +227,7 @@ def side_by_side() -> Iterator[None]:
 
 @contextmanager
 def for_one_use() -> Iterator[None]:
-    """Inside, a weight's memory is that of the one before, which is not used any more: fresh memory costs as much as packing into it."""
+    """Inside, for_weights reuses the memory of the previous weight, no longer needed: fresh memory's page faults cost as much as packing."""
     _local.once = getattr(_local, "kept", np.empty(0, np.uint8))
     try:
         yield
@@ -236,7 +237,7 @@ def for_one_use() -> Iterator[None]:
 
 
 def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-    """As `aligned`."""
+    """As `aligned`, from the memory that `side_by_side` or `for_one_use` provides, if one of them is active."""
     size = math.prod(shape if isinstance(shape, tuple) else (shape,)) * np.dtype(dtype).itemsize
     if hasattr(_local, "once"):
         if _local.once.size < size + LINE:
@@ -245,20 +246,20 @@ def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     if not hasattr(_local, "piece"):
         return aligned(shape, dtype)
     if _local.piece.size < size + LINE:
-        give_back()  # lest the piece be of memory that was used before: what is left of the last one is then no memory at all
+        give_back()  # so that the new block is fresh from the system: whatever it never uses then takes no physical memory
         _local.piece = np.empty(max(PIECE, size + LINE), np.uint8)
     found, _local.piece = begun_at_a_line(_local.piece, size)
     return found.view(dtype).reshape(shape)
 
 
 def give_back() -> None:
-    """Has the C library return to the system what was freed: else it keeps arrays of some MB for itself, for a whole model some hundred MB."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
+    """Makes the C library return freed memory to the system: it would retain freed arrays of a few MB, several hundred MB for a whole model."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc only
         trim(0)
 
 
 def workspace(size: int) -> np.ndarray:
-    """At least so many float32, kept from call to call: fresh memory costs a page fault for every 4096 bytes."""
+    """Scratch memory of at least `size` float32, retained between calls: fresh memory costs a page fault for every 4096 bytes."""
     if not hasattr(_local, "memory") or _local.memory.size < size:
         _local.memory = aligned(size, np.float32)
     return _local.memory
@@ -266,7 +267,7 @@ def workspace(size: int) -> np.ndarray:
 
 @functools.cache
 def announce() -> None:
-    """Says, once, why the first call takes seconds."""
+    """Prints, once, why the first call takes seconds."""
     say("compiling kernels for this processor; it takes some seconds, once for each kind of weights")
 
 
@@ -299,7 +300,7 @@ class _Announcer(event.Listener):
 def _pointer_to(kind: Any) -> Any:
     @intrinsic
     def cast(typing_context, number):
-        """The pointer that an address is."""
+        """An integer address as a typed pointer."""
 
         def generate(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -315,13 +316,13 @@ floats, int16s, uint16s, int32s, int64s, bytes_, int8s = (
 
 
 def float_bits(number: float) -> int:
-    """A float32 as a whole number, for the table."""
+    """A float32's bits as an integer, for the table."""
     return int(np.float32(number).view(np.int32))
 
 
 @intrinsic
 def float_of(typing_context, number):
-    """float_bits undone."""
+    """The float32 that float_bits encoded."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
@@ -341,7 +342,7 @@ def at(typing_context, pointer, offset):
 
 @intrinsic
 def claim(typing_context, table, place):
-    """Adds 1 to table[place] in one step, whichever thread asks, and returns what it was."""
+    """Atomically adds 1 to table[place], and returns its previous value."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), ir.IntType(64)(1), "acq_rel")
@@ -363,7 +364,7 @@ def call(typing_context, function, table):
 
 @intrinsic
 def launch(typing_context, run, enter, size, what):
-    """Calls a kernel on size[0] of Numba's threads, as on_threads does from Python; `what` is the kernel and its table."""
+    """on_threads from machine code: runs a kernel on size[0] of Numba's threads; `what` points to the addresses of the kernel and of its table."""
 
     def generate(context, builder, signature, arguments):
         byte, index, single = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
@@ -379,7 +380,7 @@ def launch(typing_context, run, enter, size, what):
 
 @intrinsic
 def wait(typing_context, counters, place, n):
-    """Until counters[place] is n."""
+    """Spins until counters[place] is at least n."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.gep(arguments[0], [arguments[1]])
@@ -394,7 +395,7 @@ def wait(typing_context, counters, place, n):
 
 
 def on_threads(function: int, table: int, threads: int) -> None:
-    """Calls the kernel on so many of Numba's threads."""
+    """Calls the kernel on this many of Numba's threads."""
     _, run, enter = threads_of_numba()
     size, what = np.array([threads], np.int64), np.array([function, table], np.int64)
     run(enter, address(size), address(size), address(size), address(what), 0, 0, threads)
@@ -402,27 +403,27 @@ def on_threads(function: int, table: int, threads: int) -> None:
 
 @functools.cache
 def threads_of_numba() -> tuple[int, Any, int]:
-    """What Numba's parallel loops call: its address, and as Python calls it; and _enter for it. It takes a function; arrays, of which there are none;
-    how many times, shared among so many threads; the arrays' steps; and what the function is given."""
-    numba.get_num_threads()  # which begins the threads
+    """Numba's entry point for parallel loops: its address, the same callable from Python, and the address of _enter, the loop body to pass it. Its
+    arguments: the body; arrays (none here); the iteration count and strides; the body's own data; and, last, the number of threads."""
+    numba.get_num_threads()  # starts the threads
     place, count, run = ctypes.c_void_p, ctypes.c_size_t, binding.address_of_symbol("numba_parallel_for")
     function = ctypes.PYFUNCTYPE(None, place, place, place, place, place, count, count, ctypes.c_int)(run)
     return run, function, compiled(_enter, types.void(*[types.CPointer(types.int64)] * 4))
 
 
 def _enter(arrays: Any, times: Any, steps: Any, what: Any) -> None:
-    """A thread's part of a loop: so many times the kernel."""
+    """A thread's share of a parallel loop: the kernel, times[0] times."""
     for _ in range(times[0]):
         call(what[0], int64s(what[1]))
 
 
 @njit(inline="always")
 def memory(table: Any) -> Any:
-    """The calling thread's own memory; to be asked for once."""
+    """The calling thread's own scratch memory; call it once per thread and kernel, since each call claims the next share."""
     return floats(table[MEMORY] + claim(table, THREADS) * table[BYTES])
 
 
-# ---- vectors, as LLVM has them: for intrinsics -------------------------------------------------------------------------------------------
+# ---- LLVM vectors: building blocks of intrinsics -----------------------------------------------------------------------------------------
 
 
 def load(builder: Any, address: Any, vector: Any) -> Any:
@@ -438,13 +439,13 @@ def store(builder: Any, value: Any, address: Any) -> None:
 
 
 def instruction(builder: Any, name: str, returned: Any, *arguments: Any) -> Any:
-    """LLVM: calls what it has under this name."""
+    """LLVM: calls its intrinsic of this name."""
     kind = ir.FunctionType(returned, [argument.type for argument in arguments])
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
 
 def prefetch(builder: Any, pointer: Any, level: int = 1, write: bool = False) -> None:
-    """LLVM: asks for the memory there, to read it or to write it, where the processor by itself would do so too late: to this level of the cache."""
+    """LLVM: prefetches a cache line, for reading or writing, into this cache level; used where the hardware prefetcher would be too late."""
     byte, single = ir.IntType(8).as_pointer(), ir.IntType(32)
     instruction(builder, "llvm.prefetch.p0", ir.VoidType(), builder.bitcast(pointer, byte), single(int(write)), single(4 - level), single(1))
 
@@ -455,20 +456,20 @@ def every(vector: Any, value: float) -> Any:
 
 
 def broadcast(builder: Any, number: Any, vector: Any) -> Any:
-    """LLVM: a vector of one number."""
+    """LLVM: one value in every lane."""
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
     return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any, fused: bool) -> Any:
-    """a · b + c, rounded once where the processor can."""
+    """LLVM: a · b + c, rounded once if `fused`."""
     if not fused:
         return builder.fadd(builder.fmul(a, b), c)
     return instruction(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
 def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any, list], list]) -> list:
-    """for k in range(0, count, step): carried = body(k, carried); at least once.  Returns what is carried."""
+    """LLVM: for k in range(0, count, step): carried = body(k, carried), run at least once. Returns the final carried values."""
     entry, block, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
     index = ir.IntType(64)
     builder.branch(block)
@@ -484,12 +485,12 @@ def loop(builder: Any, count: Any, step: int, carried: list, body: Callable[[Any
 
 
 def larger(builder: Any, a: Any, b: Any) -> Any:
-    """LLVM: of each pair of numbers the larger one; the second where one is NaN."""
+    """LLVM: the lane-wise maximum; b's value where either is NaN."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 def rows_from(builder: Any, rows: Any, step: Any, n: Any, count: int) -> list:
-    """LLVM: where `count` rows begin, `step` apart; beyond the n there are, the last."""
+    """LLVM: the addresses of `count` rows, `step` apart; only n exist, and the last stands in for those beyond."""
     index = ir.IntType(64)
     last = builder.sub(n, index(1))
     there = [builder.select(builder.icmp_signed("<", index(r), n), index(r), last) for r in range(count)]
@@ -497,7 +498,7 @@ def rows_from(builder: Any, rows: Any, step: Any, n: Any, count: int) -> list:
 
 
 def transposed(builder: Any, lines: list) -> list:
-    """LLVM: n vectors of n numbers, the first of which holds the first number of each, and so on."""
+    """LLVM: the transpose of an n × n square, given as n vectors."""
     lines, n, apart = list(lines), len(lines), 1
     while apart < n:  # swaps the off-diagonal quarters of every square of 2 · apart
         above = [lane if not lane & apart else n + lane - apart for lane in range(n)]
@@ -511,7 +512,7 @@ def transposed(builder: Any, lines: list) -> list:
 
 
 def across(builder: Any, lanes: Any, combine: Any) -> Any:
-    """The lanes of a vector combined into one number, always in the same order."""
+    """LLVM: reduces a vector's lanes to one value, always in the same order."""
     while (half := lanes.type.count // 2) > 0:
         low, high = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(first, first + half))) for first in (0, half))
         lanes = combine(builder, builder.shuffle_vector(lanes, lanes, low), builder.shuffle_vector(lanes, lanes, high))
@@ -520,24 +521,24 @@ def across(builder: Any, lanes: Any, combine: Any) -> Any:
 
 @intrinsic
 def total(typing_context, row, n):
-    """The sum of some numbers."""
+    """The sum of n values."""
     return _summing(row, n, lambda builder, sums, x: builder.fadd(sums, x))
 
 
 @intrinsic
 def squares(typing_context, row, n):
-    """The sum of their squares."""
+    """The sum of the squares of n values."""
     return _summing(row, n, lambda builder, sums, x: builder.fadd(sums, builder.fmul(x, x)))
 
 
 @intrinsic
 def largest(typing_context, row, n):
-    """The largest of some numbers; of NaN nothing is said."""
+    """The largest of n values; undefined if one is NaN."""
     return _summing(row, n, larger, larger, -math.inf)
 
 
 def _summing(row: Any, n: Any, add: Callable[[Any, Any, Any], Any], combine: Any = None, start: float = 0.0) -> Any:
-    """A vector of sums over whole vectors of numbers, then the rest one by one."""
+    """A reduction: LANES partial sums over whole vectors, combined, then the remaining values one by one."""
     combine = combine or (lambda builder, a, b: builder.fadd(a, b))
 
     def generate(context, builder, signature, arguments):

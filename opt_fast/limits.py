@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes read from memory and float32 products, each measured in a process of its own."""
+"""This machine's limits: memory bandwidth and float32 FLOP/s, each measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure(threads: int, read: int = 2**29, width: int = 2048) -> dict[str, flo
 
 
 def bandwidth(threads: int, size: int) -> float:
-    """Each thread looks for the largest of its part: NumPy does this in vectors, without the GIL, and as fast as memory delivers."""
+    """Bytes read per second, as each thread takes the maximum of its part: NumPy vectorizes this, releases the GIL, and is limited by memory only."""
     from concurrent.futures import ThreadPoolExecutor
 
     parts = np.array_split(np.ones(size // 4, np.int32), threads)
@@ -29,13 +29,13 @@ def bandwidth(threads: int, size: int) -> float:
 
 
 def matmul(width: int) -> float:
-    """NumPy's BLAS, which has been tuned for longer than any of us; a kernel that beats it shows more than 100 %."""
+    """FLOP/s of NumPy's BLAS, which is well tuned but no strict limit: a faster kernel shows more than 100 %."""
     a, b = np.random.default_rng(0).random((2, width, width), np.float32)
     return 2 * width**3 / fastest(lambda: a @ b)
 
 
 def fastest(call: Callable[[], Any]) -> float:
-    """Seconds of the fastest call: a limit is what can be reached, so the best counts."""
+    """Seconds of the fastest call, as a limit is the best that can be reached."""
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -45,7 +45,7 @@ def fastest(call: Callable[[], Any]) -> float:
 
 
 def alone(threads: int, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a fresh process: a pool of threads left by one would slow the next."""
+    """function(*args) in a fresh process: a thread pool left over from one measurement would slow the next."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -55,7 +55,7 @@ def alone(threads: int, function: Callable[..., Any], *args: Any) -> Any:
 
 @contextmanager
 def thread_limit(threads: int) -> Iterator[None]:
-    """Processes started inside use so many threads in OpenMP, OpenBLAS, MKL and Numba, which read this when they are imported."""
+    """Processes started inside use this many threads in OpenMP, OpenBLAS, MKL and Numba, which read these variables at import."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(threads)))
     try:

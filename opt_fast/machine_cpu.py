@@ -1,4 +1,4 @@
-"""The model over pages on the CPU: what engine.py needs of a backend. One pass reads new tokens of any rows, side by side and without padding."""
+"""The CPU's machine: the model over a pool of pages, as engine.py needs it of a backend. A pass reads new tokens of any rows, without padding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from opt_np import model
 from opt_np.config import OPTConfig
 from opt_np.tree import flatten
 
-KEPT = 1 << 28  # bytes of pages and of programs that stay with a model between two calls of generate, at most
-AHEAD, TOKENS, AT_ONCE = 8, 128, 1 << 30  # steps, tokens, and bytes of weights, at most, that are read before Python looks: hundredths of a second
+KEPT = 1 << 28  # most bytes that a model retains between two calls of generate: pages, and programs if both fit
+AHEAD, TOKENS, AT_ONCE = 8, 128, 1 << 30  # most greedy steps, tokens and bytes of weights read per call from Python: hundredths of a second
 
 
 class Pages(paged_cache.Pages):
-    """Pages of NumPy arrays, and where they begin in memory. A head's keys stand side by side in a page, for so they are read."""
+    """Pages in NumPy arrays, and the addresses of those. In a page, a head's keys are contiguous, as attention reads them."""
 
     def __init__(self, cfg: OPTConfig, count: int, dtype: str = "float32") -> None:
         stored = np.dtype(dtype)
@@ -40,22 +40,22 @@ class Pages(paged_cache.Pages):
 
 
 class Machine:
-    """The model over pages: one pass reads new tokens of any rows."""
+    """The model over a pool of pages, with the Programs (program_cpu.py) that run it."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
         self.params, self.cfg, self.pool, self.way = dict(params), cfg, pool, attention_parts.way_for(params)
         self.threads, self.leaves = get_num_threads(), leaves(params)
-        self.programs: dict[int, program_cpu.Program] = {}  # by the number of rows
-        self.reading: dict[bool, program_cpu.Program] = {}  # two, for as many tokens of texts as were last read at once, and asked for
+        self.programs: dict[int, program_cpu.Program] = {}  # for single tokens, by the number of rows
+        self.reading: dict[bool, program_cpu.Program] = {}  # for prompts: the two from `reader`, for the number of tokens that each last had
 
     def serves(self, params: dict, cfg: OPTConfig) -> bool:
-        """Whether these are still the parameters, the config and the threads that programs were written for."""
+        """Whether the programs were written for these parameters, this config and the present number of threads."""
         found = leaves(params)
         same = get_num_threads() == self.threads and cfg == self.cfg and len(found) == len(self.leaves)
         return same and all(map(operator.is_, found, self.leaves))
 
     def rests(self) -> bool:
-        """Forgets all texts. Whether it may serve again."""
+        """Forgets all texts, and returns whether the machine is worth retaining for the next call."""
         self.pool.clear()
         if self.pool.nbytes + sum(program.nbytes for program in (*self.programs.values(), *self.reading.values())) > KEPT:
             self.programs, self.reading = {}, {}
@@ -66,7 +66,7 @@ class Machine:
         return program_cpu.fit(self.params["layers"], self.cfg) and program_cpu.fits_ends(self.params, self.cfg)
 
     def read(self, pieces: list[tuple[Row, int]]) -> None:
-        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        """Reads the next `count` tokens of each row, which has reserved room for them; a row read to its end gets its logits."""
         batch = Batch(self.pool, pieces, self.way)
         if self.has_programs and all(count == row.left == 1 for row, count in pieces):
             return self.go_on([row for row, _ in pieces], batch)
@@ -78,7 +78,7 @@ class Machine:
         ends = [*itertools.accumulate(kept)]
         logits = self.logits(x[[ends[i] - 1 for i in done]]) if done else None
         hidden: Any = [row.hidden is not None and self.final(x[end - keep : end]) for row, keep, end in zip(rows, kept, ends, strict=True)]
-        for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, for a pass may be broken off and repeated
+        for row, count, h in zip(rows, counts, hidden, strict=True):  # only now, as an interrupted pass is repeated
             row.wrote(count)
             if row.hidden is not None:
                 row.hidden.append(h)
@@ -86,7 +86,7 @@ class Machine:
             rows[place].logits = logits, i
 
     def go_on(self, rows: list[Row], batch: Batch) -> None:
-        """One token of each row; and if greedy search goes on, as it did before, those that come next, up to where a row's page ends."""
+        """Reads one token of each row; if greedy search is expected to continue in all of them, also the next ones, until some row's page is full."""
         program, ids = self.program(len(rows)), self.params["embed_tokens"]["weight"].checked_rows([row.text[-1] for row in rows])
         sure = all(row.sure and row.ends == rows[0].ends for row in rows)
         room = [min(row.likely, len(row.pages) * PAGE - row.length - 1, self.cfg.max_position_embeddings - row.length - 1) for row in rows]
@@ -96,13 +96,13 @@ class Machine:
         now, *later = logits
         for i, row in enumerate(rows):
             if row.hidden is not None:
-                row.hidden.append(self.final(program.x[i : i + 1].copy()))  # `final` may give back what it is given
+                row.hidden.append(self.final(program.x[i : i + 1].copy()))  # copied, as `final` may return its argument
             row.wrote(1)
             row.logits, after = (now, i), [(some, i) for some in later]
             row.ahead = [*zip(best[:, i].tolist(), [*after, None], strict=True)]
 
     def blocks(self, x: np.ndarray, batch: Batch, kept: list[int]) -> np.ndarray:
-        """All blocks; but of the last one nobody needs more than keys and values, except for the tokens asked for.  x: (N, D)  ->  (sum(kept), D)"""
+        """All blocks; for tokens whose output is not wanted, of the last block only keys and values.  x: (N, D)  ->  (sum(kept), D)"""
         layers, bases, (where, ends) = self.params["layers"], self.pool.bases, batch.last(kept)
         if not self.has_programs:
             return model.decoder(self.params, x, self.cfg, batch, ops_cpu, batch)[where]  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ class Machine:
 
     @functools.cached_property
     def most(self) -> int:
-        """Steps at once."""
+        """Greedy steps in one call, at most."""
         return max(1, min(AHEAD, AT_ONCE // sum(leaf.nbytes for leaf in self.leaves)))
 
     def program(self, B: int) -> program_cpu.Program:
@@ -127,19 +127,19 @@ class Machine:
         return self.programs[B]
 
     def reader(self, layers: list[dict], N: int, rest: bool) -> program_cpu.Program:
-        """One that reads texts: all but what comes after the last layer's keys and values, or just that."""
+        """The Program for reading prompts: everything up to the last layer's keys and values, or, with `rest`, what follows them."""
         if rest not in self.reading or len(self.reading[rest].x) != N:
             self.reading[rest] = program_cpu.Program(layers, self.cfg, N, self.pool.dtype, self.way, keys=not rest, rest=rest)
         return self.reading[rest]
 
 
 def leaves(params: dict) -> list[Any]:
-    """What programs hold on to; of layers that come and go nothing."""
+    """The arrays that programs point to; none if layers are read from disk."""
     return [*flatten(params).values()] if type(params["layers"]) is list else []
 
 
 class Batch:
-    """New tokens of some rows, (N, …), side by side: what model.decoder takes as its layout and as its cache."""
+    """New tokens of some rows, packed as (N, …), in the roles of model.decoder's layout and of its cache."""
 
     def __init__(self, pool: Pages, pieces: list[tuple[Row, int]], way: attention_cpu.Forward) -> None:
         self.pool, self.way = pool, way
@@ -152,14 +152,14 @@ class Batch:
         self.rows = attention_cpu.Rows(np.array(table), pool.step, pool.apart, tuple(pieces))
 
     def last(self, kept: list[int]) -> tuple[np.ndarray, attention_cpu.Rows]:
-        """Where the last so many tokens of each row stand, and as queries of the same keys."""
+        """The indices of the last kept[r] tokens of each row r, and the Rows in which only these are queries."""
         table = self.rows.table.copy()
         where = last_of(table[:, 1], kept)
         table[:, 0], table[:, 1] = np.cumsum(kept) - kept, kept
         return where, self.rows._replace(table=table[table[:, 1] > 0])
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        """Writes layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
         keys, values = self.pool.keys[i], self.pool.values[i]
         attention_cpu.write(k, v, keys, values, self.slots, self.pool.apart)
         return keys, values

@@ -1,9 +1,9 @@
-"""The model over pages on a GPU: what engine.py needs of a backend.
+"""Decoding over pages on a GPU: the machine, which is what engine.py needs of a backend.
 
-Prompts are read as ops_cuda reads them, their rows packed end to end. Single tokens, one of each row, are a Program (program_cuda.py): all that the
-GPU does for them is captured once, and then started at one stroke. What was found stays on the GPU until somebody asks (Scores): greedy search asks
-for a number per row. And the GPU does not wait for Python: it goes on with the tokens that score highest while the host still looks at them. If the
-host goes on with others, what was computed is not used.
+A row is a text that grows, with the pages (paged_cache.py) that hold its keys and values. Prompts go through ops_cuda, all rows packed end to end.
+Single tokens, one of each row, go through a Program (program_cuda.py): everything the GPU does for them is captured once as a CUDA graph, and then
+started with one call. Logits stay on the GPU until they are needed (Scores): greedy search fetches two numbers per row. And the GPU does not wait for
+Python: it continues with the highest-scoring tokens while the host still looks at them. If the host continues with others, that work is discarded.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from opt_np import model
 from opt_np.arrays import host
 from opt_np.config import OPTConfig
 
-KEPT = 2**30  # bytes of pages that stay with a model between two calls of generate, at most
+KEPT = 2**30  # at most this many bytes of pages stay allocated between two calls of generate
 
 
 class Pages(paged_cache.Pages):
     """Pages on a GPU."""
 
-    last: Any = None  # when what was done to them before has ended, on the GPU
+    last: Any = None  # an event: the previous work on them has ended
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Whatever modes, device or stream the caller has: no gradients, tensors that stay, and one after the other."""
+        """Runs its body after all earlier ones, on any stream, and without gradients, inference mode or autocast, whatever the caller has set."""
         device = self.keys.device
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             if not self.keys.is_cuda:
@@ -63,30 +63,30 @@ class Pages(paged_cache.Pages):
 
 
 class Machine:
-    """One pass reads new tokens of any rows."""
+    """The model over a pool of pages; one pass reads new tokens of any rows."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages) -> None:
         self.params, self.cfg, self.pool = dict(params), cfg, pool
         self.leaves, self.aside, self.whole = leaves(params), Aside(), True
-        self.programs: dict[tuple[int, int], Program] = {}  # by the number of rows, and of their pages
+        self.programs: dict[tuple[int, int], Program] = {}  # by (rows, pages per row)
 
     def serves(self, params: dict, cfg: OPTConfig) -> bool:
-        """Whether these are still the parameters and the config that programs were made for."""
+        """Whether these are still the parameters and the config that the programs were made for."""
         found = leaves(params)
         same = cfg == self.cfg and len(found) == len(self.leaves)
         return same and all(a is b and p == q for (a, p), (b, q) in zip(found, self.leaves, strict=True))
 
     def rests(self) -> bool:
-        """Forgets all texts. Whether it may serve again."""
+        """Forgets all texts, and returns whether the machine may be used again."""
         self.pool.clear()
         return self.whole and self.pool.nbytes <= KEPT
 
     def read(self, pieces: list[tuple[Row, int]]) -> None:
-        """The next so many tokens of each row, for which it has reserved room; a row that is then at its end has its logits."""
+        """Reads the next n tokens of each (row, n), whose pages are reserved; a row that has then been read to its end gets its logits."""
         with self.pool.alone():
             self.whole = False
             self._read(pieces)
-            self.whole = True  # else nobody else is given this machine
+            self.whole = True  # a machine whose pass was broken off is not used again
 
     def _read(self, pieces: list[tuple[Row, int]]) -> None:
         tokens = [row for row, _ in pieces if row.left == 1 and row.hidden is None]
@@ -112,8 +112,8 @@ class Machine:
             h = self.final(x[torch.as_tensor(ends[done] - 1, device=x.device)])
             logits = model.lm_logits(self.params, h[None], ops_cuda)[0]
             scores = Scores.fetched(logits, highest(logits))
-        for row, count, end in zip(rows, counts, ends, strict=True):  # only now, for a pass may be broken off and repeated
-            if row.hidden is not None:  # so all are kept
+        for row, count, end in zip(rows, counts, ends, strict=True):  # only now, because a pass may be broken off and repeated
+            if row.hidden is not None:  # then all its tokens are in x
                 row.hidden.append(host(self.final(x[end - count : end])))
             row.wrote(count)
         for i, place in enumerate(done):
@@ -123,9 +123,9 @@ class Machine:
         return model.final(self.params, x, self.cfg, ops_cuda, model.no_tap)
 
     def program(self, rows: list[Row]) -> Program:
-        """One for at least so many rows, with at least so many pages."""
+        """A program for at least this many rows and pages per row, made at first use."""
         B, pages = room_for(len(rows)), min(power_of_two(max(len(row.pages) for row in rows)), self.pool.most)
-        if any(program.keys is not self.pool.keys for program in self.programs.values()):  # the pool has grown, and lies elsewhere
+        if any(program.keys is not self.pool.keys for program in self.programs.values()):  # the pool has grown and moved
             self.programs.clear()
             self.aside.renew()
         if (B, pages) not in self.programs:
@@ -134,7 +134,7 @@ class Machine:
 
 
 def room_for(rows: int) -> int:
-    """The size of program that so many rows take: 1, 2, 4, 8, 16, 24, 32 …"""
+    """How many rows the program for `rows` rows has: 1, 2, 4, 8, 16, 24, 32 …"""
     return power_of_two(rows) if rows <= 8 else -(-rows // 8) * 8
 
 
@@ -143,7 +143,7 @@ def power_of_two(n: int) -> int:
 
 
 class Batch:
-    """New tokens of some rows, (N, …), end to end: what model.decoder takes as its layout and as its cache. Of the last block, `kept` is wanted."""
+    """New tokens of some rows, packed end to end, (N, …): model.decoder's layout and cache. The last block computes only those in `kept`."""
 
     def __init__(self, pool: Pages, pieces: list[tuple[Row, int]], kept: list[int]) -> None:
         self.pool, self.layer, device = pool, 0, pool.keys.device
@@ -151,24 +151,24 @@ class Batch:
         self.positions = np.concatenate([np.arange(row.length, row.length + count) for row, count in pieces])
         ends, kept_ends = np.cumsum([count for _, count in pieces]), np.cumsum(kept)
         self.kept = torch.as_tensor(last_of((count for _, count in pieces), kept), device=device)
-        alike: dict[tuple[int, int, int], list[int]] = {}  # rows that attention takes together
+        alike: dict[tuple[int, int, int], list[int]] = {}  # rows of the same lengths, which attention takes together
         for r, (row, count) in enumerate(pieces):
             alike.setdefault((count, row.length, kept[r]), []).append(r)
-        self.groups: list[Any] = []  # each: (new tokens, tokens before; where the new ones and where those kept stand; pages)
+        self.groups: list[Any] = []  # (new tokens, past tokens, indices of the new ones, indices of those kept, pages)
         for (count, past, keep), rows in alike.items():
             tokens, asking = ((last[rows][:, None] + np.arange(-n, 0)).ravel() for last, n in ((ends, count), (kept_ends, keep)))
             pages = np.array([pieces[r][0].pages[: -(-(past + count) // PAGE)] for r in rows])
             self.groups.append((count, past, *(torch.as_tensor(a, device=device) for a in (tokens, asking, pages))))
 
     def extend(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        """Writes layer i's new keys and values to their pages.  k: (N, H, Dh);  v: (N, H, Dh)"""
         self.layer = i
         for pages, new in ((self.pool.keys[i], k), (self.pool.values[i], v)):
             pages.view(-1, *new.shape[1:])[self.slots] = new
         return k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Each row's queries, all or those kept, over its own keys: the new ones, and those in its pages.
+        """Each row's queries (all, or those kept) over its own keys: its past ones in its pages, and the new ones.
 
         q: (M, H, Dh);  k: (N, H, Dh);  v: (N, H, Dh)  ->  (M, H, Dh)
         """

@@ -1,6 +1,6 @@
-"""CUDA C++ compiled when it is first needed: NVRTC through cuda.core, no compiler to install, no GPU needed to compile.
+"""Compiles the CUDA C++ kernels at first use and launches them: NVRTC through cuda.core, so no compiler to install, and no GPU needed to compile.
 
-The machine code is kept on disk, by source, flags, compiler and device, under ~/.cache/opt_fast (XDG_CACHE_HOME moves it).
+The machine code is cached on disk, keyed by source, flags, compiler version and architecture, under ~/.cache/opt_fast (or XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v"}
 
 
 def compile(file: str, arch: str, **macros: int) -> tuple[bytes, str]:
-    """The machine code of kernels/`file` for "sm_90" or another device, and ptxas's report: registers, shared memory, spills.
+    """The machine code of kernels/`file` for an architecture such as "sm_90", and ptxas's report: registers, shared memory, spills.
 
-    Raises RuntimeError with the compiler's words.
+    Raises RuntimeError with the compiler's message.
     """
     from cuda.core import Program, ProgramOptions
 
@@ -32,13 +32,13 @@ def compile(file: str, arch: str, **macros: int) -> tuple[bytes, str]:
     report = StringIO()
     try:
         code = Program((KERNELS / file).read_text(), "c++", options).compile("cubin", logs=report).code
-    except Exception as error:  # cuda.core's own kinds of error are private
+    except Exception as error:  # cuda.core's own exception classes are private
         raise RuntimeError(f"{file} does not compile for {arch}: {error}") from None
     return bytes(code), report.getvalue()
 
 
 def cubin(file: str, arch: str, **macros: int) -> bytes:
-    """As `compile`, from the disk where it has been compiled before."""
+    """The machine code that `compile` returns, read from the disk cache where it has been compiled before."""
     path = cache_folder() / f"{Path(file).stem}-{arch}-{key(file, arch, macros)}.cubin"
     try:
         return path.read_bytes()
@@ -47,13 +47,13 @@ def cubin(file: str, arch: str, **macros: int) -> bytes:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_bytes(code))
-    except OSError:  # a home that cannot be written to costs a compilation at every start
+    except OSError:  # without a writable cache, every process compiles anew
         pass
     return code
 
 
 def key(file: str, arch: str, macros: dict[str, int]) -> str:
-    """What the machine code depends on, in 16 letters; the headers count whether `file` includes them or not."""
+    """A hash, 16 hexadecimal digits, of everything that the machine code depends on; all headers count, whether `file` includes them or not."""
     from cuda.bindings import nvrtc
 
     parts = [file, arch, repr(sorted(macros.items())), repr(OPTIONS), repr(nvrtc.nvrtcVersion()[1:])]
@@ -67,12 +67,12 @@ def cache_folder() -> Path:
 
 @functools.cache
 def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any:
-    """A kernel on a GPU, the current one, allowed `shared` bytes of dynamic shared memory a block."""
+    """A kernel loaded on a GPU, which becomes the current one, and allowed `shared` bytes of dynamic shared memory per block."""
     from cuda.bindings import driver
 
     bind(device)
     major, minor = core().Device(device).compute_capability
-    arch = f"sm_{major}{minor}" + "a" * (major == 9)  # Hopper's own instructions are asked for by that letter
+    arch = f"sm_{major}{minor}" + "a" * (major == 9)  # sm_90a: the letter enables Hopper's own instructions
     found = core().ObjectCode.from_cubin(cubin(file, arch, **macros)).get_kernel(name)
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(limit, shared, found.handle, driver.CUdevice(device))
@@ -82,9 +82,9 @@ def kernel(device: int, file: str, name: str, shared: int, **macros: int) -> Any
 
 
 def launch(found: Any, device: int, stream: int, grid: tuple[int, ...], block: int, shared: int, *arguments: Any, cooperative: bool = False) -> None:
-    """Starts a kernel on a stream, given by its handle; integers are pointers or 64 bits wide, narrower numbers come as NumPy's scalars.
+    """Launches a kernel on a stream, given by its handle. Python integers are passed as pointers or 64-bit numbers, narrower ones as NumPy scalars.
 
-    `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; more than fit are refused.
+    `cooperative`: all blocks are on the GPU at once, so that they may wait for each other; CUDA refuses a grid that does not fit.
     """
     bind(device)
     together = {"is_cooperative": True} if cooperative else {}
@@ -93,7 +93,7 @@ def launch(found: Any, device: int, stream: int, grid: tuple[int, ...], block: i
 
 
 class Bound(threading.local):
-    """The devices whose contexts this thread has had."""
+    """The devices whose contexts this thread has made current."""
 
     def __init__(self) -> None:
         self.devices: set[int] = set()
@@ -103,7 +103,7 @@ bound = Bound()
 
 
 def bind(device: int) -> None:
-    """Gives this thread the context that torch computes in; one that has not computed as yet has none."""
+    """Makes the context that torch uses (the device's primary one) current in this thread; a new thread has none."""
     if device not in bound.devices:
         core().Device(device).set_current()
         bound.devices.add(device)
@@ -111,7 +111,7 @@ def bind(device: int) -> None:
 
 @functools.lru_cache(256)
 def stream_of(device: int, handle: int) -> Any:
-    """A stream of the current device; to make the object takes longer than all else in a launch."""
+    """The stream object of a handle, on the current device; cached, since making it takes longer than the rest of a launch."""
     return core().Stream.from_handle(handle)
 
 
@@ -121,7 +121,7 @@ def core() -> Any:
 
 
 def missing() -> str:
-    """What is not installed that compiling needs, or is too old, in words; nothing where all is there."""
+    """A message about what compiling needs and is not installed or too old; an empty string where nothing is missing."""
     for module in ("cuda.core", "cuda.bindings.nvrtc", "numba.cuda"):
         try:
             importlib.import_module(module)

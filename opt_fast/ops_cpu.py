@@ -1,8 +1,8 @@
 """The operations of opt_np.ops on the CPU's vector units: the same names, arguments and meaning, on float32 arrays, in Numba.
 
-Same bits: a row's numbers do not depend on the batch around it, on padding, on the number of threads, or on how a prompt was cut into the cache,
-as long as backend, dtype and machine stay the same. Weights may be stored in float32, float16 or bfloat16. `pack` lays the matrices out once, after
-loading; one that is not packed is packed at each use, as training wants it. int8 and int4 weights (opt_np/quantize.py) stay whole numbers.
+Bit-identical: a row's results do not depend on the batch around it, on padding, on the number of threads, or on the pieces in which a prompt entered
+the cache, as long as backend, dtype and processor stay the same. Weights may be stored in float32, float16 or bfloat16. `pack` lays the matrices out
+once, after loading; a matrix that is not packed is packed at each use, as in training. int8 and int4 weights (opt_np/quantize.py) stay integers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
-adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global_norm  # which take any tree of arrays
+adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global_norm  # these accept any tree of arrays
 
 
 def description() -> str:
-    """As opt_np.ops.description: the vectors that Numba compiles for, and the threads."""
+    """As opt_np.ops.description: the vector instructions that Numba targets, and the number of threads."""
     products = "tiles of bfloat16 and int8 (AMX), float32 and float16 in parts, " if gemm_amx.UNIT else "pairs of bfloat16, " if TILE.pairs else ""
     return f"{TILE.name} vectors of {TILE.width} float32, {products}{get_num_threads()} threads"
 
 
 def pack(params: dict, release: bool = False) -> dict:
-    """A tree like `params` with its matrices packed and its biases and LayerNorms in float32; positions are looked up as they are.
+    """A tree like `params` with its matrices packed and its biases and LayerNorms in float32; the position embedding stays as it is.
 
-    release=True takes every array out of the given tree as soon as it is packed, so that the weights are never held twice, and keeps none of its
-    memory: it may be that of a file.
+    release=True removes every array from the given tree as soon as it is packed, so that the weights are never held twice; the result then shares no
+    memory with the given arrays, which may be memory-mapped from a file.
     """
     kept = np.array if release else np.asarray
     if "embed_tokens" in params:  # a whole model
@@ -52,13 +52,13 @@ def pack(params: dict, release: bool = False) -> dict:
             return {name: packed(node.pop(name) if release else node[name], f"{path}.{name}") for name in list(node)}
         if isinstance(node, list):
             return [packed(item, path) for item in node]
-        if not isinstance(node, np.ndarray):  # packed already, or layers that are when they are read
+        if not isinstance(node, np.ndarray):  # already packed, or layers on disk, which are packed when they are read
             return node
         if path.endswith("embed_positions.weight"):
             return kept(node)
         return pack_matrix(node) if node.ndim == 2 else kept(node, np.float32)
 
-    whole = "embed_tokens" in params and isinstance(params["layers"], list)  # layers that are read from disk come and go one by one
+    whole = "embed_tokens" in params and isinstance(params["layers"], list)  # layers on disk are loaded and dropped one by one
     with kernel.side_by_side() if whole else nullcontext():
         found = engine.Params(packed(params, ""))
     if whole and release:
@@ -113,7 +113,7 @@ def activation(x: np.ndarray, function: str) -> np.ndarray:
 
 
 def mlp(h: np.ndarray, fc1: dict[str, Any], fc2: dict[str, Any], function: str) -> np.ndarray:
-    """As opt_np.ops.mlp; the activation is applied while its numbers are at hand.  h: (*N, D)  ->  (*N, D)"""
+    """As opt_np.ops.mlp; the activation is applied while fc1's results are still in the cache.  h: (*N, D)  ->  (*N, D)"""
     return linear(_linear(h, function, **fc1), **fc2)
 
 
@@ -137,12 +137,12 @@ def attention_lse(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, lay
 
 
 def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None) -> np.ndarray:
-    """As opt_np.ops.attention_scores, by NumPy: for looking.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
+    """As opt_np.ops.attention_scores, in NumPy: only for inspection.  q: (B, T, H, Dh);  k: (B, S, H, Dh)  ->  (B, H, T, S)"""
     return numpy_ops.attention_scores(float32(q), float32(k), scale, layout)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """As opt_np.ops.softmax, by NumPy: for looking.  scores: (*N, S)  ->  (*N, S)"""
+    """As opt_np.ops.softmax, in NumPy: only for inspection.  scores: (*N, S)  ->  (*N, S)"""
     return numpy_ops.softmax(float32(scores))
 
 
@@ -179,7 +179,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.nda
 
 
 def float32(x: np.ndarray) -> np.ndarray:
-    """x, if it is what these operations compute with."""
+    """x, if it is float32. Raises ValueError for any other dtype."""
     if x.dtype != np.float32:
         raise ValueError(f"backend 'cpu' computes in float32, and was given {x.dtype}; cast it, or compute in float64 with backend 'numpy'")
     return x
@@ -190,9 +190,9 @@ def float32(x: np.ndarray) -> np.ndarray:
 
 def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, ops: ModuleType, cache: KVCache | None = None,
             tap: model.Tap = model.no_tap, hidden_states: list | None = None, padding: bool = False) -> np.ndarray:  # fmt: skip
-    """model.decoder, made faster in two cases, with the same bits: one token for each row goes through all blocks in one call; and where there
-    is padding that nobody wants, the same lines run on (N, D), the real tokens alone, and padding becomes 0. Where the weights' products are in
-    tiles, attention's are (attention_parts.py).
+    """model.decoder, faster in two cases, with bit-identical results: one new token per row goes through all blocks in a single call; and unless
+    `padding` is wanted, the same code runs on the N real tokens only, (N, D), with 0 as the result for padding. If the weights' products are in
+    tiles, so are attention's (attention_parts.py).
 
     x: (B, T, D)  ->  (B, T, D)
     """
@@ -212,24 +212,24 @@ def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, o
 
 
 def with_holes(real: np.ndarray) -> bool:
-    """Whether padding stands between real tokens of a row.  real: (B, T)"""
+    """Whether a row has padding between real tokens.  real: (B, T)"""
     return bool((np.diff(real, axis=1, prepend=False, append=False).sum(1) > 2).any())
 
 
 class Whole(NamedTuple):
-    """A layout of rows of one length, as `attention` sees it."""
+    """A layout of rows of equal length, for `attention`."""
 
     visible: np.ndarray | None  # (B, S)
     way: attention_cpu.Forward
 
 
 class Ragged:
-    """A layout of real tokens alone, (N, …), each row's side by side, and the cache as the model's lines see it then."""
+    """A layout of the real tokens only, (N, …), each row's in succession; in model.decoder it also takes the place of the cache."""
 
     def __init__(self, layout: model.Layout, real: np.ndarray, cache: KVCache | None, cfg: OPTConfig, way: attention_cpu.Forward) -> None:
         self.real, self.cache, self.way, self.heads = real, cache, way, (cfg.num_attention_heads, cfg.head_dim)  # real: (B, T)
         some, counts = real.any(1), real.sum(1)
-        first, counts = (np.cumsum(counts) - counts)[some], counts[some]  # of the rows that have a token
+        first, counts = (np.cumsum(counts) - counts)[some], counts[some]  # of the rows that have any token
         assert layout.visible is not None
         if cache is None:
             self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size, cfg.head_dim)
@@ -241,13 +241,13 @@ class Ragged:
             self.slots = b * row + (layout.past + t) * step
 
     def spread(self, packed: np.ndarray) -> np.ndarray:
-        """Real tokens to their places, zeros between.  packed: (N, …)  ->  (B, T, …)"""
+        """Puts real tokens back at their positions, with 0 for padding.  packed: (N, …)  ->  (B, T, …)"""
         whole = np.zeros((*self.real.shape, *packed.shape[1:]), packed.dtype)
         whole[self.real] = packed
         return whole
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Layer i's new keys and values to their places in the cache, zeros between.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        """Writes layer i's new keys and values to their positions in the cache, with 0 for padding.  k: (N, H, Dh);  v: (N, H, Dh)"""
         assert self.cache is not None
         keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k)
         for a in (keys, values):
@@ -261,8 +261,8 @@ class Ragged:
 
 
 def machine(params: dict, cfg: OPTConfig, pages: int, dtype: str | None = None) -> Any:
-    """The model over so many pages, for the engine; `dtype` is that of keys and values, None what keeps the bits. Raises ValueError."""
-    from opt_fast.machine_cpu import Machine, Pages  # which import this module
+    """The engine's machine: the model over `pages` pages. `dtype` is that of keys and values; None leaves results unchanged. Raises ValueError."""
+    from opt_fast.machine_cpu import Machine, Pages  # here, as that module imports this one
 
     if dtype not in (None, "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} must be float32, float16 or bfloat16")

@@ -1,9 +1,9 @@
-"""Keys and values in pages of PAGE tokens: allocated once, handed out one by one, and shared by rows that begin alike.
+"""Keys and values in pages of PAGE tokens: allocated once, handed out one by one, and shared by rows that begin with the same text.
 
 A row holds a list of pages. Rows that continue the same text hold the same pages; a page with other holders is copied before it is written to
 (copy on write). A full page is indexed by its ids and the page before it, hence by all the text up to its end: a row that begins with the same text
 takes it instead of computing it (prefix cache). That is exact: a token's keys and values have the same bits whichever row computes them. An indexed
-page without holders stays until its place is needed; the least recently used goes first.
+page without holders is retained until its memory is needed; the least recently used one is reused first.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ Key = tuple[int, bytes]  # the name of the page before, 0 for none, and the page
 
 
 def pages_for(rows: int, tokens: int) -> int:
-    """How many pages so many rows of so many tokens need."""
+    """How many pages this many rows need, each of this many tokens."""
     return rows * math.ceil(tokens / PAGE)
 
 
 def last_of(counts: Iterable[int], kept: Iterable[int]) -> np.ndarray:
-    """Where the last so many of each row's tokens stand, if all rows' stand side by side.  counts: (R);  kept: (R)  ->  (sum(kept))"""
+    """The indices of each row's last `kept` tokens, if rows of `counts` tokens are concatenated.  counts: (R);  kept: (R)  ->  (sum(kept))"""
     ends = itertools.accumulate(counts)
     return np.concatenate([np.arange(end - keep, end) for end, keep in zip(ends, kept, strict=True)])
 
 
 class Full(Exception):
-    """All pages are held."""
+    """Raised if a page is wanted and all are held."""
 
 
 class Pages:
-    """The arrays, who holds what, and which text is known."""
+    """The pool: the arrays, each page's number of holders, and the index of known texts."""
 
     def __init__(self, cfg: OPTConfig, count: int, like: Any, shape: tuple[int, ...] | None = None) -> None:
         self.shape = shape or (PAGE, cfg.num_attention_heads, cfg.head_dim)
-        self.size, self.step = math.prod(self.shape), math.prod(self.shape[1:])  # of a page; from token to token in it
-        self.most = math.ceil(cfg.max_position_embeddings / PAGE)  # of a row
+        self.size, self.step = math.prod(self.shape), math.prod(self.shape[1:])  # elements of a page, and from token to token in it
+        self.most = math.ceil(cfg.max_position_embeddings / PAGE)  # pages of a row
         self.layers, self.dtype = cfg.num_hidden_layers, like.dtype
-        self.counts: list[int] = []  # of each page's holders
+        self.counts: list[int] = []  # holders of each page
         self.free: list[int] = []
-        self.idle: dict[int, None] = {}  # known and held by nobody, the longest unused first
+        self.idle: dict[int, None] = {}  # known pages without holders, the least recently used first
         self.known: dict[Key, int] = {}
-        self.labels: dict[int, tuple[int, Key]] = {}  # of known pages: a name that no page had before, and the key
+        self.labels: dict[int, tuple[int, Key]] = {}  # of known pages: a name that is never used twice, and the key
         self.names = itertools.count(1)
         self.keys = self.values = empty((self.layers, 0, *self.shape), like)  # or torch tensors, where `like` is one
         self.add(count)
 
     def add(self, count: int) -> None:
-        """Makes so many pages more."""
+        """Allocates `count` more pages."""
         have = len(self.counts)
         try:
             self.keys, self.values = (enlarged(a, have + count) for a in (self.keys, self.values))
@@ -66,7 +66,7 @@ class Pages:
         self.free += range(have + count - 1, have - 1, -1)
 
     def make_room(self, count: int) -> None:
-        """Adds pages if so many cannot be taken: more than that, for memory that nobody writes to costs nothing."""
+        """Adds pages if fewer than `count` are available, and more than needed, since memory that is never written costs nothing."""
         if count > self.available:
             self.add(max(2 * count, len(self.counts)))
 
@@ -85,7 +85,7 @@ class Pages:
         return len(self.free) + len(self.idle)
 
     def take(self) -> int:
-        """A page for one holder, with anything in it. Raises Full."""
+        """A page with one holder and arbitrary contents. Raises Full."""
         if not self.free and self.idle:
             self.forget(next(iter(self.idle)))
         if not self.free:
@@ -95,7 +95,7 @@ class Pages:
         return page
 
     def copy(self, old: int, new: int, count: int) -> None:
-        """The first so many tokens of a page to another one."""
+        """Copies the first `count` tokens of page `old` to page `new`."""
         for a in (self.keys, self.values):
             a[:, new, :count] = a[:, old, :count]
 
@@ -112,7 +112,7 @@ class Pages:
                 self.free.append(page)
 
     def learn(self, key: Key, page: int) -> int:
-        """The name of the page with this text: this one from now on, if there was none."""
+        """The name of the known page with this text; `page` becomes it if there was none."""
         if key not in self.known:
             self.known[key], self.labels[page] = page, (next(self.names), key)
         return self.labels[self.known[key]][0]
@@ -123,7 +123,7 @@ class Pages:
         self.free.append(page)
 
     def check(self, rows: Iterable[Row] = ()) -> None:
-        """Raises AssertionError unless every page is free, idle or held, once, and held by just these rows."""
+        """Raises AssertionError unless every page is exactly one of free, idle and held, and is held by these rows and no others."""
         held = np.bincount([page for row in rows for page in row.pages], minlength=len(self.counts)).tolist()
         assert held == self.counts, (held, self.counts)
         assert sorted([*self.free, *self.idle, *(page for page, n in enumerate(held) if n)]) == list(range(len(held)))
@@ -132,28 +132,28 @@ class Pages:
 
 
 def enlarged(a: Any, count: int) -> Any:
-    """An array with room for `count` pages, the old ones in their places."""
+    """A larger array with room for `count` pages, which starts with the old ones."""
     bigger = empty((a.shape[0], count, *a.shape[2:]), a)
     bigger[:, : a.shape[1]] = a
     return bigger
 
 
 class Row:
-    """A text that grows, and the pages with the first `length` of its tokens."""
+    """A text that grows, and the pages that hold its first `length` tokens."""
 
     def __init__(self, pool: Pages) -> None:
         self.pool, self.length = pool, 0
         self.pages: list[int] = []
-        self.places = np.zeros(pool.most, np.int64)  # where each page begins in a layer's array, as attention wants it
+        self.places = np.zeros(pool.most, np.int64)  # offset of each page in a layer's array, for attention
         self.address = self.places.ctypes.data
         self.name = 0  # of the last full page
-        self.text = np.empty(0, np.int64)  # what is to be read, with what was
-        self.hidden: list[np.ndarray] | None = None  # last hidden states of what is read, where they are wanted
-        self.logits: tuple[Any, int] | None = None  # (N, V) and the row in it: what follows the text, once it was read
+        self.text = np.empty(0, np.int64)  # all ids, read and not yet read
+        self.hidden: list[np.ndarray] | None = None  # last hidden states of the tokens read, if they are wanted
+        self.logits: tuple[Any, int] | None = None  # (N, V) and the row in it: what follows the text, once it is read
         self.likely = 0  # as in opt_np.reader.Reading
         self.ends: tuple[int, ...] = ()
-        self.ahead: list[tuple[int, tuple[Any, int] | None]] = []  # tokens that are expected, and logits where they were read
-        self.sure = False  # whether the last one came
+        self.ahead: list[tuple[int, tuple[Any, int] | None]] = []  # the next tokens as expected, with their logits if they were read ahead
+        self.sure = False  # whether the last token was the expected one
 
     @property
     def left(self) -> int:
@@ -161,16 +161,16 @@ class Row:
         return len(self.text) - self.length
 
     def wanted(self, count: int) -> int:
-        """Of the next so many tokens, how many at their end are asked for; of the others, keys and values are enough."""
+        """How many of the next `count` tokens, counted from their end, need an output; the others need only keys and values."""
         return int(self.left == count) if self.hidden is None else count
 
     def next_key(self) -> Key | None:
-        """Of the page that comes next, if the text fills it and goes on."""
+        """The key of the next page, if the row is at a page's start and its text continues beyond that page; else None."""
         start, stop = self.length, self.length + PAGE
         return (self.name, self.text[start:stop].tobytes()) if start % PAGE == 0 and stop < len(self.text) else None
 
     def grow(self, text: np.ndarray) -> None:
-        """Gives it its text: as it was, and more. What comes as expected may have been read already."""
+        """Sets the text, which extends the old one. If the new token is the expected one, it may already have been read."""
         self.text = text
         token, logits = self.ahead.pop(0) if self.ahead else (None, None)
         self.sure = self.left == 1 and token == text[-1]
@@ -181,20 +181,20 @@ class Row:
             self.logits = logits
 
     def adopt(self) -> None:
-        """Takes the pages that are known, but never the last token's: what follows from it is wanted."""
+        """Takes over known pages, but never one with the last token, which has to be read for its logits."""
         while (key := self.next_key()) and (page := self.pool.known.get(key)) is not None:
-            self._drop(self.length // PAGE)  # what was reserved for it
+            self._drop(self.length // PAGE)  # pages reserved for these tokens
             self.pool.hold(page)
             self._append(page)
             self.length += PAGE
             self.name = self.pool.labels[page][0]
 
     def lacks(self, count: int) -> int:
-        """Pages that have to be taken, at most, before so many tokens more are written."""
+        """How many pages have to be taken, at most, before `count` more tokens are written."""
         return math.ceil((self.length + count) / PAGE) - len(self.pages) + self._shared()
 
     def reserve(self, count: int) -> None:
-        """Makes room for so many tokens more, in pages that nobody else holds. Raises Full."""
+        """Takes pages for `count` more tokens, and copies a partly filled one that other rows hold too. Raises Full."""
         if self._shared():
             old, new = self.pages[-1], self.pool.take()
             try:
@@ -208,18 +208,18 @@ class Row:
             self._append(self.pool.take())
 
     def slots(self, count: int) -> np.ndarray:
-        """Where the next tokens go, in a layer's array.  ->  (count)"""
+        """The offsets of the next `count` tokens in a layer's array.  ->  (count)"""
         at = np.arange(self.length, self.length + count)
         return self.places[at // PAGE] + at % PAGE * self.pool.step
 
     def wrote(self, count: int) -> None:
-        """The next tokens are in their slots; the pages that they filled are known from now on."""
+        """Records that the next `count` tokens are written, and makes the pages that they filled known."""
         first, self.length = self.length // PAGE, self.length + count
         for i in range(first, self.length // PAGE):
             self.name = self.pool.learn((self.name, self.text[i * PAGE : (i + 1) * PAGE].tobytes()), self.pages[i])
 
     def fork(self) -> Row:
-        """Another row that goes on from the same text."""
+        """Another row that continues from the same text."""
         other = Row(self.pool)
         other.length, other.name, other.text, other.pages = self.length, self.name, self.text, [*self.pages]
         other.places[:] = self.places
@@ -228,7 +228,7 @@ class Row:
         return other
 
     def release(self) -> None:
-        """Gives all pages back, the last first, for without those before it is of no use; the text is to be read again."""
+        """Releases all pages, the last first, as it is useless without those before it; the text has to be read again."""
         self._drop(0)
         self.length = self.name = 0
         self.ahead.clear()

@@ -1,7 +1,7 @@
 """The engines that bench.py times: ours, and those people use today. Each is a function that loads the weights and returns its jobs.
 
-A job is a function of a seed, which draws the prompt, so that no engine can answer from memory; it returns numbers that must agree with
-the other engines'. CTranslate2 and OpenVINO read formats of their own, made here from the HF model, and quantised as their users do.
+A job is a function of a seed, from which the prompt is drawn, so that no engine can reuse a cached answer; its results must agree with the other
+engines'. CTranslate2 and OpenVINO read formats of their own, converted here from the HF model, and quantized as their users do.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import numpy as np
 from opt_np.config import OPTConfig
 
 Jobs = dict[str, Callable[[int], Any]]
-SAMPLE = 997  # of a gradient, one number in so many is compared
+SAMPLE = 997  # every 997th element of a gradient is compared
 INT4_GROUP = 64  # columns that share a scale, in every engine
-UNTOLD = np.finfo(np.float32).min  # stands for a number that an engine keeps to itself; NaN would hide mistakes
+UNTOLD = np.finfo(np.float32).min  # stands for a value that an engine does not report; NaN would hide mistakes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How much work a size is.
+    """How much work a model size stands for.
 
-    The model, tokens of a prefill and of a decode, rows and tokens of a training step, S, Dh and H of attention, rows of a decode at once, and
-    prompts that begin alike: how many, tokens that they share, and that each has of its own.
+    The model, the tokens of a prefill and of a decode, rows and tokens of a training step, (S, Dh, H) of attention, the batches of a decode, and
+    prompts with a common prefix: how many, the tokens that they share, and the tokens that each has of its own.
     """
 
     cfg: OPTConfig
     prefill: int = 1024
-    decode: int = 64  # after a prompt of one token, so that all of them are steps, at a context of 32 in the mean
+    decode: int = 64  # after a prompt of one token, so that all are decoding steps, at a mean context of 32
     train: tuple[int, int] = (4, 256)
     attention: tuple[tuple[int, int, int], ...] = ((512, 64, 12), (1024, 64, 12), (2048, 64, 12), (2048, 80, 32))
     batches: tuple[int, ...] = (4, 8, 16)
@@ -52,7 +52,7 @@ def shape(size: str) -> Shape:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is given; `folder` holds the checkpoint, in float16, and what `CONVERTERS` made of it."""
+    """An engine's input; `folder` holds the float16 checkpoint and its conversions by `CONVERTERS`."""
 
     shape: Shape
     folder: str
@@ -74,14 +74,14 @@ class Setup:
 
 
 def centred(logits: Any) -> np.ndarray:
-    """Logits (…, V) moved until the mean of their exponentials is 1: what an engine that tells only log-probabilities can be compared with."""
+    """Logits (…, V) shifted so that the mean of their exponentials is 1: comparable with an engine that reports only log-probabilities."""
     logits = np.asarray(logits, np.float32)
     logits = logits - logits.max(-1, keepdims=True)
     return logits - np.log(np.mean(np.exp(logits), -1, keepdims=True))
 
 
 def folder_of(s: Setup, engine: str) -> str:
-    """Where the format of an engine lies; from float32 it makes its own bfloat16."""
+    """The folder with an engine's format; engines convert float32 to bfloat16 themselves."""
     return f"{s.folder}/{engine}-{s.quantize or 'float32'}"
 
 
@@ -89,7 +89,7 @@ def folder_of(s: Setup, engine: str) -> str:
 
 
 def attention_jobs(s: Setup, forward: Callable, both: Callable, prepare: Callable = lambda x: x) -> Jobs:
-    """q, k, v and dO are random, (1, S, H, Dh) until `prepare` has seen them; results are in that order of axes again."""
+    """Attention's jobs: q, k, v and dO are random, (1, S, H, Dh), then converted by `prepare`; results have the original order of axes."""
 
     def job(function: Callable, S: int, Dh: int, H: int) -> Callable[[int], Any]:
         inputs = [prepare(x) for x in np.random.default_rng(S + Dh).standard_normal((4, 1, S, H, Dh), np.float32)]
@@ -119,7 +119,7 @@ def numpy_attention(s: Setup) -> Jobs:
 
 
 def torch_attention(s: Setup) -> Jobs:
-    """torch's fused attention, in the order of axes that it likes best: (1, H, S, Dh)."""
+    """torch's fused attention, in the order of axes in which it is fastest: (1, H, S, Dh)."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -138,9 +138,9 @@ def torch_attention(s: Setup) -> Jobs:
 
 
 def model_jobs(s: Setup, logits: Callable[[np.ndarray], Any], decode: Callable[[np.ndarray], Any], alike: Callable[[np.ndarray, int], Any]) -> Jobs:
-    """`logits` are those of what follows each prompt, `decode` the tokens that follow it; a prompt of one is what a step of decoding computes.
+    """The jobs of a whole model: `logits` returns the logits that follow each prompt (of one token: a decoding step), `decode` the tokens.
 
-    `alike` are the logits of prompts of which so many tokens are the same: each engine computes them once, by its own means.
+    `alike` returns the logits of prompts whose first tokens, of a given number, are the same; each engine shares that work by its own means.
     """
 
     def steps(B: int, function: Callable[[np.ndarray], Any]) -> Callable[[int], Any]:
@@ -214,9 +214,9 @@ def hf_model(s: Setup) -> Jobs:
 
 
 def ctranslate2_model(s: Setup) -> Jobs:
-    """Tokens are the ids, written out; a minimum length keeps it from stopping, and hides the end token, so that it is not for logits.
+    """CTranslate2, whose tokens are the ids as strings. A minimum length keeps it from stopping, but masks the end token: not for logits.
 
-    In int8 it rounds activations as well, and multiplies whole numbers.
+    In int8 it also rounds activations, and multiplies integers.
     """
     import ctranslate2
 
@@ -243,12 +243,12 @@ def written(ids: np.ndarray) -> list[list[str]]:
 
 
 def openvino_model(s: Setup) -> Jobs:
-    """OpenVINO GenAI's LLMPipeline, on ids: it needs no tokenizer for them. It tells no logits, but what it chose and the log-probability.
+    """OpenVINO GenAI's LLMPipeline, on ids, without a tokenizer. It returns no logits, only the chosen token and its log-probability.
 
-    Its own default for keys and values is 8 bits; here they are stored in as many bits as the weights, and with int8 and int4 in 16, which no
-    longer costs it time. The pipeline's default, paged attention, prefills faster than its other backend, and keeps all that it computed: of
-    prompts that begin alike it takes the first one alone, for in one call it would compute the same tokens for each. Where the CPU has no
-    bfloat16 products, it stores and computes in float32 whatever is asked; int8 and int4 are computed as it likes best.
+    Its own default for keys and values is 8 bits; here they have as many bits as the weights, and 16 with int8 and int4 weights, which no longer
+    costs it time. The pipeline's default, paged attention, prefills faster than its other backend, and caches all that it computed: of prompts
+    with a common prefix, the first is run alone, since a single call would compute the prefix for each. If the CPU has no bfloat16 products,
+    OpenVINO stores and computes in float32 whatever is requested; for int8 and int4 it chooses the dtype of computation itself.
     """
     import openvino
     import openvino_genai
@@ -256,7 +256,7 @@ def openvino_model(s: Setup) -> Jobs:
     float_type = {"float32": "f32", "bfloat16": "bf16"}.get(s.dtype)
     cached = float_type or "f16"
     if cached == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        cached = "f16"  # where it has to emulate bfloat16, a cache of it makes prefill half as fast
+        cached = "f16"  # where bfloat16 is emulated, a bfloat16 cache halves the speed of prefill
     precision = {"INFERENCE_PRECISION_HINT": float_type} if float_type else {}
     pipeline = openvino_genai.LLMPipeline(folder_of(s, "openvino"), "CPU", KV_CACHE_PRECISION=cached, PERFORMANCE_HINT="LATENCY",
                                           INFERENCE_NUM_THREADS=s.threads, **precision)  # fmt: skip
@@ -285,13 +285,13 @@ def our_train(s: Setup, **backend: Any) -> Jobs:
     from opt_np.tree import flatten
 
     params, cfg = checkpoint.load(s.folder)
-    state, own = optim.adamw_init(params), backend.get("ops", optim)  # a backend's own steps
+    state, own = optim.adamw_init(params), backend.get("ops", optim)  # a backend's own optimizer steps
 
     def train(seed: int) -> list:
         ids = s.prompt(seed, s.shape.train[1], s.shape.train[0])
         loss, grads = grad.loss_and_grads(params, ids, ids, cfg, **backend)
         norm = own.clip_by_global_norm(grads, 1.0)
-        own.adamw_step(params, grads, state, 0.0)  # a rate of 0: the work is the same, and the weights stay
+        own.adamw_step(params, grads, state, 0.0)  # learning rate 0: the same work, unchanged weights
         return [loss, norm, np.concatenate([g.ravel()[::SAMPLE] for _, g in sorted(flatten(grads).items())])]
 
     return {"train": train}
@@ -326,11 +326,11 @@ def hf_train(s: Setup) -> Jobs:
     return {"train": train}
 
 
-# ---- formats of their own ----------------------------------------------------------------------------------------------------------------
+# ---- converting to the engines' own formats ----------------------------------------------------------------------------------------------
 
 
 def to_integers(folder: str, dtypes: Sequence[str]) -> None:
-    """Ours, as `opt-np quantize` writes it."""
+    """Our own format, as `opt-np quantize` writes it."""
     from opt_np import cli
 
     for dtype in dtypes:
@@ -339,7 +339,7 @@ def to_integers(folder: str, dtypes: Sequence[str]) -> None:
 
 
 def to_ctranslate2(folder: str, dtypes: Sequence[str]) -> None:
-    """The steps of CTranslate2's TransformersConverter, without the tokenizer that it asks for."""
+    """The steps of CTranslate2's TransformersConverter, without the tokenizer that it would require."""
     from ctranslate2.converters.transformers import OPTLoader
 
     hf, loader = load_hf(folder, "float32"), OPTLoader()
@@ -356,7 +356,7 @@ def to_ctranslate2(folder: str, dtypes: Sequence[str]) -> None:
 
 
 class Past:
-    """What HF's decoder asks of a cache, over plain tensors, which can be traced: k and v of each layer in turn, (B, H, S, Dh)."""
+    """The cache interface that HF's decoder uses, over plain tensors, which can be traced: k and v of each layer in order, (B, H, S, Dh)."""
 
     def __init__(self, tensors: list) -> None:
         self.tensors = tensors
@@ -390,12 +390,12 @@ def to_openvino(folder: str, dtypes: Sequence[str]) -> None:
 
 
 def compressed(model: Any, dtype: str) -> Any:
-    """With int8 or int4 weights, by NNCF, as OpenVINO's users make them; of its settings that need no text, those that run fastest here.
+    """The model with int8 or int4 weights, made by NNCF as OpenVINO's users do; of its settings that need no text, the fastest here.
 
     INT8_SYM decodes 1.1 to 1.2 times as fast as the default, INT8_ASYM; INT4_SYM in groups of 64 as fast as in 128, and 1.2 times as fast as
     INT4_ASYM. int4 leaves the token matrix, which is the head as well, in int8.
     """
-    with redirect_stdout(sys.stderr):  # it draws how far it is
+    with redirect_stdout(sys.stderr):  # it prints progress bars
         import nncf
 
         nncf.set_log_level(logging.ERROR)
@@ -405,7 +405,7 @@ def compressed(model: Any, dtype: str) -> Any:
 
 
 def traced(hf: Any) -> tuple[Any, list[str]]:
-    """HF's model as an OpenVINO graph, past keys and values in, present ones out; and the names of the past."""
+    """HF's model as an OpenVINO graph from past to present keys and values; and the names of the past inputs."""
     import openvino
     import torch
 
@@ -428,7 +428,7 @@ def traced(hf: Any) -> tuple[Any, list[str]]:
     inputs = {"input_ids": torch.full((B, T), 5), "attention_mask": torch.ones(B, P + T, dtype=torch.int64),
               "position_ids": torch.tensor([[3, 4]] * B), "beam_idx": torch.arange(B, dtype=torch.int32)}  # fmt: skip
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, about branches on shapes that are the same here
+        warnings.simplefilter("ignore")  # the tracer's, about branches on shapes that always go one way here
         model = openvino.convert_model(Step(), example_input={**inputs, "past": past})
     for port, name in zip(model.inputs, [*inputs, *names], strict=True):
         port.get_tensor().set_names({name})
@@ -441,7 +441,7 @@ def traced(hf: Any) -> tuple[Any, list[str]]:
 
 
 def start_empty(model: Any) -> None:
-    """Before the first token the state is (rows of input_ids, H, 0, Dh)."""
+    """Sets the initial state, before the first token, to (rows of input_ids, H, 0, Dh)."""
     from openvino import opset13 as op
 
     rows = op.gather(op.shape_of(model.input("input_ids"), output_type="i64"), op.constant([0]), op.constant(0))
@@ -453,7 +453,7 @@ def start_empty(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-# What can do which kind of job, ours first and the reference last.
+# The engines for each kind of job, ours first and the reference last.
 ENGINES: dict[str, dict[str, Callable[[Setup], Jobs]]] = {
     "attention": {"opt_fast": opt_fast_attention, "hf": torch_attention, "numpy": numpy_attention},
     "model": {"opt_fast": opt_fast_model, "openvino": openvino_model, "hf": hf_model, "ctranslate2": ctranslate2_model, "numpy": numpy_model},
@@ -465,7 +465,7 @@ CONVERTERS: dict[str, tuple[Sequence[str], Callable[[str, Sequence[str]], None]]
     "ctranslate2": (("float32", "int8"), to_ctranslate2),
 }
 CONVERTERS_IMPORT = {"openvino": ("torch", "transformers", "nncf"), "ctranslate2": ("torch", "transformers")}
-IMPORTS = {  # what an engine has in memory before it loads a model
+IMPORTS = {  # modules that an engine imports before it loads a model
     "opt_fast": ("numba", "opt_np.classes", "opt_fast.ops_cpu"),
     "openvino": ("openvino_genai",),
     "hf": ("torch", "transformers", "transformers.models.opt.modeling_opt"),

@@ -1,8 +1,8 @@
-"""A token of decoding in one kernel, kernels/program.cu: its lines, what it needs of a GPU, and its launch over torch tensors.
+"""One token of decoding in one kernel, kernels/program.cu: builds its lines, computes what it needs of a GPU, and launches it over torch tensors.
 
-A line is a list of WORDS numbers, an operation and its operands; a program is a table of lines, (N, WORDS) int64 on the GPU. Pointers are addresses,
-such as `Tensor.data_ptr()`, all of them multiples of 16, and None where there is nothing; the builders below only put them into place. What the
-operations do is told at the top of program.cu. Rows of all lines: B, those of the launch. Nothing here has run on a GPU yet.
+A line is a list of WORDS integers: an operation and its operands. A program is a table of lines, (N, WORDS) int64 on the GPU. Pointers are addresses,
+such as `Tensor.data_ptr()`, all multiples of 16, or None where there is no operand; the builders below only put them into their words. The operations
+are defined at the top of program.cu. All lines have B rows, those of the launch. Nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WORDS = 16  # of a line
-THREADS, WARPS = 256, 8  # of a block
-PAGE = 64  # tokens of a page of the cache
-STEP = 8 * 256  # bytes of a warp's step: 256 bytes of each of 8 rows of a matrix
+WORDS = 16  # in a line
+THREADS, WARPS = 256, 8  # in a block
+PAGE = 64  # tokens in a page of the cache
+STEP = 8 * 256  # bytes that a warp prefetches per step: 256 bytes of each of 8 rows of a matrix
 MOST_ROWS = 64
 EMBED, NORM, LINEAR, ATTEND = range(4)
 WAIT, NORMED, STAGED, KEPT, INT8, FLOAT, PAGED = (1 << i for i in range(7))  # a line's flags
@@ -23,17 +23,17 @@ ACTIVATIONS = (None, "relu", "gelu", "gelu_new")
 
 
 class TooLittle(ValueError):
-    """A GPU without the shared memory that the kernel needs."""
+    """The GPU has less shared memory than the kernel needs."""
 
 
-Address = Any  # an int; tests put arrays here, whose addresses they fill in later
+Address = Any  # an int; tests pass arrays, whose addresses they fill in later
 
 
 def embed(y: Address, width: int, table: Address = None, ids: Address = None, positions: Address = None, scale: Address = None,
           columns: Address = None, wait: bool = False) -> list[Address]:  # fmt: skip
-    """y[b] = table[ids[b]] · scale[ids[b]] · columns + positions[lengths[b] + 2]; table with ids, or positions, may be missing.
+    """y[b] = table[ids[b]] · scale[ids[b]] · columns + positions[lengths[b] + 2]; either table and ids, or positions, may be omitted.
 
-    `scale`: the table is int8, which may have `columns`.
+    `scale`: the table is int8, and may have `columns` too.
 
     ids: (B) int64;  table: (V, W);  positions: (P, W);  scale: (V) float32;  columns: (W) float32  ->  y: (B, W)
     """
@@ -50,15 +50,16 @@ def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, b
            columns: Address = None, residual: Address = None, activation: str | None = None, norm: tuple[Address, Address] | None = None,
            normed: Address = None, staged: bool = False, kept: bool = False, paged: bool = False, float32: bool = False, first: int = 0,
            wait: bool = True) -> list[Address]:  # fmt: skip
-    """y = activation(x weightᵀ · scale + bias) + residual, rounded once; residual may be y.
+    """y = activation(x weightᵀ · scale + bias) + residual, rounded once, at the end; residual may be y.
 
     x: (B, I);  weight: (O, I);  bias: (O);  scale: (O) float32;  columns: (I) float32;  residual: (B, O)  ->  y: (B, O)
 
-    `scale`: the weight is int8, and I a multiple of 16, else of 8. `staged`: x is copied to shared memory first, where `Fit.holds(I)`. `norm`: and
-    normalised there, with this weight and bias (or None); block 0 writes what comes of it to `normed` (B, I), which is not x. `columns`: and then
-    multiplied by them, as int8 may want it. `kept`: as the line before had it, same x and norm. `paged`: y is a layer's keys or values, a pool of
-    pages (64, O); row b goes to its place lengths[b]. `float32`: so is y. `first`: the block that takes the first 8 outputs; the following blocks
-    take the following ones. Raises ValueError.
+    `scale`: the weight is int8, and I a multiple of 16, else of 8. `staged`: x is copied to shared memory first; allowed if `Fit.holds(I)`. `norm`:
+    x is staged and normalised there, with this weight and bias (each may be None); block 0 writes the result to `normed` (B, I), which is not x.
+    `columns`: the staged rows are then multiplied by these, an int8 matrix's column factors. `kept`: the rows that the line before staged are used
+    again; its x and norm are the same. `paged`: y is a layer's keys or values, a pool of pages (64, O), and row b is written at its position
+    lengths[b]. `float32`: y is float32. `first`: the block that takes the first 8 outputs; the following blocks take the following ones.
+    Raises ValueError for options that exclude each other and sizes that the kernel does not take.
     """
     if inputs % (8 if scale is None else 16):
         raise ValueError(f"a matrix with rows of {inputs} numbers; the kernel takes multiples of {8 if scale is None else 16}")
@@ -76,7 +77,7 @@ def linear(y: Address, outputs: int, x: Address, inputs: int, weight: Address, b
 
 
 def attend(O: Address, heads: int, q: Address, keys: Address, values: Address, scale: float) -> list[Address]:
-    """Attention of one query a row over the lengths[b] + 1 keys that stand in its pages.
+    """Attention of each row's one query over the lengths[b] + 1 keys in its pages.
 
     q: (B, H, Dh);  keys: (pages, 64, H, Dh);  values: (pages, 64, H, Dh)  ->  O: (B, H, Dh)
     """
@@ -84,7 +85,7 @@ def attend(O: Address, heads: int, q: Address, keys: Address, values: Address, s
 
 
 def line(*words: Address) -> list[Address]:
-    """A line with all its words."""
+    """A line of WORDS words: None becomes 0, and missing words are 0."""
     return [0 if word is None else word for word in words] + [0] * (WORDS - len(words))
 
 
@@ -94,27 +95,27 @@ class Fit(NamedTuple):
     B: int
     Dh: int
     bf16: int
-    grid: int  # blocks: all of them at once on the GPU, one for each multiprocessor
-    depth: int  # steps of 2 KB of weights on their way to each warp
-    shared: int  # bytes of a block
+    grid: int  # blocks: one per multiprocessor, all on the GPU at once
+    depth: int  # steps of STEP bytes of weights that each warp prefetches
+    shared: int  # bytes of shared memory per block
 
     @property
     def macros(self) -> dict[str, int]:
         return {"DH": self.Dh, "BF16": self.bf16, "MT": tiles(self.B), "DEPTH": self.depth}
 
     def holds(self, width: int) -> bool:
-        """Whether `linear` may have rows of this many numbers `staged`, or a `norm` of them; `norm` as a line of its own needs one row."""
+        """Whether `linear` may have rows of this width `staged` or normed: all B rows then fit. A `norm` line needs room for one row only."""
         return bytes_needed(self.B, self.Dh, self.depth, self.B * pitch(width)) <= self.shared
 
 
 def fit(B: int, Dh: int, bf16: int, grid: int, limit: int, widths: tuple[int, ...]) -> Fit:
-    """As many weights on their way as `limit` bytes of shared memory allow, beside rows of the largest of `widths` that leaves room for 4 steps.
+    """Divides `limit` bytes of shared memory: rows of the largest of `widths` that leaves room for 4 steps, and up to 8 steps of weights beside them.
 
-    Raises ValueError for more than 64 rows and heads that the kernel does not take, TooLittle for a GPU with too little shared memory.
+    Raises ValueError for more than 64 rows and for heads that the kernel does not take, TooLittle for a GPU with too little shared memory.
     """
     if not 1 <= B <= MOST_ROWS or Dh not in (64, 80, 128):
         raise ValueError(f"{B} rows and heads of {Dh}; the kernel takes 1 to {MOST_ROWS} rows and heads of 64, 80 or 128")
-    one = max(pitch(width) for width in widths)  # a NORM line's
+    one = max(pitch(width) for width in widths)  # the row of a NORM line
     for room, depths in [*((max(one, B * pitch(width)), range(8, 3, -1)) for width in sorted(widths, reverse=True)), (one, range(8, 0, -1))]:
         for depth in depths:
             if bytes_needed(B, Dh, depth, room) <= limit:
@@ -128,23 +129,23 @@ def tiles(B: int) -> int:
 
 
 def pitch(width: int) -> int:
-    """Bytes from row to row of 16-bit numbers in shared memory: rows that lie side by side are 64 bytes apart within the 128 of all banks."""
+    """Bytes from row to row of 16-bit values in shared memory: neighbouring rows start 64 bytes apart within the banks' 128 bytes."""
     return -(-2 * width // 128) * 128 + 64
 
 
 def bytes_needed(B: int, Dh: int, depth: int, rows: int) -> int:
-    """Shared memory of a block: weights on their way, and either sums and rows of x or a query and two tiles of K and V for each warp."""
+    """Shared memory of a block: prefetched weights, and either sums and rows of x, or a query and two tiles each of K and V for every warp."""
     sums, attention = 2 * WARPS * 16 * tiles(B) * 8 * 4, 2 * (16 + WARPS * 2 * 2 * 16) * (Dh + 8)
     return depth * WARPS * STEP + 2 * WORDS * 8 + max(sums + rows, attention)
 
 
 def state_size(B: int, H: int) -> int:
-    """Words (uint32) that the launches of a program share, zeros before the first: the barrier's, and a count for each row and head."""
+    """Words (uint32) that the launches of a program share, zeros before the first: one for the barrier, and a count for each row and head."""
     return 1 + B * H
 
 
 def parts_size(B: int, H: int, Dh: int, grid: int) -> int:
-    """Numbers (float32) of what the splits of ATTEND have found; grid // (B·H) splits, if that many."""
+    """Elements (float32) of the partial results of ATTEND's splits: for each row and head, grid // (B·H) splits, at least 1, of Dh + 1."""
     return B * H * max(grid // (B * H), 1) * (Dh + 1)
 
 
@@ -153,7 +154,7 @@ def launch(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: An
 
     lines: (N, WORDS) int64;  lengths: (B) int32;  pages: (B, most) int32;  state: (state_size) int32;  parts: (parts_size) float32
 
-    lengths[b] tokens of row b stand in the cache before this one; < 0: the row is not in use. pages[b] are its pages' numbers.
+    The cache holds lengths[b] tokens of row b before this one; < 0: the row is not in use. pages[b] are the numbers of its pages.
     """
     import torch
 
@@ -168,6 +169,6 @@ def launch(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: An
 
 
 def arguments(how: Fit, lines: Any, lengths: Any, pages: Any, state: Any, parts: Any, begin: int, end: int) -> list[Any]:
-    """What the kernel takes, in its order."""
+    """The kernel's arguments, in its order."""
     first, last, B, most = (np.int32(n) for n in (begin, end, how.B, pages.shape[1]))
     return [lines.data_ptr(), first, last, B, lengths.data_ptr(), pages.data_ptr(), most, state.data_ptr(), parts.data_ptr()]

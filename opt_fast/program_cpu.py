@@ -1,13 +1,14 @@
 """All blocks, or the whole model, in a single call from Python: for a decoding step (one new token per row) or for many tokens of a prompt.
 
-With one row, starting a block's products from Python takes longer than the products. So the kernels that ops_cpu would call one by one are recorded
-once as a list (a Program), each with its table of arguments, and one call runs the list on all threads. A thread that finds no task left in a kernel
-waits until the tasks already taken are done, then moves to the next. The kernels and their order are the same, so the results are the same bits.
-Threads wait for tasks, not for each other, so any number of them may join. Between tokens only what changes is written into the tables: where each
-row's keys are (attention_cpu.Rows), in a KVCache or in pages. For a prompt the gain is that buffers are reused and additions run on all threads.
+With one row, launching a block's products from Python takes longer than the products. So the kernels that ops_cpu would call one by one are recorded
+once as a list (a Program), each with its table of counters and arguments (kernel.py), and one call runs the list on all threads. A thread that finds
+no task left in a kernel waits until the tasks already claimed are done, then moves to the next kernel. The kernels and their order are unchanged, so
+the results are bit-identical. Threads wait for tasks, not for each other, so any number of them may join. Between tokens only what changes is written
+into the tables: where each row's keys are (attention_cpu.Rows), in a KVCache or in pages. For a prompt the gain is that buffers are reused and
+additions run on all threads.
 
-Between two tokens Python costs as much time as one or two blocks. In greedy search the list therefore runs several times before Python looks: it then
-begins with the token lookup and ends with the argmax, and whatever changes from token to token advances by a fixed stride.
+Between two tokens, Python costs as much time as one or two blocks. In greedy search the list therefore runs several times before Python takes over
+again: it then begins with the token lookup and ends with the argmax, and whatever changes from token to token advances by a fixed stride.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from opt_fast.rowwise import ADD, CHUNK, PICK, norm_call
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
-WIDTH = ARGUMENTS + 26  # of a table, at most
+WIDTH = ARGUMENTS + 26  # slots of a table, at most
 
 
 def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache, way: Forward) -> np.ndarray | None:
-    """All blocks for one token a row, whose keys and values are written into the cache; None where the parameters are not as `pack` left them.
+    """All blocks for one new token per row, whose keys and values go into the cache; None if the parameters are not those that `pack` makes.
 
     x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)
     """
@@ -52,14 +53,14 @@ def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray 
 
 
 def fit(layers: Any, cfg: OPTConfig) -> bool:
-    """Whether the tables can hold the layers' addresses: not of layers that come and go."""
+    """Whether a Program can run these layers: packed, and all in memory, since its tables hold their addresses."""
     D, F = cfg.hidden_size, cfg.ffn_dim
     shapes = [(D, D)] * 4 + [(F, D), (D, F)]
     return type(layers) is list and all(fits(matrices(layer), shapes, layer_norms(layer), D) for layer in layers)
 
 
 def fits_ends(params: dict, cfg: OPTConfig) -> bool:
-    """The same of what comes before and after the layers."""
+    """`fit` for the parameters before and after the layers."""
     D, W, V = cfg.hidden_size, cfg.word_embed_proj_dim, cfg.vocab_size
     first, (last, norms) = beginning(params), end(params)
     return fits(first, [(V, W), (D, W)][: len(first)], [], D) and fits(last, [(W, D), (V, W)][-len(last) :], norms, D)
@@ -74,7 +75,7 @@ def fits(found: list[dict], shapes: list[tuple[int, int]], norms: list[dict], D:
 
 
 def in_tiles(layers: list[dict]) -> np.dtype | None:
-    """The one dtype of all matrices, if their products are in tiles and take x as it is."""
+    """The common dtype of all matrices, if all are PackedTiles (gemm_amx.py) without factors for x's columns; else None."""
     weights = [p["weight"] for layer in layers for p in matrices(layer)]
     found = {weight.stored for weight in weights if isinstance(weight, PackedTiles) and not weight.columns.size}
     return found.pop() if len(found) == 1 and all(isinstance(weight, PackedTiles) and not weight.columns.size for weight in weights) else None
@@ -87,34 +88,34 @@ def matrices(layer: dict) -> list[dict]:
 
 
 def layer_norms(layer: dict) -> list[dict]:
-    """{} where there is no scale and no shift."""
+    """A block's two LayerNorms; {} for one without weight and bias."""
     return [layer.get(name, {}) for name in ("self_attn_layer_norm", "final_layer_norm")]
 
 
 def beginning(params: dict) -> list[dict]:
-    """The matrices before the first layer; the tokens' is the first."""
+    """The matrices before the first layer: the token embedding, then project_in if there is one."""
     return [params["embed_tokens"], *([params["project_in"]] if "project_in" in params else [])]
 
 
 def end(params: dict) -> tuple[list[dict], list[dict]]:
-    """The matrices and the LayerNorm after the last layer; the head is the last matrix."""
+    """The matrices after the last layer, the head last, and the final LayerNorm."""
     head = params.get("lm_head", params["embed_tokens"])
     return [*([params["project_out"]] if "project_out" in params else []), head], [params.get("final_layer_norm", {})]
 
 
 def leaves(layers: list[dict]) -> list[Any]:
-    """What a program holds pointers to: if any of these is another object, the program is stale."""
+    """The arrays that a Program holds pointers to: if any has been replaced by another object, the Program is stale."""
     return [p.get(name) for layer in layers for p in (*matrices(layer), *layer_norms(layer)) for name in ("weight", "bias")]
 
 
-Line = tuple[Kernel, list, int, bool]  # a kernel, its arguments, how many tasks they make, and whether what comes after needs its result
+Line = tuple[Kernel, list, int, bool]  # kernel, arguments, number of tasks, and whether the next kernel must wait for it
 
 
 class Program:
-    """The tables of all kernels of a pass over B tokens, and the buffers that they work on; the cache stores this dtype, attention goes this way.
+    """The tables of all kernels of a pass over B tokens, and their buffers; `dtype` is the cache's, `way` the implementation of attention.
 
-    With `params`, that is the whole model, a pass is from one token of each row to what follows it: `steps`. Else it is `run`. Of the last block
-    there may be keys and values only, or only the rest.
+    With `params` it covers the whole model, and `steps` goes from one token of each row to the next. Otherwise `run` applies the blocks. The last
+    block may be reduced to its keys and values (rest=False), or to everything else (keys=False).
     """
 
     def __init__(self, layers: list[dict], cfg: OPTConfig, B: int, dtype: np.dtype, way: Forward, params: dict | None = None,
@@ -126,22 +127,22 @@ class Program:
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.parts = all(isinstance(p["weight"], PackedParts) for layer in layers for p in matrices(layer))
-        apart = LINE // 4 * self.parts  # these go through tiles by columns, where rows that are 12 kB apart meet in few lines of the cache
+        apart = LINE // 4 * self.parts  # padding for PackedParts, which reads x by columns: rows 12 kB apart would share few cache sets
         self.ff = np.empty((B, F + apart), np.float32)[:, :F]
         self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
         needed = [[p["weight"].needed(B) for p in found] for found in (*map(matrices, layers), around)]
-        of_k_and_v = max(n for sizes in needed[:-1] for n in sizes[1:3])  # their own, for threads are in q, in k and in v at the same time
+        of_k_and_v = max(n for sizes in needed[:-1] for n in sizes[1:3])  # separate memory: threads run q, k and v at the same time
         scratch = [lines(n) for n in (max(way.needed(B, cfg.head_dim), *itertools.chain(*needed)), of_k_and_v, of_k_and_v)]
         self.memory = [aligned(self.threads * n, np.float32) for n in scratch]
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
-        before = len(layers) - 1  # so many blocks are whole
+        before = len(layers) - 1  # the blocks before the last are always whole
         blocks = [line for i, layer in enumerate(layers) for line in self.block(layer, cfg, keys or i < before, rest or i < before)]
         begins, ends = (self.beginning(params, cfg), self.ending(params, cfg)) if params else ([], [])
         kernels = [*begins, *blocks, *ends]
-        self.lines = kernels  # with the arrays that the tables point to
+        self.lines = kernels  # keeps alive the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
         self.tables = np.zeros((len(kernels), WIDTH), np.int64)
         place = 0
@@ -160,9 +161,9 @@ class Program:
         self.call = run, enter, *self.kept[1:]
 
     def block(self, layer: dict, cfg: OPTConfig, keys: bool, rest: bool) -> list[Line]:
-        """model.decoder_layer, kernel by kernel: its keys and values, the rest, or both. Where the cache's arrays begin is written by `run`.
+        """model.decoder_layer as kernels: its keys and values, the rest, or both. `prepare` later fills in the addresses of the cache's arrays.
 
-        Products in tiles take from each other, and from LayerNorm, rows that are rounded already; all in tiles add to the stream themselves.
+        Between products in tiles, and from LayerNorm to them, rows are passed already rounded. Products in tiles also add to the stream themselves.
         """
         (B, D), pre, x, H, Dh = self.x.shape, cfg.do_layer_norm_before, self.x, cfg.num_attention_heads, cfg.head_dim
         (q, k, v, out, fc1, fc2), (norm1, norm2) = matrices(layer), layer_norms(layer)
@@ -199,7 +200,7 @@ class Program:
         ]
 
     def beginning(self, params: dict, cfg: OPTConfig) -> list[Line]:
-        """model.embeddings; the places' own vectors are known beforehand. Which tokens, and where those vectors are, is written by `steps`."""
+        """model.embeddings; position vectors are looked up beforehand. `steps` fills in the addresses of tokens and position vectors."""
         (tokens, *projections), (B, D) = beginning(params), self.x.shape
         self.tokens, self.places = np.empty(B, np.int64), np.empty(0, np.float32)
         found = np.empty((B, cfg.word_embed_proj_dim), np.float32) if projections else self.x
@@ -208,7 +209,7 @@ class Program:
         return [looking_up, *(self.linear(found, p, self.x) for p in projections), adding]
 
     def ending(self, params: dict, cfg: OPTConfig) -> list[Line]:
-        """model.final and model.lm_logits, and which token is the best. Where logits and tokens go is written by `steps`."""
+        """model.final, model.lm_logits and the argmax. `steps` fills in the addresses to which logits and tokens are written."""
         (*projections, head), (norm,) = end(params)
         h, B, V = self.h if cfg.has_final_layer_norm else self.x, len(self.x), cfg.vocab_size
         lines = [self.norm(norm, h)] if cfg.has_final_layer_norm else []
@@ -220,7 +221,7 @@ class Program:
         return [*lines, self.linear(h, head, self.scores), (PICK, [self.scores, self.best, B, V, self.ends, 0, self.state], B, True)]
 
     def as_read(self, a: np.ndarray) -> Any:
-        """What stands for a buffer where products read it rounded; itself, where they round it."""
+        """The rounded copy of a buffer, if products in tiles read it already rounded; else the buffer itself."""
         if self.tiles is None:
             return a
         if id(a) not in self.rounded:
@@ -239,7 +240,7 @@ class Program:
         return *weight.call(x, row, 1, bias, function, y, len(self.x), **adds), after
 
     def moving(self) -> list[tuple[int, int]]:
-        """The numbers that move on from step to step, by their addresses, and by how much: where the tables' arrays begin, slots, and rows' keys."""
+        """The integers that advance at every step, as (address, stride): pointers in the tables, slots, and each row's number of keys."""
         wanted = [id(a) for a in (self.tokens, self.places, self.scores, self.best, self.ends)]
         arguments = [(i, j, a) for i, (_, arguments, *_) in enumerate(self.lines) for j, a in enumerate(arguments)]
         self.written_at = [(i, ARGUMENTS + j) for i, j, a in arguments if id(a) in wanted]
@@ -247,21 +248,21 @@ class Program:
         return [*moving, *((address(self.slots[b:]), 0) for b in range(len(self.x))), *((address(self.rows[b, 2:]), 1) for b in range(len(self.x)))]
 
     def serves(self, layers: list[dict], cfg: OPTConfig, B: int, way: Forward) -> bool:
-        """Whether these are still the parameters, the rows and the threads that the tables were written for."""
+        """Whether the tables were written for these parameters, this number of rows, this way of attention, and the present number of threads."""
         found = leaves(layers)
         same = get_num_threads() == self.threads and len(self.x) == B and cfg == self.cfg and way is self.way and len(found) == len(self.parameters)
         return same and all(a is b for a, b in zip(found, self.parameters, strict=True))
 
     @property
     def nbytes(self) -> int:
-        """Of its buffers."""
+        """Bytes of its buffers."""
         rounded = [r.memory for r in self.rounded.values()]
         return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, *self.memory, *rounded))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
-        """All blocks.  x: (B, D);  bases: (L, 2), where each layer's keys and values begin;  slots: (B), as write_call has them  ->  (B, D)
+        """All blocks.  x: (B, D);  bases: (L, 2), addresses of each layer's keys and values;  slots: (B), as for write_call  ->  (B, D)
 
-        Any number of rows, up to B, share the tokens. What comes back is the program's own, and the next run writes over it.
+        The B tokens may belong to any number of rows up to B. The result is the program's own buffer, which the next run overwrites.
         """
         self.prepare(bases, slots, rows)
         self.x[:] = x
@@ -270,9 +271,9 @@ class Program:
 
     def steps(self, ids: np.ndarray, places: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows,
               ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """The logits that follow the ids, and those that follow the best token then, for N steps: fewer if the best token of a row is an end.
+        """N steps of greedy search: the logits and best tokens of each, which the next step reads; a best token in `ends` makes that step the last.
 
-        ids: (B);  places: (N, B, D), what learned positions add;  bases, slots: as for `run`  ->  (n, B, V), (n, B): the best tokens
+        ids: (B);  places: (N, B, D), vectors of the positions;  bases, slots: as for `run`  ->  (n, B, V), (n, B), n ≤ N
         """
         N, B, _ = places.shape
         logits, found, self.ends = np.empty((N, B, self.cfg.vocab_size), np.float32), np.empty((N + 1, B), np.int64), np.array(ends, np.int64)
@@ -289,9 +290,9 @@ class Program:
         return logits[:n], found[1 : n + 1]
 
     def prepare(self, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> None:
-        """Writes down where keys and values are."""
+        """Writes the addresses of keys and values into the tables, and attention's tasks."""
         arguments, writes, attentions = self.tables[:, ARGUMENTS:], self.writes, self.attentions
-        if self.written is not bases:  # a KVCache's are new at each step, pages stay
+        if self.written is not bases:  # a KVCache's arrays may move at each step; pages stay where they are
             self.written = bases
             arguments[writes, 2:4], arguments[writes, 5] = bases[: len(writes)], rows.apart
             arguments[attentions, 1:3], arguments[attentions, 9:11] = bases[: len(attentions)], (rows.step, rows.apart)
@@ -299,7 +300,7 @@ class Program:
         Br, tasks = self.way.rows, len(self.x)
         self.slots[:], self.rows[:R] = slots, rows.table
         if tasks == R:
-            self.tasks[:, 0], self.tasks[:, 1] = np.argsort(-rows.table[:, 2]), 0  # the row with most keys first
+            self.tasks[:, 0], self.tasks[:, 1] = np.argsort(-rows.table[:, 2]), 0  # the row with the most keys first
         else:
             Br, found = blocks(self.way, rows.table, H)
             tasks = len(found)
@@ -313,13 +314,13 @@ class Program:
 
 
 def _steps(table: Any) -> None:
-    """Runs a list, moves on what moves, and runs it again, until state[0] says that it is enough; in state[1], how many times."""
+    """Runs the list up to `steps` times, advancing the moving integers after each, until a kernel sets state[0]; counts the runs in state[1]."""
     a = at(table, ARGUMENTS)
     tables, n, moves, changes, steps, state, run, enter = int64s(a[0]), a[1], int64s(a[2]), a[3], a[4], int64s(a[5]), a[6], a[7]
     threads, program = a[8], a[9]  # as `launch` wants them
     while state[1] < steps and not state[0]:
         for i in range(n):
-            for place in range(MEMORY):  # nothing is begun or done yet
+            for place in range(MEMORY):  # reset the counters of tasks and threads
                 tables[i * WIDTH + place] = 0
         if int64s(threads)[0] > 1:
             launch(run, enter, threads, program)
@@ -335,7 +336,7 @@ def _program(table: Any) -> None:
     """Every thread goes through the whole list."""
     a = at(table, ARGUMENTS)
     lines, n, tables = int64s(a[0]), a[1], int64s(a[2])
-    waiting = 0  # from here on, kernels are not known to be done
+    waiting = 0  # the first kernel not yet known to be done
     for i in range(n):
         call(lines[3 * i], at(tables, i * WIDTH))
         if lines[3 * i + 2]:

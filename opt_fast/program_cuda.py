@@ -1,12 +1,12 @@
-"""Decoding on a GPU: all that one token of some rows needs, started at one stroke.
+"""Decoding on a GPU: a Program is everything that one token of each of some rows needs, started with one call.
 
-A Program works on tensors that stay where they are: each row's newest token, how many tokens stand in its pages, and which pages these are. What it
-does is captured as a CUDA graph at its first use, and ends in writing what greedy search would ask for next: the likeliest tokens, and lengths that
-are larger by one. So it can start again before Python has seen a token, and it does: when `read` is asked for the tokens that scored highest, the
-answer is under way already. Where it is asked for others, what was computed is not used.
+It works on tensors at fixed addresses: each row's newest token, how many tokens its pages hold, and the numbers of these pages. Its work is captured
+as a CUDA graph at its first use, and ends by writing the inputs of greedy search's next step: the likeliest tokens, and lengths larger by one. So it
+can start again before Python has seen a token, and it does: if `read` is then given the tokens that scored highest, their logits are already being
+computed. If it is given others, that work is discarded.
 
-float16 and bfloat16 models with heads of 64, 80 or 128 are computed by one kernel (kernels/program.cu), whose lines program_lines.py writes; all else
-goes through model.py, in torch's operations.
+float16 and bfloat16 models with heads of 64, 80 or 128 are computed by one kernel (kernels/program.cu), for which program_lines.py writes the table
+of lines (operations); all others go through model.py, in torch's operations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _capturing = threading.Lock()
 
 
 class Program:
-    """One token of up to B rows with up to P pages each, over a pool's pages."""
+    """The pass of one token for up to B rows with up to P pages each, over a pool's pages."""
 
     def __init__(self, params: dict, cfg: OPTConfig, pool: Pages, B: int, P: int, aside: Aside | None = None) -> None:
         self.params, self.cfg, self.keys, self.values, self.layer, self.aside = params, cfg, pool.keys, pool.values, 0, aside or Aside()
@@ -46,14 +46,14 @@ class Program:
         return torch.zeros(shape, dtype=dtype, device=self.keys.device)
 
     def read(self, rows: list[Row]) -> Scores:
-        """What follows the next token of each row, for which it has reserved room.
+        """The scores of what follows the next token of each row, for which room is reserved in its pages.
 
-        A row only grows, or is given back and read again from its beginning: so what was begun for its next token stays right until that is read.
+        A row only grows, or is released and read again from its beginning, so a pass begun early for its next token stays valid until that is read.
         """
         expected, self.next = self.next, None
         ids, lengths, pages = [int(row.text[row.length]) for row in rows], [row.length for row in rows], [[*row.pages] for row in rows]
         if expected and (expected.rows != rows or expected.lengths != lengths):
-            expected = None  # other rows than before
+            expected = None  # not the rows, or not the positions, that the early pass was for
         guessed = expected is None or expected.before.best.tolist() == ids
         if expected and guessed and expected.scores and expected.pages == pages:
             scores = expected.scores
@@ -61,12 +61,12 @@ class Program:
             self.put(ids, lengths, pages)
             scores = self.start(len(rows))
         room = all(n + 1 < min(PAGE * len(row.pages), self.cfg.max_position_embeddings) for n, row in zip(lengths, rows, strict=True))
-        ahead = self.start(len(rows)) if guessed and room else None  # whoever draws tokens by lot seldom wants the likeliest
+        ahead = self.start(len(rows)) if guessed and room else None  # sampling, unlike greedy search, seldom takes the likeliest
         self.next = Next(rows, [n + 1 for n in lengths], pages, scores, ahead)
         return scores
 
     def put(self, ids: list[int], lengths: list[int], pages: list[list[int]]) -> None:
-        """To the GPU; rows that are not there compute what the last one does."""
+        """Copies a step's inputs to the GPU; unused rows of the program repeat the last row."""
         B, P = self.pages.shape
         table = np.zeros((B, P), np.int32)
         for row, some in zip(table, pages, strict=False):
@@ -77,7 +77,7 @@ class Program:
             target.copy_(torch.as_tensor(np.asarray(source)))
 
     def start(self, rows: int) -> Scores:
-        """Begins to compute, and leaves the results where they are until they are asked for."""
+        """Starts a pass and returns its scores; on a GPU it does not wait for them."""
         if not self.keys.is_cuda:
             self.compute()
         else:
@@ -87,9 +87,9 @@ class Program:
         return Scores.fetched(self.logits[:rows].clone(), self.found[:, :rows])
 
     def capture(self) -> None:
-        """Once outside of the graph, for kernels to be compiled and libraries to take their memory; then into it, which computes nothing."""
+        """Computes once without a graph, so that kernels are compiled and libraries have allocated; then captures, which computes nothing."""
         before, graph, (stream, memory) = [a.clone() for a in (self.ids, self.lengths)], torch.cuda.CUDAGraph(), self.aside.of(self.keys.device)
-        with _capturing:  # torch allows one at a time in a process
+        with _capturing:  # torch allows one capture at a time in a process
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.compute()
@@ -98,10 +98,10 @@ class Program:
                 with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):  # other threads may be generating
                     self.compute()
             torch.cuda.current_stream().wait_stream(stream)
-        self.graph = graph  # only now, for a capture may be broken off
+        self.graph = graph  # only now, because a capture may be broken off
 
     def compute(self) -> None:
-        """The logits, and what greedy search would read next."""
+        """The logits, and the inputs of greedy search's next step."""
         if self.kernel:
             self.kernel.launch(self.lengths, self.pages)
         else:
@@ -113,14 +113,14 @@ class Program:
         self.ids.copy_(self.found[0])
         self.lengths += 1
 
-    # ---- what model.decoder takes as its layout and as its cache -------------------------------------------------------------------------
+    # ---- the interface that model.decoder expects of its layout and its cache ------------------------------------------------------------
 
     @property
     def positions(self) -> Tensor:
         return self.lengths
 
     def extend(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i's new keys and values to their pages.  k: (B, H, Dh);  v: (B, H, Dh)"""
+        """Writes layer i's new keys and values to their pages.  k: (B, H, Dh);  v: (B, H, Dh)"""
         self.layer = i
         page = self.pages.gather(1, self.lengths[:, None].long() // PAGE)[:, 0]
         for pages, new in ((self.keys[i], k), (self.values[i], v)):
@@ -131,14 +131,14 @@ class Program:
         """q: (B, H, Dh);  k: (B, H, Dh);  v: (B, H, Dh)  ->  (B, H, Dh)"""
         keys, values = (a[self.layer][self.pages.long()].flatten(1, 2) for a in (self.keys, self.values))  # (B, P · PAGE, H, Dh)
         visible = torch.arange(keys.shape[1], device=q.device) <= self.lengths[:, None]
-        values = values.masked_fill(~visible[..., None, None], 0)  # 0 · NaN, from whoever had the page before, would be NaN
+        values = values.masked_fill(~visible[..., None, None], 0)  # unwritten slots may hold NaN, and 0 · NaN is NaN
         return plain(q[:, None], keys, values, scale, Seen(visible, None))[0][:, 0]
 
     def advance(self, _: int) -> None: ...
 
 
 class Aside:
-    """Where graphs are captured that never run at the same time: a stream, and memory that they share."""
+    """A stream to capture graphs on, and a memory pool that they share, since they never run at the same time."""
 
     def __init__(self) -> None:
         self.made: tuple[Any, Any] | None = None
@@ -149,22 +149,22 @@ class Aside:
         return self.made
 
     def renew(self) -> None:
-        """Other memory, once all graphs are gone: torch need not have what none of them uses any more."""
+        """A new memory pool, once all graphs are gone: torch may by then have freed the old one."""
         if self.made is not None:
             self.made = self.made[0], torch.cuda.graph_pool_handle()
 
 
 @dataclass
 class Next:
-    """What greedy search would ask for after a step, and the answer where it is under way."""
+    """What greedy search would read after a step, and the scores of that pass if it has been started."""
 
     rows: list[Row]
     lengths: list[int]
     pages: list[list[int]]
-    before: Scores  # the tokens would be the best of these
+    before: Scores  # whose best tokens would be the next ones
     scores: Scores | None
 
 
 def leaves(params: dict) -> list[tuple[Tensor, int]]:
-    """What programs hold on to, and where it lies: if one of these is another tensor, or elsewhere, they are stale."""
+    """The parameters that programs refer to, with their addresses: if a tensor or its address has changed, the programs are stale."""
     return [(leaf, leaf.data_ptr() if leaf.is_cuda else 0) for leaf in flatten(params).values()]

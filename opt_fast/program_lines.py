@@ -1,4 +1,4 @@
-"""OPT's decoder as lines of kernels/program.cu: what model.py says for one token of B rows, from its embedding to its logits."""
+"""OPT's decoder as a table of lines (operations) for kernels/program.cu: what model.py computes for one token of B rows, from embedding to logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from opt_fast import program_cpp
 from opt_np.config import OPTConfig
 
 HALVES = (torch.float16, torch.bfloat16)
-COLUMNS = 64.0  # int8 matrices with columns more uneven than this, up or down, go through torch
+COLUMNS = 64.0  # an int8 model whose column factors exceed this, or fall below its inverse, goes through torch
 Address = Callable[[Tensor], Any]
 
 
 def one_kernel(params: dict, cfg: OPTConfig, program: Any) -> OneKernel | None:
-    """The kernel for a program's tensors (program_cuda.Program), where it takes them and this GPU."""
+    """The kernel for a program's tensors (program_cuda.Program); None where it does not take them or this GPU."""
     keys, B = program.keys, len(program.ids)
     if not keys.is_cuda or torch.cuda.get_device_capability(keys.device) < (8, 0) or not takes(params, cfg, keys.dtype, B):
         return None
@@ -28,7 +28,7 @@ def one_kernel(params: dict, cfg: OPTConfig, program: Any) -> OneKernel | None:
 
 
 def takes(params: dict, cfg: OPTConfig, dtype: torch.dtype, B: int) -> bool:
-    """Whether the kernel computes such a model for B rows."""
+    """Whether the kernel can compute this model for B rows."""
     sizes = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
     known = cfg.head_dim in (64, 80, 128) and cfg.activation_function in program_cpp.ACTIVATIONS and B <= program_cpp.MOST_ROWS
     return known and dtype in HALVES and all(n % 16 == 0 for n in sizes) and all(readable(p, dtype) for p in groups(params))
@@ -43,7 +43,7 @@ def groups(params: dict) -> list[dict]:
 
 
 def readable(p: dict, dtype: torch.dtype) -> bool:
-    """Whether the kernel reads these leaves: a norm's or a matrix's in 16 bits, or a matrix in int8 with a factor for each row."""
+    """Whether the kernel can read these leaves: a norm or a matrix in 16 bits, or a matrix in int8 with a factor for each row."""
     kinds = {"weight": torch.int8 if "scale" in p else dtype, "bias": dtype}
     whole = p.keys() <= {"weight", "bias", "scale", "columns"} and all(p[name].dtype == kind for name, kind in kinds.items() if name in p)
     even = "columns" not in p or bool(((p["columns"] <= COLUMNS) & (p["columns"] >= 1 / COLUMNS)).all())
@@ -51,7 +51,7 @@ def readable(p: dict, dtype: torch.dtype) -> bool:
 
 
 class OneKernel:
-    """A program's lines on the GPU, and the memory that they work on."""
+    """A program's lines on the GPU, with the buffers that they work on."""
 
     def __init__(self, params: dict, cfg: OPTConfig, program: Any) -> None:
         from cuda.core import Device
@@ -73,12 +73,12 @@ class Buffers(NamedTuple):
     """Activations of one token of B rows."""
 
     x: Tensor  # (B, D): the residual stream
-    s: Tensor  # (B, D): a post-norm block's, before its norm
-    h: Tensor  # (B, D): a branch's input, where it is written at all
+    s: Tensor  # (B, D): in a post-norm block, x plus a branch's output, before the norm
+    h: Tensor  # (B, D): a branch's input, where it is written to memory at all
     q: Tensor  # (B, D)
     O: Tensor  # (B, D)
     ff: Tensor  # (B, F)
-    e: Tensor  # (B, W): beside the token matrix, where tokens are projected
+    e: Tensor  # (B, W): embeddings of width W, before project_in or after project_out
 
 
 def buffers(cfg: OPTConfig, like: Tensor, B: int) -> Buffers:
@@ -87,14 +87,14 @@ def buffers(cfg: OPTConfig, like: Tensor, B: int) -> Buffers:
 
 
 class Writer:
-    """Writes `lines`. `address` says where a tensor's numbers begin."""
+    """Writes `lines`. `address` returns the address of a tensor's first element."""
 
     def __init__(self, params: dict, cfg: OPTConfig, program: Any, b: Buffers, fit: program_cpp.Fit, address: Address) -> None:
         self.cfg, self.b, self.fit, self.address = cfg, b, fit, address
         self.lines: list[list[Any]] = []
-        self.held: list[Tensor] = []  # what stands in them, and nowhere else
-        self.uneven = False
-        self.first = 0  # the block that is to take the next tile of outputs: lines that do not wait share the blocks evenly
+        self.held: list[Tensor] = []  # tensors that only the lines refer to: they must not be freed
+        self.uneven = False  # whether the last product had column factors
+        self.first = 0  # the block that takes the next tile of outputs: lines that do not wait for each other share the blocks evenly
         self.embeddings(params, program)
         stream = {"x": b.x}
         for layer, keys, values in zip(params["layers"], program.keys, program.values, strict=True):
@@ -114,7 +114,7 @@ class Writer:
         self.linear(b.x, params["project_in"], {"x": b.e}, residual=at(b.x))
 
     def block(self, layer: dict, keys: Tensor, values: Tensor, stream: dict) -> dict:
-        """model.decoder_layer. `stream`, and what is returned: the residual stream as `linear` takes it, with the norm that is still to come.
+        """model.decoder_layer. Takes and returns the residual stream as a `source` of `linear`, with the norm that is still to be applied.
 
         keys: (pages, 64, H, Dh);  values: (pages, 64, H, Dh)
         """
@@ -142,8 +142,8 @@ class Writer:
         self.linear(logits, params.get("lm_head", params["embed_tokens"]), stream)
 
     def normed(self, x: Tensor, p: dict, target: Tensor, needed: bool = False) -> dict:
-        """LayerNorm of x as `linear` takes it: with the product, where shared memory holds all rows, and written to `target` only if that is needed;
-        else in a line before it."""
+        """LayerNorm of x, as a `source` of `linear`. Where shared memory holds all rows, the product applies it, and writes it to `target` only if
+        `needed`; else a line before the product does."""
         weight, bias = self.at(p.get("weight")), self.at(p.get("bias"))
         if self.fit.holds(x.shape[1]):
             return {"x": x, "norm": (weight, bias), "normed": self.at(target) if needed else None}
@@ -151,9 +151,9 @@ class Writer:
         return {"x": target}
 
     def linear(self, y: Tensor, p: dict, source: dict, again: bool = False, **options: Any) -> None:
-        """A product; with `again`, of what the line before has read.
+        """A product; `again`: with the same `source` as the line before.
 
-        Raises TooLittle where an int8 matrix has uneven columns, and shared memory no room for x.
+        Raises TooLittle where an int8 matrix has column factors and shared memory has no room for x.
         """
         (O, I), at, staged = p["weight"].shape, self.at, self.fit.holds(p["weight"].shape[1])
         factors, columns = self.shrinking(self.factors(p), p.get("columns"))
@@ -165,7 +165,7 @@ class Writer:
         self.lines.append(program_cpp.linear(at(y), O, at(source["x"]), I, at(p["weight"]), at(p.get("bias")), scale=at(factors),
                                              columns=at(columns), staged=staged, first=self.first if again else 0, **options))  # fmt: skip
         self.first = ((self.first if again else 0) - (-O // 8)) % self.fit.grid
-        self.uneven = columns is not None  # what is in shared memory is another matrix's
+        self.uneven = columns is not None  # the rows in shared memory are multiplied by this matrix's columns
 
     def factors(self, p: dict) -> Tensor | None:
         """An int8 matrix's factors in float32."""
@@ -177,7 +177,7 @@ class Writer:
         return p["scale"]
 
     def shrinking(self, factors: Tensor | None, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The same with no column above 1: what x is multiplied by, in 16 bits, must not make it larger than they hold."""
+        """The factors and columns with no column above 1, and the same product: x times columns, in 16 bits, must not overflow."""
         if factors is None or columns is None:
             return factors, None
         largest = columns.max()

@@ -1,4 +1,4 @@
-"""What is done to numbers one by one or row by row: the activation and LayerNorm."""
+"""Elementwise and row-wise kernels on the CPU: activations, LayerNorm, addition, and the argmax of decoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from opt_fast.kernel import ARGUMENTS, DONE, TASKS, Kernel, at, claim, float_bits, float_of, floats, inner, int64s, largest, squares, total
 from opt_np.ops import LAYER_NORM_EPS
 
-CHUNK = 1 << 14  # numbers that a thread takes at a time: each is little work
+CHUNK = 1 << 14  # elements of a task: each is little work
 FUNCTIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
 
 
@@ -36,7 +36,7 @@ def layer_norm(x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None
 
 
 def norm_call(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray, rows: int, D: int) -> tuple[Kernel, list, int]:
-    """LayerNorm's kernel, its arguments, and how many tasks they make."""
+    """LayerNorm's kernel, its arguments, and the number of tasks."""
     some = max(CHUNK // D, 1)
     return NORM, [x, weight, bias, y, rows, D, some, float_bits(LAYER_NORM_EPS)], math.ceil(rows / some)
 
@@ -64,7 +64,7 @@ def _norm(table: Any) -> None:
 
 
 def _add(table: Any) -> None:
-    """x += y: a step of decoding, for NumPy adds as well."""
+    """x += y, as part of a Program (program_cpu.py); elsewhere NumPy does it."""
     a = at(table, ARGUMENTS)
     x, y, size = floats(a[0]), floats(a[1]), a[2]
     first = claim(table, TASKS) * CHUNK
@@ -76,7 +76,7 @@ def _add(table: Any) -> None:
 
 
 def _pick(table: Any) -> None:
-    """The best score's number in each row, the first of equal ones; a task is a row. Says so, in state[0], where it is an end."""
+    """The index of the highest score in each row, the first of equal ones; sets state[0] = 1 if it is one of `ends`. A task is a row."""
     a = at(table, ARGUMENTS)
     scores, best, rows, V, ends, count, state = floats(a[0]), int64s(a[1]), a[2], a[3], int64s(a[4]), a[5], int64s(a[6])
     row = claim(table, TASKS)
@@ -105,7 +105,7 @@ def activate(x: Any, function: int) -> Any:
 
 @inner
 def centre(x: Any, y: Any, D: int, eps: Any) -> Any:
-    """y = x less its mean; the reciprocal standard deviation."""
+    """y = x - mean(x); returns the reciprocal standard deviation."""
     mean = total(x, D) / np.float32(D)
     for d in range(D):
         y[d] = x[d] - mean
@@ -114,7 +114,7 @@ def centre(x: Any, y: Any, D: int, eps: Any) -> Any:
 
 @inner
 def norm_row(x: Any, weight: Any, bias: Any, y: Any, D: int, eps: Any) -> None:
-    """y may be x itself."""
+    """LayerNorm of one row; y may be x itself."""
     rstd = centre(x, y, D, eps)
     for d in range(D):
         y[d] = y[d] * rstd * weight[d] + bias[d]

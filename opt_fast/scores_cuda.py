@@ -1,4 +1,4 @@
-"""Logits that stay on the GPU: greedy search and most ways of drawing a token by lot need no more from there than a number for each row."""
+"""Logits that stay on the GPU: greedy search and most ways of sampling fetch only a number or two per row, not all logits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from opt_np.generate import choose
 
 
 class Scores:
-    """Logits (N, V) on the GPU; as an array they are fetched, and float32.
+    """Logits (N, V) on the GPU, which convert to a NumPy array of float32.
 
-    `found` says which is the highest of each row, and what it is, (2, N); it is there, and the logits are, once `ready` has happened.
+    `found`, (2, N), has the index and the value of each row's highest logit; it and the logits are valid once the event `ready` has happened.
     """
 
     def __init__(self, logits: Tensor, found: Tensor | None = None, ready: Any = None) -> None:
@@ -26,7 +26,7 @@ class Scores:
 
     @classmethod
     def fetched(cls, logits: Tensor, found: Tensor) -> Scores:
-        """With what was found on its way from the GPU."""
+        """Scores whose `found` is being copied from the GPU, without waiting for it."""
         if not logits.is_cuda:
             return cls(logits, found.clone())
         there, ready = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
@@ -36,14 +36,14 @@ class Scores:
 
     @functools.cached_property
     def highest(self) -> np.ndarray:
-        """->  (2, N)"""
+        """The index and the value of each row's highest logit.  ->  (2, N)"""
         if self.ready:
             self.ready.synchronize()
         return host(highest(self.logits) if self.found is None else self.found)
 
     @property
     def best(self) -> np.ndarray:
-        """->  (N)"""
+        """The index of each row's highest logit.  ->  (N)"""
         return self.highest[0].astype(np.int64)
 
     def argmax(self, axis: int = -1) -> np.ndarray:
@@ -54,16 +54,16 @@ class Scores:
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        """->  (N, V)"""
+        """All logits, on the host.  ->  (N, V)"""
         if not self.ready:
             return host(self.logits).astype(np.float32, copy=False)
-        with torch.cuda.stream(beside(self.logits.get_device())):  # lest it waits for the next token, which is under way
+        with torch.cuda.stream(beside(self.logits.get_device())):  # else the copy would wait for the next token's pass
             self.ready.wait()
             return host(self.logits).astype(np.float32, copy=False)
 
     def after(self, processor: Any) -> Scores | None:
-        """What a processor of opt_np.processors makes of them, on the GPU; None where it is only there for arrays."""
-        if torch.are_deterministic_algorithms_enabled():  # a GPU's running sums are not
+        """The scores after a processor of opt_np.processors, computed on the GPU; None where it exists only for NumPy arrays."""
+        if torch.are_deterministic_algorithms_enabled():  # cumsum on a GPU is not deterministic
             return None
         own = PROCESSORS.get(processor.func) if isinstance(processor, processors.Warper) else None
         return None if own is None else Scores(own(self.logits.float(), **processor.keywords))
@@ -91,18 +91,18 @@ class Scores:
 
 
 def highest(logits: Tensor) -> Tensor:
-    """Where the highest of each row is, and what.  logits: (N, V)  ->  (2, N)"""
+    """The index and the value of each row's highest logit.  logits: (N, V)  ->  (2, N)"""
     best, at = logits.max(-1)
     return torch.stack([at.double(), best.double()])
 
 
 @functools.cache
 def beside(device: int) -> Any:
-    """A stream on which nothing waits for what is computed meanwhile."""
+    """A second stream, whose copies do not wait for the work on torch's current one."""
     return torch.cuda.Stream(device)
 
 
-# ---- opt_np.processors on tensors, which say what each of them does ----------------------------------------------------------------------
+# ---- opt_np.processors on tensors; their docstrings define them --------------------------------------------------------------------------
 
 
 def temperature(scores: Tensor, temperature: float) -> Tensor:

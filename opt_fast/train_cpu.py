@@ -1,5 +1,5 @@
-"""What training does row by row or number by number on the CPU: the backward passes of LayerNorm and relu, the loss, and AdamW. Formulas and meanings
-are those of opt_np/ops.py and opt_np/optim.py, which a test holds them against; products and attention are gemm.py's and attention_cpu.py's.
+"""Row-wise and elementwise kernels of training on the CPU: the backward passes of LayerNorm and relu, the loss, and AdamW. Formulas are those of
+opt_np/ops.py and opt_np/optim.py, against which tests compare them; matrix products are in gemm.py, attention in attention_cpu.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from opt_fast.rowwise import CHUNK, centre
 from opt_np import ops, optim
 from opt_np.ops import LAYER_NORM_EPS
 
-BLOCK = 1 << 12  # numbers of a row that are summed in one go: long sums lose digits
+BLOCK = 1 << 12  # elements of a row that are summed at a time: longer float32 sums lose digits
 
 
 def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -24,7 +24,7 @@ def layer_norm_bwd(dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None) -> 
     dy, x, D = np.ascontiguousarray(dy), np.ascontiguousarray(x), x.shape[-1]
     weight = np.ones(D, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
     rows, some, dx = x.size // D, max(CHUNK // D, 1), np.empty_like(x)
-    sums = np.zeros((math.ceil(rows / some), 2, D), np.float32)  # of the weight's and the bias's gradients, for each task
+    sums = np.zeros((math.ceil(rows / some), 2, D), np.float32)  # the gradients of weight and bias, for each task
     NORM_BWD(dy, x, weight, dx, sums, rows, D, some, float_bits(LAYER_NORM_EPS), tasks=len(sums), scratch=2 * D)
     return dx, *sums.sum(0)
 
@@ -42,9 +42,9 @@ def activation_bwd(dy: np.ndarray, x: np.ndarray, function: str) -> np.ndarray:
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
     """logits: (N, V);  labels: (N)  ->  loss, (N, V)"""
     (N, V), losses = logits.shape, np.empty(len(labels), np.float32)
-    if not logits.flags.c_contiguous:  # what is written over must be the caller's own memory
+    if not logits.flags.c_contiguous:  # the gradient is written over the logits, so a contiguous copy would not do
         return ops.cross_entropy(logits, labels)
-    if labels.size and not 0 <= labels.min() <= labels.max() < V:  # the kernel would write there
+    if labels.size and not 0 <= labels.min() <= labels.max() < V:  # the kernel would write out of bounds
         raise IndexError(f"labels are {labels.min()} to {labels.max()}; {V} logits have 0 to {V - 1}")
     some = max(CHUNK // V, 1)
     CROSS_ENTROPY(logits, np.ascontiguousarray(labels, np.int64), losses, N, V, some, tasks=math.ceil(N / some))
@@ -79,7 +79,7 @@ clip_by_global_norm: Any = update_wrapper(partial(optim.clip_by_global_norm, squ
 
 
 def _norm_bwd(table: Any) -> None:
-    """A task is some rows; the gradients of weight and bias are summed for each, and then over the tasks, in order."""
+    """A task is some rows; the gradients of weight and bias are summed for each task, and then over the tasks, in order."""
     a = at(table, ARGUMENTS)
     dy, x, weight, dx, sums = floats(a[0]), floats(a[1]), floats(a[2]), floats(a[3]), floats(a[4])
     rows, D, some, eps = a[5], a[6], a[7], float_of(a[8])
@@ -99,7 +99,7 @@ def _norm_bwd_row(dy: Any, x: Any, weight: Any, dx: Any, sums: Any, xhat: Any, D
         xhat[d] *= rstd
         sums[d] += dy[d] * xhat[d]
         sums[D + d] += dy[d]
-        dx[d] = dy[d] * weight[d]  # as yet dx̂
+        dx[d] = dy[d] * weight[d]  # for now dx̂
         products[d] = dx[d] * xhat[d]
     mean, along = total(dx, D) / n, total(products, D) / n
     for d in range(D):

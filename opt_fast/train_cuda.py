@@ -1,5 +1,5 @@
-"""Training on torch tensors: autograd through the model function, where opt_np/grad.py works by hand. Names and meanings are those of
-opt_np/grad.py and opt_np/optim.py, which a test holds them against.
+"""Training on torch tensors: autograd through the model function, where opt_np/grad.py has backward functions written out. Names and meanings are
+those of opt_np/grad.py and opt_np/optim.py, and a test compares the results.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from opt_np.tree import flatten, unflatten
 
 
 class Random:
-    """Random numbers where parameters go, drawn as NumPy's generators draw them: for dropout."""
+    """Random numbers on the parameters' device, with the interface of NumPy's generators: for dropout."""
 
     def __init__(self, seed: list[int], device: torch.device | None = None) -> None:
-        from opt_fast import ops_cuda  # which imports this module
+        from opt_fast import ops_cuda  # here, because it imports this module
 
         self.device = device or ops_cuda.device()
         self.generator = torch.Generator(self.device).manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
@@ -42,15 +42,15 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
 
     Raises ValueError as it does.
     """
-    from opt_fast import ops_cuda  # which imports this module
+    from opt_fast import ops_cuda  # here, because it imports this module
 
     input_ids, labels = id_array(input_ids), host(labels)
-    leaves = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in flatten(params).items()}  # the caller's stay as they are
+    leaves = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in flatten(params).items()}  # the caller's are not changed
     params = unflatten(leaves)
     tokens = params["embed_tokens"]
     looked_up = tokens["weight"].view_as(tokens["weight"])
     if looked_up.requires_grad and cfg.pad_token_id is not None:
-        # torch's padding_idx: looking a pad up teaches its row nothing; as part of the head it learns
+        # as torch's padding_idx: looking up a pad gives its row no gradient; its use in the head does
         looked_up.register_hook(lambda g: g.index_fill(0, torch.tensor([cfg.pad_token_id], device=g.device), 0))
     read = {**params, "embed_tokens": {**tokens, "weight": looked_up}}
     h, _ = grad.decoder_fwd(read, input_ids, cfg, attention_mask, rng, ops or ops_cuda)
@@ -60,7 +60,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
 
 
 def whole(numbers: Any, device: torch.device) -> Tensor:
-    """Ids or labels of any kind of whole numbers, as torch looks them up.  numbers: (*N)  ->  (*N)"""
+    """Ids or labels of any integer type as int64, with which torch indexes.  numbers: (*N)  ->  (*N)"""
     return torch.tensor(np.ascontiguousarray(numbers, np.int64), device=device)
 
 
@@ -89,7 +89,7 @@ def question_loss(logits: Tensor, positions: np.ndarray) -> Tensor:
 
 
 def through_host(logits: Tensor, loss: Callable[[np.ndarray], tuple[float, np.ndarray]]) -> Tensor:
-    """A loss of few logits, and its gradient, as NumPy computes them."""
+    """A loss over a few logits, computed by NumPy on the host, as is its gradient."""
     return OnHost.apply(logits, loss)
 
 
@@ -142,7 +142,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> float:
 @torch.no_grad()
 def adamw_step(params: Any, grads: Any, state: dict[str, Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                weight_decay: float = 0.0) -> None:  # fmt: skip
-    """As optim.adamw_step, by torch's."""
+    """As optim.adamw_step, by torch's own."""
     trees = [flatten(tree) for tree in (params, grads, state["m"], state["v"])]
     for decayed in (True, False):
         names = [name for name in trees[0] if decays(name) == decayed]

@@ -9,12 +9,12 @@ import numpy as np
 
 
 def empty(shape: tuple[int, ...], like: Any) -> Any:
-    """An array, or a torch tensor on the same device, of the dtype of `like`, still to be written."""
+    """An array, or a torch tensor on the same device, of the dtype of `like`, uninitialised."""
     return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
 def host(x: Any) -> np.ndarray:
-    """x as a NumPy array; a torch tensor comes from its device, without its gradient, and bfloat16, which NumPy has not, as float32."""
+    """x as a NumPy array; a torch tensor comes from its device, without its gradient, and bfloat16, which NumPy lacks, as float32."""
     if not hasattr(x, "detach"):
         return np.asarray(x)
     x = x.detach().cpu()
@@ -27,5 +27,5 @@ def as_kind(a: np.ndarray, like: Any) -> Any:
 
 
 def size(x: Any) -> int:
-    """How many numbers there are."""
+    """The number of elements."""
     return math.prod(x.shape)

@@ -1,4 +1,4 @@
-"""Beam search: the num_beams likeliest continuations of each prompt, kept side by side; and the same drawn at random (do_sample=True)."""
+"""Beam search: extends the num_beams likeliest continuations of each prompt side by side; with do_sample=True, draws them at random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opt_np.reader import Decoding, Reading
 if TYPE_CHECKING:
     from opt_np.generate import Request
 
-WORST = np.float32(-1e9)  # HF's score for what must not win; sums with it are rounded as in HF
+WORST = np.float32(-1e9)  # HF's score for a candidate that must not win; sums with it are rounded as in HF
 
 
 def search(request: Request) -> Decoding:
@@ -23,13 +23,13 @@ def search(request: Request) -> Decoding:
     """
     s, T, k = request.settings, request.ids.shape[1], request.settings.num_beams
     B = len(request.ids)
-    wide = max(2, 1 + len(s.eos_token_id)) * k  # so many candidates that k go on even where all ends are among them
+    wide = max(2, 1 + len(s.eos_token_id)) * k  # enough candidates for k to continue, even if every end token is among them
     first_beam = np.arange(B)[:, None] * k
     ids, mask = np.repeat(request.ids, k, 0), np.repeat(request.mask, k, 0)  # (B·k, T)
     running = np.where(np.arange(k) == 0, np.float32(0), WORST)[None].repeat(B, 0)  # (B, k): beams start equal, so only the first one counts
     best = Finished(request, B, k)
     processors = request.chain(k)
-    for length in range(1, request.new + 1):  # of the new tokens
+    for length in range(1, request.new + 1):  # number of new tokens
         _, logits = yield Reading(ids, mask, copies=1 if length > 1 else k)
         scores, _ = process(processors, log_softmax(np.asarray(logits)), ids, beams=k)
         log_p = scores.reshape(B, k, -1) + running[:, :, None]
@@ -40,7 +40,7 @@ def search(request: Request) -> Decoding:
         ended = request.ended(candidates.reshape(B * wide, -1)).reshape(B, wide) | (length == request.new)
 
         running_scores = scores + ended * WORST
-        next_beams = highest(running_scores, k)  # (B, k): what goes on
+        next_beams = highest(running_scores, k)  # (B, k): the beams that continue
         running = np.take_along_axis(running_scores, next_beams, 1)
         ids = np.take_along_axis(candidates, next_beams[..., None], 1).reshape(B * k, -1)
         mask = np.concatenate([mask, np.ones((B * k, 1), mask.dtype)], axis=1)
@@ -53,7 +53,7 @@ def search(request: Request) -> Decoding:
 
 
 def candidates_of(scores: np.ndarray, wide: int, request: Request, step: int) -> np.ndarray:
-    """The highest, or as many drawn without replacement: with Gumbel noise added, the highest are such a draw (arXiv:1903.06059).
+    """Indices of the highest scores, or of a draw without replacement: the highest after adding Gumbel noise are such a draw (arXiv:1903.06059).
 
     scores: (B, N)  ->  (B, wide)
     """
@@ -67,16 +67,16 @@ class Finished:
     """The k best finished continuations of each prompt, and whether a running one could still be better."""
 
     def __init__(self, request: Request, B: int, k: int) -> None:
-        self.s, self.new, self.pad = request.settings, request.new, request.pad  # where 0 is the pad, HF fills with an end instead
-        self.length_penalty = float(request.settings.length_penalty)  # a Python number keeps float32 as it is
+        self.s, self.new, self.pad = request.settings, request.new, request.pad  # if the pad is 0, HF fills with an end token instead
+        self.length_penalty = float(request.settings.length_penalty)  # a Python number does not promote float32
         self.ids = np.empty((B, k, 0), int)  # grows with the longest
         self.lengths = np.zeros((B, k), int)
         self.scores = np.full((B, k), WORST)
         self.is_finished = np.zeros((B, k), bool)
-        self.improvable = np.ones((B, 1), bool)  # a prompt whose beams cannot be bettered stays so
+        self.improvable = np.ones((B, 1), bool)  # once a prompt's beams cannot improve, they never can
 
     def add(self, candidates: np.ndarray, scores: np.ndarray, ended: np.ndarray, length: int) -> None:
-        """Takes in the candidates that ended; only the first k of them may.  candidates: (B, wide, L);  scores: (B, wide);  ended: (B, wide)"""
+        """Adds the candidates that ended, if they are among the first k.  candidates: (B, wide, L);  scores: (B, wide);  ended: (B, wide)"""
         k = self.scores.shape[1]
         allowed = ended & (np.arange(scores.shape[1]) < k)
         full = self.is_finished.all(1, keepdims=True) & (self.s.early_stopping is True)
@@ -90,7 +90,7 @@ class Finished:
         self.is_finished = np.take_along_axis(np.concatenate([self.is_finished, allowed], 1), order, 1)
 
     def complete(self, running: np.ndarray, length: int) -> bool:
-        """Whether no prompt can be bettered, by HF's estimate; with early_stopping=True also when all have k finished.  running: (B, k)"""
+        """Whether no prompt can still improve, by HF's estimate; with early_stopping=True also whether all have k finished.  running: (B, k)"""
         longest = self.new if self.s.early_stopping == "never" and self.length_penalty > 0 else length
         worst = np.where(self.is_finished, self.scores.min(1, keepdims=True), WORST)
         self.improvable = self.improvable & (running[:, :1] / longest**self.length_penalty > worst).any(1, keepdims=True)

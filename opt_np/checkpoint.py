@@ -1,6 +1,6 @@
-"""Checkpoints: a folder with config.json and safetensors, read under any of the published layouts, checked, and written so that HF reads it.
+"""Checkpoints: a folder with config.json and weights, read from any published format, checked, and written as safetensors that HF can read.
 
-Reading renames and casts, and never computes: the arrays are the file's. A missing, extra or misshapen tensor is an error, never a random one.
+Unless it quantises, reading only renames and casts tensors. A missing, extra or misshapen tensor is an error, and is never initialised at random.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from opt_np.quantize import Quantized, Quantizer, expanded, is_quantized_matrix,
 from opt_np.tree import flatten, unflatten
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5",
-           "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json")  # the first that is there is read  # fmt: skip
+           "tf_model.h5.index.json", "flax_model.msgpack", "flax_model.msgpack.index.json")  # the first that exists is read  # fmt: skip
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-STORED = ("F16", "BF16", "F32", "F64", "I8", "U8")  # in safetensors; the last two where config.json says that weights are quantised
+STORED = ("F16", "BF16", "F32", "F64", "I8", "U8")  # dtypes in safetensors; the last two if config.json declares the weights quantised
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-TIED = ("lm_head.weight", "embed_tokens.weight")  # an index may name both where the file holds the shared matrix once
+TIED = ("lm_head.weight", "embed_tokens.weight")  # an index may name both although the files hold the shared matrix only once
 MEANINGLESS = ("decoder.version", "output_projection.weight")  # metaseq's version mark and its copy of the tied matrix; HF's conversion drops both
 METASEQ = {"layer_norm": "final_layer_norm", "project_in_dim": "project_in", "project_out_dim": "project_out"}  # its names, at the decoder's root
 LONGEST_MESSAGE = 1500  # characters
-KEPT_OPEN = 64_000_000  # bytes that are read of a file before it is opened anew
-ANCHOR = "embed_positions.weight"  # every OPT has it: what stands before it is the decoder's prefix
+KEPT_OPEN = 64_000_000  # bytes to read from a file before it is reopened
+ANCHOR = "embed_positions.weight"  # every OPT checkpoint has it; what precedes it in the name is the decoder's prefix
 
 
 UMASK = os.umask(0o022)
@@ -41,25 +41,25 @@ os.umask(UMASK)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as it is: names the file or tensor, what was found, what was wanted, and what to do, in one line."""
+    """A checkpoint that cannot be read; one line names the file or tensor, what was found, what was expected, and what to do."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message)))
 
 
 def printable(text: str) -> str:
-    """In one line, without what would steer a terminal (the names in a file are a stranger's), and not endless."""
+    """The text on one line, shortened, with control characters escaped: names in a file are untrusted, and could hold terminal codes."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 303]} … {text[-300:]}"
 
 
 def few(names: list[str]) -> str:
-    """The first of them, for a message."""
+    """The first three names, for a message."""
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder itself, once it is certain that it exists."""
+    """The folder as a Path; raises CheckpointError if it is not a folder."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         kind = "a file" if os.path.exists(folder) else "a link that leads nowhere" if os.path.islink(folder) else "not there"
@@ -81,7 +81,7 @@ def load_config(folder: str | Path) -> OPTConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is not there. Raises CheckpointError."""
+    """A JSON object, empty if the file does not exist. Raises CheckpointError."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,10 +96,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load(name: str | Path, dtype: str | None = "float32", revision: str | None = None, strict: bool = False) -> tuple[dict, OPTConfig]:
-    """Parameters (nested, rooted at the decoder, with lm_head, score or qa_outputs beside where the file has them) and config, of a folder or hub id.
+    """Parameters (nested, from the decoder down, plus lm_head, score or qa_outputs if the file has them) and config of a folder or hub id.
 
     Raises CheckpointError. Tensors in F16, BF16, F32 or F64 are cast to dtype, exactly or by rounding; None keeps them as they are stored.
-    NaN and infinite weights are warned of, or refused with strict.
+    NaN and infinite weights cause a warning, or with strict an error.
     """
     from opt_np.hub import find
 
@@ -108,9 +108,9 @@ def load(name: str | Path, dtype: str | None = "float32", revision: str | None =
 
 def load_from(source: Any, dtype: str | None = "float32", strict: bool = False, copy: bool = True,
               quantizer: Quantizer | None = None) -> tuple[dict, OPTConfig]:  # fmt: skip
-    """The same from folders already found (hub.Source). Without `copy`, arrays may be views of the file, to be read once.
+    """As `load`, from folders already located (hub.Source). Without `copy`, arrays may be views of the file, for a caller that reads each once.
 
-    With a quantizer, matrices become whole numbers as soon as each is read.
+    With a quantizer, each matrix is quantised as soon as it is read.
     """
     cfg = load_config(source.config)
     if quantizer and cfg.quantized:
@@ -121,9 +121,9 @@ def load_from(source: Any, dtype: str | None = "float32", strict: bool = False, 
 
 def as_type(tensors: Iterable[tuple[str, np.ndarray]], cfg: OPTConfig, name: str, dtype: str | None, strict: bool | None, copy: bool,
             quantizer: Quantizer | None = None) -> dict[str, Any]:  # fmt: skip
-    """The tensors of the checkpoint `name` in dtype, NaN and infinite weights told or refused as `load` says (with strict=None not looked for).
+    """The tensors of the checkpoint `name` in dtype; NaN and infinite weights are treated as in `load` (with strict=None not looked for).
 
-    Whole numbers and what they are worth, where cfg says that there are some, stay as they are stored.
+    The integers, scales and columns of matrices that are quantised already, by cfg, stay as they are stored.
     """
     flat: dict[str, Any] = {}
     not_finite = []
@@ -135,7 +135,7 @@ def as_type(tensors: Iterable[tuple[str, np.ndarray]], cfg: OPTConfig, name: str
         if whole:
             flat[tensor] = np.array(array) if copy else array
             continue
-        with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is told below
+        with np.errstate(over="ignore", invalid="ignore"):  # values too large for dtype become infinite, and are reported below
             cast = np.array(array, dtype) if copy else np.asarray(array, dtype)
             if strict is not None and not all_finite(cast):
                 not_finite.append(tensor)
@@ -149,7 +149,7 @@ def as_type(tensors: Iterable[tuple[str, np.ndarray]], cfg: OPTConfig, name: str
 
 
 def stays_whole(tensor: str, dtype: np.dtype, cfg: OPTConfig, name: str) -> bool:
-    """Whether a tensor belongs to a quantised matrix. Raises CheckpointError for one of whole numbers that does not."""
+    """Whether a tensor belongs to a quantised matrix. Raises CheckpointError for one that does not, and is not floating-point."""
     whole = cfg.quantized is not None and (dtype in (np.int8, np.uint8) or tensor.endswith((".scale", ".columns")))
     if dtype.name not in FLOATS and not whole:
         raise CheckpointError(f"{name}: {tensor} is stored as {dtype}; weights are {', '.join(FLOATS)}. Is the checkpoint quantised?")
@@ -157,14 +157,14 @@ def stays_whole(tensor: str, dtype: np.dtype, cfg: OPTConfig, name: str) -> bool
 
 
 def all_finite(a: np.ndarray) -> bool:
-    """Whether there is neither NaN nor infinity; in 16 bits by the bits of the exponent, which are all 1 then: NumPy computes slowly there."""
+    """Whether no value is NaN or infinite; 16-bit values by their exponent bits, all 1 in these, because NumPy is slow in 16 bits."""
     if a.dtype.itemsize == 2:
         return not a.size or int((a.view(np.uint16) & 0x7FFF).max()) < (0x7C00 if a.dtype == np.float16 else 0x7F80)
     return not a.size or bool(np.isfinite(a.min()) and np.isfinite(a.max()))
 
 
 def weights_entry(folder: Path) -> Path:
-    """The file of weights, or the index of its shards, of the first format that is there. Raises CheckpointError when there is none."""
+    """The weights file, or the index of its shards, of the first format that exists. Raises CheckpointError if there is none."""
     found = next((folder / file for file in WEIGHTS if os.path.exists(folder / file)), None)
     if found is None:
         dead = [file for file in WEIGHTS if os.path.islink(folder / file)]
@@ -179,7 +179,7 @@ def weights_entry(folder: Path) -> Path:
 
 
 def weight_files(entry: Path) -> list[Path]:
-    """The file itself, or the shards that an index names. Raises CheckpointError when one is missing."""
+    """The file itself, or the shards that an index names. Raises CheckpointError if one is missing."""
     if not entry.name.endswith(".index.json"):
         return [entry]
     paths = [entry.parent / name for name in shards(entry)]
@@ -190,7 +190,7 @@ def weight_files(entry: Path) -> list[Path]:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index names, each once. Raises CheckpointError for what is no index, or leads out of the folder."""
+    """The files that an index names, each once. Raises CheckpointError for a file that is no index, or that names a file outside its folder."""
     names = sorted(set(weight_map(index).values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
@@ -199,7 +199,7 @@ def shards(index: Path) -> list[str]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file holds each tensor, as an index says. Raises CheckpointError."""
+    """Which file holds each tensor, according to an index. Raises CheckpointError."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index} is not an index of shards: it has no weight_map from tensors to files")
@@ -207,7 +207,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_weights(folder: Path, read: Callable[[Path], Iterable[tuple[str, Any]]] | None = None) -> Iterator[tuple[str, Any]]:
-    """(name, array) for each weight of a folder, under the names of the PyTorch checkpoint; `read` reads each file in place of its format's reader.
+    """(name, array) for each weight of a folder, under the names of the PyTorch checkpoint; `read`, if given, replaces the reader of the format.
 
     Raises CheckpointError.
     """
@@ -226,7 +226,7 @@ def read_weights(folder: Path, read: Callable[[Path], Iterable[tuple[str, Any]]]
 
 
 def reader(path: Path) -> Callable[[Path], Iterator[tuple[str, np.ndarray]]]:
-    """What reads a file of weights."""
+    """The function that reads this format of weights."""
     if path.suffix == ".bin":
         from opt_np.pickle_bin import read_bin
 
@@ -239,7 +239,7 @@ def reader(path: Path) -> Callable[[Path], Iterator[tuple[str, np.ndarray]]]:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each weight of a file; bfloat16 comes as ml_dtypes' type. Raises CheckpointError for a damaged file."""
+    """(name, array) for each weight of a file; bfloat16 has ml_dtypes' dtype. Raises CheckpointError for a damaged file."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then uses)
     from safetensors import SafetensorError, safe_open
 
@@ -248,7 +248,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         file, read = safe_open(path, framework="numpy"), 0
         names, twins = names_once(path), {kept: dropped for dropped, kept in (file.metadata() or {}).items() if dropped.endswith(TIED)}
         for name in names:
-            if read > KEPT_OPEN:  # an open file keeps all that was read of it in memory
+            if read > KEPT_OPEN:  # an open file keeps in memory all that was read from it
                 file, read = safe_open(path, framework="numpy"), 0
             stored = file.get_slice(name).get_dtype()
             if stored not in STORED and name.endswith(MEANINGLESS):
@@ -259,13 +259,13 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             read += array.nbytes
             yield name, array
             if name in twins and twins[name] not in names:
-                yield twins[name], array  # the converter wrote shared tensors once, and the other name into the metadata
+                yield twins[name], array  # the converter wrote a shared tensor once, and its other name into the metadata
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Was it copied whole?") from None
 
 
 def names_once(path: Path) -> dict[str, None]:
-    """The names in the header of a file that safetensors has accepted: it takes the last of two that are the same, we take none."""
+    """The tensor names in the header of a file that safetensors has accepted: of two equal names it takes the last, we raise CheckpointError."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little")).decode()
     names = json.loads(header, object_pairs_hook=lambda items: [name for name, _ in items], parse_int=str)
@@ -277,14 +277,14 @@ def names_once(path: Path) -> dict[str, None]:
 
 
 def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
-    """The same tensors without the prefix that their file happens to use (model.decoder., decoder., none …), the tied matrix once."""
+    """The same tensors without the prefix that their file uses (model.decoder., decoder., none …), and a tied matrix only once."""
     prefixes = [name.removesuffix(ANCHOR) for name in flat if name.endswith(ANCHOR)]
     if len(prefixes) != 1:
         raise CheckpointError(
             f"{folder} has {len(prefixes)} tensors named …{ANCHOR}; an OPT decoder has one. First names: {', '.join(list(flat)[:3])}"
         )
     outer = prefixes[0].removesuffix("decoder.").removesuffix("model.")
-    others = [name for name in flat if not name.startswith(outer)]  # of a model that OPT is a part of, such as BLIP-2
+    others = [name for name in flat if not name.startswith(outer)]  # OPT is part of a larger model, such as BLIP-2
     if others:
         told = f"{folder}: {len(others)} tensors outside {outer} ({', '.join(others[:2])} …) are not OPT's and were dropped"
         warnings.warn(printable(told), stacklevel=4)
@@ -302,12 +302,12 @@ def rooted_at_decoder(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any =
                 f"{folder}: lm_head.weight and embed_tokens.weight differ, but config.json's tie_word_embeddings is true. "
                 f"Set it to false to keep both, or remove lm_head.weight"
             )
-        rooted["embed_tokens.weight"] = rooted.pop("lm_head.weight")  # some files hold the tied matrix under this name only
+        rooted["embed_tokens.weight"] = rooted.pop("lm_head.weight")  # some files hold the tied matrix under lm_head's name only
     return rooted
 
 
 def same_numbers(a: Any, b: Any) -> bool:
-    """Whether two matrices are equal, their NaN included; without NumPy's equal_nan, which copies both."""
+    """Whether two matrices are equal, NaN included; compares bits, because NumPy's equal_nan copies both."""
     if isinstance(a, Quantized):
         return a.leaves.keys() == b.leaves.keys() and all(np.array_equal(a.leaves[name], b.leaves[name]) for name in a.leaves)
     bits = f"u{a.dtype.itemsize}"
@@ -315,8 +315,8 @@ def same_numbers(a: Any, b: Any) -> bool:
 
 
 def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the checkpoint") -> dict[str, np.ndarray]:
-    """The tensors in the config's order, once each is there in the right shape and none is left over; heads may be absent. Raises CheckpointError."""
-    if cfg.num_hidden_layers > max(1000, len(flat)):  # so many names would take forever to list
+    """The tensors in the config's order; raises CheckpointError if one is missing, misshapen or left over. Heads may be absent."""
+    if cfg.num_hidden_layers > max(1000, len(flat)):  # listing that many names would take forever
         told = f"{folder} has {len(flat)} tensors; config.json's num_hidden_layers={cfg.num_hidden_layers} wants more"
         raise CheckpointError(f"{told}. Is it this checkpoint's config.json?")
     heads = stored(head_shapes(cfg, flat), cfg)
@@ -339,14 +339,14 @@ def checked(flat: dict[str, np.ndarray], cfg: OPTConfig, folder: Any = "the chec
 
 
 def head_shapes(cfg: OPTConfig, flat: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """Tensors that a checkpoint may have, according to the class it was saved from. The labels are counted by `score` itself."""
+    """Shapes of the heads that a checkpoint may have, depending on the class it was saved from; `score`, if there, gives the number of labels."""
     W = cfg.word_embed_proj_dim
     labels = flat["score.weight"].shape[0] if "score.weight" in flat else cfg.num_labels
     return {"lm_head.weight": (cfg.vocab_size, W), "score.weight": (labels, W), "qa_outputs.weight": (2, W), "qa_outputs.bias": (2,)}
 
 
 def with_head_only(params: dict, head: str | None, source: Any, user: str) -> dict:
-    """The parameters without the heads that are not `head`; warns of each that it drops."""
+    """The parameters without heads other than `head`; warns about those that it drops."""
     unused = [name for name in ALL_HEADS if name in params and name != head]
     if unused:
         warnings.warn(f"{source}: {', '.join(unused)} is not used by {user} and was dropped", stacklevel=3)
@@ -354,9 +354,9 @@ def with_head_only(params: dict, head: str | None, source: Any, user: str) -> di
 
 
 def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Writes config.json and model.safetensors, or shards with an index when they would be larger, under HF's names (model.decoder.…).
+    """Writes config.json and model.safetensors, or shards of max_shard_bytes with an index if it would be larger, under HF's names (model.decoder.…).
 
-    The weights change in one rename, so that a reader, or a crash, finds the old ones or the new; config.json follows them.
+    The weights are replaced in one rename, so that a reader, or a crash, sees the old ones or the new; config.json is written after them.
     Raises CheckpointError for values that dtype cannot hold.
     """
     if not isinstance(params["layers"], list):
@@ -380,7 +380,7 @@ def save(folder: str | Path, params: dict, cfg: OPTConfig, dtype: str | None = N
 
 
 def divided(named: dict[str, np.ndarray], dtype: str | None, most: int) -> list[dict[str, np.ndarray]]:
-    """The tensors in their order, in parts of at most so many bytes as they will be stored (a larger tensor is a part alone)."""
+    """The tensors in order, split into parts of at most `most` bytes as stored (a larger tensor is a part of its own)."""
     parts: list[dict[str, np.ndarray]] = [{}]
     for name, array in named.items():
         if parts[-1] and stored_bytes({**parts[-1], name: array}, dtype) > most:
@@ -400,7 +400,7 @@ def write_weights(folder: Path, parts: list[dict[str, np.ndarray]], dtype: str |
     old = [folder / name for name in shards(index)] if index.exists() else []
     if len(parts) == 1:
         write_atomically(single, lambda path: write_part(path, parts[0], dtype))
-        stale = [index, *old]  # the single file is read first: from here on they are not
+        stale = [index, *old]  # the single file takes precedence, so these are no longer read
     else:
         names = free_names(folder, len(parts))
         try:
@@ -419,7 +419,7 @@ def write_weights(folder: Path, parts: list[dict[str, np.ndarray]], dtype: str |
 
 
 def free_names(folder: Path, n: int) -> list[str]:
-    """HF's names for n shards; where some are in use, others, for those in use are the checkpoint until the index has changed."""
+    """HF's names for n shards; if some exist, other names, because the existing shards are the checkpoint until the index is replaced."""
     for attempt in range(1, 1000):
         again = f"{attempt}-" if attempt > 1 else ""
         names = [f"model-{again}{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
@@ -439,7 +439,7 @@ def write_part(path: Path, part: dict[str, np.ndarray], dtype: str | None) -> No
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """safetensors' save_file; raises OSError, and not its own, where the disk is full."""
+    """safetensors' save_file, with its errors, such as a full disk, raised as OSError."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -459,9 +459,9 @@ def float_type(dtype: str) -> np.dtype:
 
 
 def copy_small_files(source: Any, folder: str | Path) -> None:
-    """Copies the tokenizer's files and generation_config.json, as many as there are, of a hub.Source."""
+    """Copies the tokenizer's files and generation_config.json of a hub.Source, those that exist."""
     paths = (source.config / "generation_config.json", *(source.tokenizer / name for name in TOKENIZER_FILES))
-    found = {path.name: path.read_bytes() for path in paths if path.exists()}  # all, before the first is written: one may be unreadable
+    found = {path.name: path.read_bytes() for path in paths if path.exists()}  # all are read before the first is written: one may be unreadable
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in found.items():
         write_atomically(Path(folder) / name, lambda temporary, content=content: temporary.write_bytes(content))
@@ -470,7 +470,7 @@ def copy_small_files(source: Any, folder: str | Path) -> None:
 def write_atomically(path: Path, write: Any) -> None:
     """write(temporary path), then rename: a reader, or a crash, sees the old file or the new one, never half of one.
 
-    The temporary file is in a folder of its own, as safetensors makes another beside it; what killed processes left of theirs is removed.
+    The temporary file has a folder of its own, because safetensors writes another beside it; what killed processes left behind is removed.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not is_running(left.suffixes[-2][1:]):
@@ -500,10 +500,10 @@ def is_running(name: str) -> bool:
 
 
 def write_numpy(path: Path, values: Any) -> None:
-    """Writes a file of NumPy's, of one array or of a dict of them, whole or not at all."""
+    """Writes one array (npy) or a dict of arrays (npz) atomically."""
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # NumPy would put another ending to the name
+        with open(temporary, "wb") as file:  # given a path, NumPy would append its own suffix
             if isinstance(values, dict):
                 np.savez(file, **values)
             else:
@@ -513,5 +513,5 @@ def write_numpy(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

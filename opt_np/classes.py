@@ -1,4 +1,4 @@
-"""OPTModel, OPTForCausalLM, OPTForSequenceClassification, OPTForQuestionAnswering: HF's names over the functions of model.py and grad.py."""
+"""OPTModel, OPTForCausalLM, OPTForSequenceClassification, OPTForQuestionAnswering: HF's class names for the functions of model.py and grad.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKENDS = {"numpy": ("float32", "float64"), "cpu": ("float32", "float16", "bflo
 
 @dataclass
 class Output:
-    """What a model returns; fields that were not asked for, or that its class does not have, are None."""
+    """A model's return value; fields that were not requested, or that its class does not have, are None."""
 
     logits: Any = None
     loss: Any = None
@@ -39,7 +39,7 @@ class Output:
 
 
 class OPTPreTrained:
-    """What the four classes share: `params`, `config`, `ops`, loading and saving."""
+    """The base of the four classes: `params`, `config`, `ops`, loading and saving."""
 
     head: str | None = None  # the name of the head's tensors, in the checkpoint
 
@@ -61,15 +61,15 @@ class OPTPreTrained:
     def from_pretrained(cls, folder: str | Path, revision: str | None = None, dtype: str = "float32", backend: str = "numpy",
                         quantize: str | None = None, new_head: bool = False, num_labels: int = 2, seed: int = 0,
                         strict: bool = False, stream_layers: bool = False) -> Any:  # fmt: skip
-        """Reads a folder, or a hub id at a revision: from the cache, else from the hub.
+        """Loads a folder, or a hub id at a revision: from the local cache, else from the hub.
 
-        dtype is that of the weights in memory: float32, also float64 with backend "numpy", also float16 and bfloat16 with "cpu" and "cuda".
-        backend may also be "auto": "cpu" where Numba is installed, else "numpy".
+        dtype is that of the weights in memory: float32 always; float64 with backend "numpy"; float16 and bfloat16 with "cpu" and "cuda".
+        backend may also be "auto": "cpu" if Numba is installed, else "numpy".
 
-        new_head=True makes a fresh head (num_labels, seed) where the checkpoint has none. strict refuses NaN and infinite weights, which
-        are otherwise warned of. quantize is "int8" or "int4": matrices become whole numbers as they are read (quantize.py).
-        stream_layers=True is for a model larger than memory: each pass reads the layers from the files, which must be safetensors, one after the
-        other. Raises CheckpointError, ValueError.
+        new_head=True initialises a head (num_labels, seed) for a checkpoint that has none. strict makes NaN and infinite weights an error
+        instead of a warning. quantize is "int8" or "int4": matrices are quantised as they are read (quantize.py).
+        stream_layers=True is for a model larger than memory: each pass reads the layers, in order, from the files, which must be safetensors.
+        Raises CheckpointError, ValueError.
         """
         dtype = dtype if isinstance(dtype, str) else np.dtype(dtype).name
         backend = choose_backend(backend, dtype)
@@ -80,7 +80,7 @@ class OPTPreTrained:
                 f"quantize={quantize!r} and stream_layers: every pass would quantise again; write a quantised folder first, opt-np quantize"
             )
         source = hub.find(folder, revision, tokenizer=False)
-        copy = backend == "numpy"  # others make their own, packed
+        copy = backend == "numpy"  # the other backends make packed copies of their own
         if stream_layers:
             from opt_np import layers_on_disk
 
@@ -104,12 +104,12 @@ class OPTPreTrained:
 
     @classmethod
     def missing_head(cls, params: dict, config: OPTConfig) -> str | None:
-        """The head that this class needs and the parameters lack; a tied language model needs none."""
+        """The head that this class needs and the parameters lack; a language model with tied embeddings needs none."""
         tied = cls.head == "lm_head" and config.tie_word_embeddings
         return cls.head if cls.head and not tied and cls.head not in params else None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and generation_config.json where there was one; HF loads them to the same numbers."""
+        """Writes config.json, model.safetensors and, if there was one, generation_config.json; HF loads the same weights from them."""
         checkpoint.save(folder, getattr(self.ops, "unpack", unchanged)(self.params), self.config)
         if self.generation_config:
             checkpoint.write_text(Path(folder) / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
@@ -120,15 +120,15 @@ class OPTPreTrained:
 
     def embed(self, input_ids: Any, attention_mask: Any = None, layer: Any = -1, pooling: str = "mean", normalize: bool = True,
               skip_bos: bool = False) -> Any:  # fmt: skip
-        """A vector for each row, of a layer's hidden states, pooled ("mean", "last", "weighted", "max"); several layers, or "all", give a list.
+        """One vector per row: a layer's hidden states, pooled ("mean", "last", "weighted", "max"); for several layers, or "all", a list.
 
-        input_ids: (B, T);  attention_mask: (B, T)  ->  (B, D)        The options are told in embeddings.py. Raises ValueError.
+        input_ids: (B, T);  attention_mask: (B, T)  ->  (B, D)        embeddings.embed explains the options. Raises ValueError.
         """
         return embeddings.embed(self, input_ids, attention_mask, layer, pooling, normalize, skip_bos)
 
     def _hidden(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any, use_cache: bool, output_hidden_states: bool,
                 output_attentions: bool, tap: Any, padding: bool = False) -> tuple[Any, Output]:  # fmt: skip
-        """The decoder's output, and what goes beside the logits."""
+        """The decoder's output, and an Output with the optional results, without logits and loss."""
         cache = past_key_values if past_key_values is not None else KVCache() if use_cache else None
         hidden: list | None = [] if output_hidden_states else None
         attentions: list | None = [] if output_attentions else None
@@ -137,10 +137,10 @@ class OPTPreTrained:
         return h, Output(past_key_values=cache, hidden_states=as_tuple(hidden), attentions=as_tuple(attentions))
 
     def _loss(self, name: str, logits: Any, *labels: Any) -> Any:
-        """The loss of this name in grad.py, or the backend's own, through which autograd goes."""
+        """The loss by the function of this name: grad.py's, or the backend's own, which autograd can differentiate."""
         losses = getattr(self.ops, "losses", grad)
         found = getattr(losses, name)(logits, *labels)
-        found = found[0] if isinstance(found, tuple) else found  # grad.py's may bring the gradient along
+        found = found[0] if isinstance(found, tuple) else found  # some of grad.py's return (loss, gradient)
         return np.float64(found) if isinstance(found, float) else found
 
 
@@ -164,7 +164,7 @@ class OPTForCausalLM(OPTPreTrained):
                  tap: Any = None) -> Output:  # fmt: skip
         """input_ids: (B, T);  attention_mask: (B, S);  labels: (B, T)  ->  .logits (B, T, V), .loss
 
-        With past_key_values (a KVCache, which grows in place) input_ids holds the new tokens only, and attention_mask all of them.
+        With past_key_values (a KVCache, which grows in place) input_ids holds only the new tokens; attention_mask covers past and new.
         Labels are shifted inside, and -100 is ignored. Raises ValueError.
         """
         if labels is not None and not np.array_equal(logits_to_keep, 0):
@@ -176,30 +176,30 @@ class OPTForCausalLM(OPTPreTrained):
         return replace(out, logits=logits, loss=loss)
 
     def run_with_cache(self, input_ids: Any, names_filter: Any = None, **inputs: Any) -> tuple[Any, taps.Cache]:
-        """The logits and the values on the way there, by HF's paths and TransformerLens's names; see taps.run_with_cache.  input_ids: (B, T)"""
+        """The logits and the intermediate values, by HF's module paths and TransformerLens's names; see taps.run_with_cache.  input_ids: (B, T)"""
         return taps.run_with_cache(self, input_ids, names_filter, **inputs)
 
     def run_with_hooks(self, input_ids: Any, fwd_hooks: Any, **inputs: Any) -> Any:
-        """The logits with values replaced on the way there; see taps.run_with_hooks.  input_ids: (B, T)  ->  (B, T, V)"""
+        """The logits of a pass whose intermediate values hooks may replace; see taps.run_with_hooks.  input_ids: (B, T)  ->  (B, T, V)"""
         return taps.run_with_hooks(self, input_ids, fwd_hooks, **inputs)
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
-        """The prompt with its continuation: greedy by default; the options, HF's, are listed in settings.py, and `tokenizer` for stop_strings.
+        """The prompt with its continuation, greedy by default; settings.py lists the options, HF's, and stop_strings also need `tokenizer`.
 
         input_ids: (B, T)  ->  (B·num_return_sequences, T + new)
 
-        An option that is not given is generation_config's, then HF's default. Raises ValueError, TypeError.
+        An option that is not given is taken from generation_config.json, else it has HF's default. Raises ValueError, TypeError.
         """
         return decoding.generate(self.params, input_ids, self.config, attention_mask=attention_mask, generation_config=self.generation_config,
                                  ops=self.ops, **options)  # fmt: skip
 
     def stream(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Iterator[decoding.Step]:
-        """As generate, one Step at a time; with tokenizer=, each step carries the text that became certain."""
+        """As generate, one Step at a time; with tokenizer=, each step has the text that its tokens completed."""
         return decoding.stream(self.params, input_ids, self.config, attention_mask=attention_mask, generation_config=self.generation_config,
                                ops=self.ops, **options)  # fmt: skip
 
     def explain(self, input_ids: Any, top: int = 5, tokenizer: Any = None, attention_mask: Any = None, **options: Any) -> list[explaining.Choice]:
-        """Generates, and tells for each step and row what each processor did to the `top` likeliest tokens; str() of a Choice is a table.
+        """Generates, and reports for each step and row what each processor did to the `top` likeliest tokens; str() of a Choice is a table.
 
         input_ids: (B, T);  attention_mask: (B, T)        Raises ValueError for beams and contrastive search.
         """
@@ -208,7 +208,7 @@ class OPTForCausalLM(OPTPreTrained):
 
 
 class OPTForSequenceClassification(OPTPreTrained):
-    """A label per row, read at its last token that is not the pad; equals HF's OPTForSequenceClassification."""
+    """A label per row, predicted at its last token that is not the pad; equals HF's OPTForSequenceClassification."""
 
     head = "score"
 
@@ -240,7 +240,7 @@ class OPTForQuestionAnswering(OPTPreTrained):
 
 
 def collecting(attentions: list | None, tap: Any) -> Any:
-    """A tap that keeps every layer's attention weights on their way, after the caller's own tap."""
+    """A tap (model.Tap) that collects every layer's attention weights, as the caller's own tap leaves them."""
     if attentions is None:
         return tap
 
@@ -263,7 +263,7 @@ def as_tuple(items: list | None) -> tuple | None:
 
 
 def choose_backend(backend: str, dtype: str = "float32") -> str:
-    """ "auto" is the CPU kernels where opt_fast and Numba import, else NumPy, which alone computes in float64; it never imports torch."""
+    """ "auto" is "cpu" if opt_fast and Numba can be imported, else "numpy"; for float64 always "numpy", the only one with it. Never imports torch."""
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend {backend!r} is none of {', '.join((*BACKENDS, 'auto'))}")
     if backend != "auto":
@@ -280,11 +280,11 @@ def choose_backend(backend: str, dtype: str = "float32") -> str:
 
 
 def load_ops(backend: str) -> Any:
-    """The backend's module. Raises ValueError where it cannot be imported."""
+    """The backend's module. Raises ValueError if it cannot be imported."""
     name = "opt_np.ops" if backend == "numpy" else f"opt_fast.ops_{backend}"
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:  # Numba raises the latter where it can keep nothing
+    except (ImportError, OSError, RuntimeError) as error:  # Numba raises RuntimeError if it has nowhere to cache its code
         extra = "cuda" if backend == "cuda" else "fast"
         hint = f": pip install 'opt-np[{extra}]' brings what it needs" if isinstance(error, ImportError) else ""
         raise ValueError(f"backend {backend!r} needs {name}, which does not import here ({error}){hint}; backend='numpy' always works") from None

@@ -1,4 +1,4 @@
-"""The command line, opt-np: a user's mistake is one line on stderr and a status of 1, or 2 for options that do not exist, never a traceback."""
+"""The command line, opt-np: a user's mistake gives one line on stderr and status 1 (2 for unknown options), never a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from opt_np import __version__
 
-HOW_TO_LOAD = ("model", "revision", "strict", "backend", "dtype", "quantize", "stream_layers")  # options of commands that compute
+HOW_TO_LOAD = ("model", "revision", "strict", "backend", "dtype", "quantize", "stream_layers")  # options of the commands that load a model
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "opt-tiny"
 
 
@@ -55,19 +55,19 @@ def say(text: str) -> None:
 
 
 def say_no_more() -> None:
-    """For when what reads our output, head for one, has seen enough."""
+    """Discards further output, once its reader, such as head, has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the defaults, where there are any."""
+    """Shows defaults in the help, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with mistakes told in one line; subcommands get this class too. `fill`, if given, adds its options once the command is chosen."""
+    """argparse with errors in one line; subcommands use this class too. `fill`, if given, adds a command's options once it is chosen."""
 
     fill: Any = None
 
@@ -149,7 +149,7 @@ def id_list(word: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{word!r} is not ids separated by commas, such as 31,7") from None
 
 
-# None has a default here: what is not given is the model's own (generation_config.json), else what the help says in brackets.
+# No option has a default here: if not given, it is the model's own (generation_config.json), else the value in brackets in the help.
 GENERATE_OPTIONS: dict[str, tuple[tuple[str, Any, str], ...]] = {
     "how long (not given: the model's own choice, else as in brackets; so for all that follow)": (
         ("max_new_tokens", int, "tokens to add at most (100, or what the context holds)"),
@@ -196,10 +196,10 @@ def generate(prompt: str, explain: int | None = None, **options: Any) -> None:
     ids, cfg = [tokenizer.encode(text)], language_model.config
     if options.get("early_stopping") in ("true", "false"):
         options["early_stopping"] = options["early_stopping"] == "true"
-    with warnings.catch_warnings(action="ignore"):  # it is resolved again below, and then says what it has to say
+    with warnings.catch_warnings(action="ignore"):  # the options are resolved again below, and then it may warn
         settings = resolve(options, language_model.generation_config, cfg)
     if settings.max_new_tokens is None and settings.max_length is None:
-        kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[settings.overflow]  # of the prompt: sliding, all fits
+        kept = {"error": len(ids[0]), "truncate_left": 1, "slide": -100}[settings.overflow]  # of the prompt; when sliding, any length fits
         options["max_new_tokens"] = max(1, min(100, most_tokens(cfg, settings) - kept))
     if explain is not None:
         print(*language_model.explain(ids, explain, tokenizer, **options), sep="\n\n")
@@ -261,7 +261,7 @@ def info(model: str | None, revision: str | None, strict: bool, backend: str, dt
 
     source = find(find_model(model), revision)
     backend = choose_backend(backend_for(source.name, backend, dtype, quantize), dtype)
-    description = load_ops(backend).description()  # first, for it may not be there
+    description = load_ops(backend).description()  # first, because the backend may be missing
     params, cfg = checkpoint.load_from(source, None, strict)
     flat = flatten(params)
     count, stored = num_parameters(params), sum(a.nbytes for a in flat.values())
@@ -388,7 +388,7 @@ def verify(model: str | None, revision: str | None, backend: str, golden: str | 
         found += (checks := list(group))
         try:
             print("\n".join(v.table(checks, every_point)), flush=True)
-        except BrokenPipeError:  # the status still tells what failed
+        except BrokenPipeError:  # the exit status still reports the failure
             say_no_more()
     status, last_line = v.verdict(found)
     print(last_line)
@@ -447,7 +447,7 @@ def train(**args: Any) -> None:
 
 def add_bench(commands: Any) -> None:
     p = add_command(commands, "bench", bench, "Measure speed against what people use, once all agree on the results.")
-    p.fill = fill_bench  # type: ignore[attr-defined]  # every other command would wait for what it imports
+    p.fill = fill_bench  # type: ignore[attr-defined]  # its imports would slow every other command
 
 
 def fill_bench(p: argparse.ArgumentParser) -> None:
@@ -475,7 +475,7 @@ def bench(what: str, **args: Any) -> None:
 
 
 def given(text: str) -> str:
-    """A text of the command line, or standard input for "-", less the line break that ends it."""
+    """A text from the command line, or for "-" standard input without its final line break."""
     if text == "-" and sys.stdin is None:
         raise ValueError("- stands for standard input, and that is closed; give the text itself")
     return standard_input().removesuffix("\n") if text == "-" else text
@@ -499,7 +499,7 @@ def find_model(model: str | None) -> str | Path:
 
 
 def backend_for(name: Any, backend: str, dtype: str, quantize: str | None) -> str:
-    """The shipped model is so small that starting Numba would cost more than it saves."""
+    """NumPy for the shipped model under "auto": it is so small that starting Numba would cost more than it saves."""
     return "numpy" if backend == "auto" and dtype == "float32" and not quantize and Path(name) == SHIPPED else backend
 
 

@@ -66,7 +66,7 @@ def trace(text: str, fused: bool, against: str | None, each: bool, beside: str |
 
 
 def record_against(what: str, ids: list[list[int]], fused: bool, exact: Any, how: dict[str, Any]) -> Any:
-    """The trace of the same checkpoint by other means; with `exact`, each block reads what that model's does."""
+    """The trace of the same checkpoint by another implementation, backend or dtype; with `exact`, each block gets the input of that model's block."""
     from opt_np import trace as t
     from opt_np import verify
 
@@ -119,7 +119,7 @@ def score(text: str | None, file: str | None, perplexity: bool, window: int | No
 
     how_to_load = {name: options.pop(name) for name in HOW_TO_LOAD}
     if options["samples"] is not None and how_to_load["backend"] == "auto":
-        how_to_load["backend"] = "numpy"  # which alone computes dropout
+        how_to_load["backend"] = "numpy"  # the only backend with dropout
     for name, option in (("json", "--json"), ("reliability", "--reliability"), ("samples", "--mc-dropout"), ("with", "--with"), ("top", "--top")):
         if perplexity and options[name] is not None and options[name] is not False:
             raise ValueError(f"--perplexity is about a whole text, and {option} about its tokens: give one of the two")
@@ -150,7 +150,7 @@ def text_of(text: str | None, file: str | None) -> str:
         content = given(str(text))
     else:
         try:
-            content = Path(file).read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
+            content = Path(file).read_text(encoding="utf-8-sig")  # utf-8-sig drops the byte-order mark of some editors
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from None
     if not content:
@@ -216,7 +216,7 @@ def explore(text: str, out: str, **how_to_load: Any) -> None:
     check_out(out)  # before the model is loaded
     language_model, tokenizer = load(**how_to_load)
     folder = Path(find_model(how_to_load["model"]))
-    name = folder.resolve().name if folder.exists() else str(folder)  # of a hub id, all of it
+    name = folder.resolve().name if folder.exists() else str(folder)  # a hub id is shown in full
     size = write(out, page(language_model, tokenizer, given(text), name))
     print(f"{out}: {size / 1e6:.1f} MB, to be opened in any browser")
 
@@ -258,7 +258,7 @@ def plan(model: str, batch: int, prompt: int | None, gen: int, dtype: str, backe
             raise ValueError(f"{option} is {value:g}; it must be above 0, and at most 1e12")
     kind, dtype = cfg.quantized[0] if cfg.quantized else dtype if dtype.startswith("int") else None, "float32" if dtype.startswith("int") else dtype
     room, speed, *peaks = p.DEVICES.get(device or "", (p.available(), None, None, None))
-    flops = peaks[dtype not in ("float16", "bfloat16")]  # whole numbers are computed with in float32
+    flops = peaks[dtype not in ("float16", "bfloat16")]  # int8 and int4 weights are computed with in float32
     if not device and (bandwidth is None or tflops is None):
         from opt_fast.limits import measure
 

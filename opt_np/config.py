@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new")  # OPT's, Galactica's, GPT-2's
-FIRST_ROW = "first_position_row"  # an extra key, of a GPT-2 read as an OPT: its own table of positions begins at this row
+FIRST_ROW = "first_position_row"  # an extra key, set when a GPT-2 is loaded as an OPT: the row of position 0 in its own position table
 POSITION_OFFSET = 2  # embed_positions has max_position_embeddings + 2 rows; position p reads row p + 2
 
 # name: layers, heads, hidden_size (ffn_dim is four times that). Source: metaseq/launcher/opt_job_constants.py.
@@ -19,16 +19,16 @@ SIZES = {
     "13b": (40, 40, 5120), "30b": (48, 56, 7168), "66b": (64, 72, 9216), "175b": (96, 96, 12288),
 }  # fmt: skip
 
-# Keys that would change the model's numbers, and the only value of each that this code computes.
+# Keys that would change the model's output, and the only value of each that this code supports.
 ONLY_VALUES: dict[str, Any] = {"model_type": "opt", "scale_embeddings": False, "learned_embeddings": True}
-QUANTIZED: dict[str, tuple] = {"int8": (None,), "int4": (32, 64)}  # kinds of whole numbers that weights can be (quantize.py), and their group sizes
+QUANTIZED: dict[str, tuple] = {"int8": (None,), "int4": (32, 64)}  # kinds of integer weights (quantize.py), and their group sizes
 
 
 @dataclass(frozen=True)
 class OPTConfig:
-    """What config.json says, under its own names, with HF's defaults (equals transformers' OPTConfig).
+    """The keys of config.json, under its own names and with HF's defaults (equals transformers' OPTConfig).
 
-    Raises ValueError for a value that this code cannot compute. Keys it does not know are kept in `extra`, for saving.
+    Raises ValueError for a value that this code does not support. Unknown keys go into `extra`, so that saving writes them back.
     """
 
     vocab_size: int = 50272
@@ -108,7 +108,7 @@ class OPTConfig:
 
     @property
     def quantized(self) -> tuple[str, int] | None:
-        """Whether the weights are whole numbers: "int8" or "int4", and the columns that share a scale."""
+        """For quantised weights "int8" or "int4", and how many columns share a scale (None for int8: one scale per row); else None."""
         found = self.extra.get("quantization_config")
         return found and (found["kind"], found.get("group_size"))
 
@@ -123,16 +123,16 @@ class OPTConfig:
 
     @property
     def has_projections(self) -> bool:
-        """Whether embeddings are narrower or wider than the stream (opt-350m: 512 against 1024)."""
+        """Whether the token embeddings are narrower or wider than the residual stream (opt-350m: 512 against 1024)."""
         return self.word_embed_proj_dim != self.hidden_size
 
     @property
     def num_labels(self) -> int:
-        """Classes of OPTForSequenceClassification, as HF writes them: the length of id2label, else 2."""
+        """The number of classes of OPTForSequenceClassification, from HF's keys: the length of id2label, else num_labels, else 2."""
         return len(self.extra["id2label"]) if "id2label" in self.extra else self.extra.get("num_labels", 2)
 
     def with_labels(self, names: Sequence[str], **extra: Any) -> OPTConfig:
-        """The same config with these names of a classifier's labels, as HF writes them."""
+        """The same config with these label names for a classifier, under HF's keys (id2label, label2id), and with the `extra` keys."""
         labels = {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
         return dataclasses.replace(self, extra={**self.extra, **extra, **labels})
 
@@ -147,7 +147,7 @@ class OPTConfig:
 
     @classmethod
     def from_dict(cls, keys: dict[str, Any]) -> OPTConfig:
-        """Known keys become fields; the rest is kept in `extra`."""
+        """Known keys become fields; the rest goes into `extra`."""
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         return cls(**{k: v for k, v in keys.items() if k in known}, extra={k: v for k, v in keys.items() if k not in known})
 
@@ -160,7 +160,7 @@ class OPTConfig:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(keys, dict):
             raise ValueError(f"{path} holds a JSON {type(keys).__name__}; a config is an object of keys and values")
-        if isinstance(keys.get("text_config"), dict):  # a model that OPT is a part of, such as BLIP-2
+        if isinstance(keys.get("text_config"), dict):  # OPT as a part of a larger model, such as BLIP-2
             keys = keys["text_config"]
         try:
             return cls.from_dict(keys)
@@ -174,7 +174,7 @@ class OPTConfig:
 
 
 def parameter_shapes(cfg: OPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the decoder, in the checkpoint's order, rooted at the decoder (the tied head is not listed twice)."""
+    """Name (from the decoder down) and shape of every tensor, in the checkpoint's order; lm_head is listed only if it is not tied."""
     D, F, W = cfg.hidden_size, cfg.ffn_dim, cfg.word_embed_proj_dim
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (cfg.vocab_size, W),

@@ -1,9 +1,9 @@
-"""What OPT costs, in closed form, from its config alone: FLOPs and bytes of every step, parameters, keys and values.
+"""What OPT costs, in closed form, from its config alone: FLOPs and bytes of every step, parameters, the KV cache.
 
-A FLOP is one operation on one number: a multiplication, an addition, a comparison, a division, a root, an exponential; the product of (N, I) and
-(I, O) is 2·N·I·O. Attention counts the pairs of a query and a key that it sees, about half of T² in a prompt. Dequantising is not counted, nor is
-what is computed above the diagonal and thrown away. Bytes are those of every array that a step reads or writes, once each. trace.py counts the same
-while the model runs, from the arrays themselves.
+A FLOP is one scalar operation: a multiplication, an addition, a comparison, a division, a root, an exponential; the product of (N, I) and (I, O) is
+2·N·I·O. Attention counts the pairs of a query and a key that it sees, about half of T² in a prompt. Dequantising is not counted, nor is
+what is computed above the diagonal and thrown away. Bytes count every array that a step reads or writes, once each. trace.py counts the same while
+the model runs, from the arrays themselves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 from opt_np.config import FIRST_ROW, POSITION_OFFSET, OPTConfig, parameter_shapes
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-ACTIVATION = {"relu": 1, "gelu": 125, "gelu_new": 9}  # FLOPs for each number; gelu's Φ is a series, ops.normal_cdf
+ACTIVATION = {"relu": 1, "gelu": 125, "gelu_new": 9}  # FLOPs per element; gelu's Φ is a series, ops.normal_cdf
 DECODER = "model.decoder"
-# By the last part of a step's name: {h} is what a block's branch reads, {b} a bias where there is one, {f} the activation.
+# By the last part of a step's name: {h} is the input of a block's branch, {b} a bias if there is one, {f} the activation.
 EQUATIONS = {
     "embed_tokens": "x = E[ids]", "project_in": "x = x Wᵀ", "embed_positions": "p = P[positions{offset}]", "resid_pre": "x = x + p",
     "self_attn_layer_norm": "{h} = LayerNorm(x)", "q_proj": "q = {h} Wᵀ{b}", "k_proj": "k = {h} Wᵀ{b}", "v_proj": "v = {h} Wᵀ{b}",
@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 
 
 def equation(name: str, cfg: OPTConfig, fused: bool = False) -> str:
-    """What a step computes, in letters."""
+    """What a step computes, as a formula."""
     stage, in_block = name.rpartition(".")[2], ".layers." in name
     form = (EQUATIONS | FUSED_EQUATIONS if fused else EQUATIONS)[stage]
     offset = cfg.extra.get(FIRST_ROW, POSITION_OFFSET)
@@ -66,9 +66,9 @@ def steps(cfg: OPTConfig, batch: int, tokens: int, past: int = 0, dtype: str = "
           logits_to_keep: int = 0, number: int | None = None) -> list[Cost]:  # fmt: skip
     """Every step of a forward pass over (batch, tokens) new tokens without padding, after `past` cached ones, in order, under the names of taps.py.
 
-    dtype: of the numbers computed and of the weights; float16 and bfloat16 are of the weights, computed in float32. kind: "int8" or "int4" matrices.
-    fused: attention and mlp as one step each, whose insides never reach memory. number: bytes of a computed number, if not those of float32.
-    Sums over the steps are the model's. The few int8 and int4 matrices that have `columns` take 4 bytes a column more.
+    dtype: of weights and of computed values; with float16 and bfloat16 weights, values are float32. kind: "int8" or "int4" matrices. fused:
+    attention and mlp as one step each, whose intermediate values never reach memory. number: bytes per computed value, if not by dtype.
+    Sums over the steps are the model's totals. The few int8 and int4 matrices that have `columns` take 4 bytes a column more.
     """
     form = Forms(cfg, batch, tokens, past, dtype, kind, fused, number)
     found = list(form.embeddings())
@@ -83,15 +83,15 @@ class Forms:
     def __init__(self, cfg: OPTConfig, batch: int, tokens: int, past: int, dtype: str, kind: str | None, fused: bool,
                  number: int | None) -> None:  # fmt: skip
         self.cfg, self.B, self.T, self.S, self.kind, self.fused = cfg, batch, tokens, past + tokens, kind, fused
-        self.stored = BYTES[dtype]  # bytes of a number in a matrix
-        self.number = number or max(self.stored, 4)  # and of one that is computed or in a vector
+        self.stored = BYTES[dtype]  # bytes per matrix element
+        self.number = number or max(self.stored, 4)  # and per computed value or vector element
         self.group = (cfg.quantized or (None, None))[1] or 32
         self.pairs = pairs(batch, tokens, past) * cfg.num_attention_heads
 
     def embeddings(self) -> Iterator[Cost]:
         cfg, B, T = self.cfg, self.B, self.T
         D, W = cfg.hidden_size, cfg.word_embed_proj_dim
-        rows = matrix_bytes((B * T, W), self.stored, self.kind, self.group)  # only those that are looked up
+        rows = matrix_bytes((B * T, W), self.stored, self.kind, self.group)  # only the rows that are looked up
         yield self.cost(f"{DECODER}.embed_tokens", (B, T, W), 0, rows, 8 * B * T)
         if cfg.has_projections:
             yield self.linear(f"{DECODER}.project_in", W, D, bias=False)
@@ -161,7 +161,7 @@ class Forms:
 
 
 def matrix_bytes(shape: tuple[int, int], stored: int, kind: str | None = None, group_size: int = 32) -> int:
-    """Bytes of a matrix (O, I): whole numbers and their scales, or floats of `stored` bytes."""
+    """Bytes of a matrix (O, I): integers and their scales, or floats of `stored` bytes."""
     O, I = shape
     if kind == "int8":
         return O * (I + 4)
@@ -169,12 +169,12 @@ def matrix_bytes(shape: tuple[int, int], stored: int, kind: str | None = None, g
 
 
 def parameters(cfg: OPTConfig) -> int:
-    """How many numbers the model has, the tied head counted once."""
+    """The number of parameters, a tied head counted once."""
     return sum(math.prod(shape) for shape in parameter_shapes(cfg).values())
 
 
 def weight_bytes(cfg: OPTConfig, dtype: str = "float32", kind: str | None = None) -> int:
-    """Bytes of all weights: with `kind`, every matrix but positions is whole numbers; beside 16-bit matrices, biases and LayerNorms are float32."""
+    """Bytes of all weights: with `kind`, every matrix but position embeddings is quantised; biases and LayerNorms are at least float32."""
     from opt_np.quantize import is_quantized_matrix
 
     shapes = parameter_shapes(cfg).items()
@@ -184,5 +184,5 @@ def weight_bytes(cfg: OPTConfig, dtype: str = "float32", kind: str | None = None
 
 
 def cache_bytes(cfg: OPTConfig, batch: int, tokens: int, number: int = 4) -> int:
-    """Bytes of the keys and values of every layer."""
+    """Bytes of the KV cache: keys and values of every layer."""
     return 2 * cfg.num_hidden_layers * batch * tokens * cfg.hidden_size * number

@@ -1,6 +1,6 @@
 """A text as one vector: the hidden states of a layer, pooled over the text's own tokens; and which layer finds the right document.
 
-Padding, wherever it stands, changes nothing: each row's real tokens are taken out first, and pooled alone.
+Padding on either side changes nothing: only each row's real tokens are pooled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from opt_np.arrays import host
 from opt_np.model import id_array, last_hidden_state, mask_array
 
 POOLINGS = ("mean", "last", "weighted", "max")
-BATCH = 16  # texts read at one time
+BATCH = 16  # texts per batch
 
 
 def embed(model: Any, input_ids: Any, attention_mask: Any = None, layer: int | Sequence[int] | str = -1, pooling: str = "mean",
@@ -24,14 +24,14 @@ def embed(model: Any, input_ids: Any, attention_mask: Any = None, layer: int | S
 
     input_ids: (B, T);  attention_mask: (B, T)  ->  (B, D)
 
-    pooling: "mean"; "last" token; "weighted", where token i of n weighs i/Σi (SGPT, arXiv:2202.08904); "max" of each number. normalize: to length 1,
-    so that a dot product is the cosine. skip_bos: without the </s> in front, which is in every text. opt-350m's last layer is narrower than the rest.
+    pooling: "mean"; "last" token; "weighted", where token i of n weighs i/Σi (SGPT, arXiv:2202.08904); "max" per dimension. normalize: to length 1,
+    so that a dot product is the cosine. skip_bos: leave out the </s> with which every text begins. opt-350m's last layer is narrower than the rest.
     Raises ValueError.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
     one, wanted = isinstance(layer, int | np.integer), layers_wanted(layer, model.config.num_hidden_layers)
-    states: list | None = None if wanted == [-1] else []  # the last is there anyway
+    states: list | None = None if wanted == [-1] else []  # the last one is computed anyway
     last = last_hidden_state(model.params, input_ids, model.config, attention_mask=attention_mask, ops=model.ops, hidden_states=states)
     kept = tokens_kept(id_array(input_ids), attention_mask, model.config.bos_token_id if skip_bos else None)
     found = [pool(host(last if states is None else states[i]), kept, pooling) for i in wanted]
@@ -51,7 +51,7 @@ def layers_wanted(layer: Any, depth: int) -> list[int]:
 
 
 def tokens_kept(ids: np.ndarray, attention_mask: Any, bos: int | None) -> list[np.ndarray]:
-    """Where each row's real tokens stand, without the first if it is `bos`.  ids: (B, T);  attention_mask: (B, T)"""
+    """The columns of each row's real tokens, without the first if it is `bos`.  ids: (B, T);  attention_mask: (B, T)"""
     mask = np.ones(ids.shape) if attention_mask is None else mask_array(attention_mask)
     kept = [np.flatnonzero(row) for row in mask]
     kept = [at[1:] if len(at) and ids[b, at[0]] == bos else at for b, at in enumerate(kept)]
@@ -67,7 +67,7 @@ def pool(h: np.ndarray, kept: list[np.ndarray], pooling: str) -> np.ndarray:
 
 
 def pooled(x: np.ndarray, pooling: str) -> np.ndarray:
-    """One row's tokens as one.  x: (N, D)  ->  (D)"""
+    """One row's token vectors as one.  x: (N, D)  ->  (D)"""
     if pooling == "last":
         return x[-1]
     if pooling == "weighted":
@@ -83,7 +83,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str], layer: int | Sequence[int] | str = -1, **how: Any) -> Any:
-    """`embed` of texts, a few at a time; of several layers a list, an array for each.  ->  (N, D)        Raises ValueError."""
+    """`embed` of texts, BATCH at a time; for several layers a list with an array for each.  ->  (N, D)        Raises ValueError."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the text {texts[:40]!r}; it is a list of texts: [text] for one")
     if not len(texts):
@@ -105,13 +105,13 @@ class LayerScore:
 
     layer: int
     recall_at_1: float  # share of queries whose own document is the nearest
-    mean_reciprocal_rank: float  # mean of 1 / its place among all documents, from 1
+    mean_reciprocal_rank: float  # mean of 1 / its rank among all documents, from 1
 
 
 def layer_sweep(model: Any, tokenizer: Any, pairs: Iterable[tuple[str, str]], pooling: str = "mean", skip_bos: bool = False) -> list[LayerScore]:
     """For each layer, how often a query's own document is the nearest of all by cosine: which layer to search with.
 
-    Documents of equal text are one; of equally near ones the earlier goes first. Raises ValueError.
+    Documents of equal text count as one; of equally near ones the earlier ranks first. Raises ValueError.
     """
     pairs = list(pairs)
     documents = list(dict.fromkeys(document for _, document in pairs))
@@ -125,7 +125,7 @@ def layer_sweep(model: Any, tokenizer: Any, pairs: Iterable[tuple[str, str]], po
 
 
 def place(similarity: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Where each query's own document comes among all, from 1.  similarity: (N, M);  own: (N)  ->  (N)"""
+    """The rank of each query's own document among all, from 1.  similarity: (N, M);  own: (N)  ->  (N)"""
     mine = similarity[np.arange(len(own)), own][:, None]
     earlier = np.arange(similarity.shape[1]) < own[:, None]
     return 1 + (similarity > mine).sum(-1) + ((similarity == mine) & earlier).sum(-1)

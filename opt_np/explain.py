@@ -16,14 +16,14 @@ from opt_np.reader import read
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might have been chosen; `scores` holds its score after each processor that is on, by name, in their order."""
+    """A token that might have been chosen; `scores` holds its score after each active processor, by name, in order."""
 
     id: int
     text: str | None  # None without a tokenizer
     logit: float
     scores: dict[str, float]
     probability: float
-    removed_by: str | None  # the processor that took it out
+    removed_by: str | None  # the processor that removed it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Choice:
         return self.table()
 
     def table(self) -> str:
-        """A line per candidate, the chosen one marked; a removed one shows where, and no score after that."""
+        """A line per candidate, the chosen one marked; a removed one shows by which processor, and no score after that."""
         texts = self.candidates[0].text is not None
         names = list(self.candidates[0].scores)
         lines = [["", *(["token"] if texts else []), "id", "logit", *names, "probability"]]
@@ -66,7 +66,7 @@ def explain(request: Request, top: int) -> list[Choice]:
 
 
 def choices(number: int, step: Step, stages: dict[str, np.ndarray], top: int, tokenizer: Any) -> Iterator[Choice]:
-    """What one step chose in each row that was not finished."""
+    """A Choice for each row that had not finished before this step."""
     P = softmax([step.logits, *stages.values()][-1])
     leading = highest(step.logits, min(top, P.shape[1]))  # (N, top)
     for row in np.flatnonzero(step.active).tolist():
@@ -76,7 +76,7 @@ def choices(number: int, step: Step, stages: dict[str, np.ndarray], top: int, to
 
 
 def candidate(i: int, row: int, logits: np.ndarray, stages: dict[str, np.ndarray], probability: float, tokenizer: Any) -> Candidate:
-    """One token on its way through the processors, and which of them took it out."""
+    """One token's scores after each processor, and which processor removed it."""
     scores = {name: float(after[row, i]) for name, after in stages.items()}
     by = next((name for name, score in scores.items() if not np.isfinite(score)), None)
     return Candidate(i, tokenizer.decode([i]) if tokenizer else None, float(logits[row, i]), scores, probability, by)

@@ -1,7 +1,7 @@
-"""One HTML page, readable offline in any browser, of what a model made of a text: predictions, attention, every layer's guess, costs.
+"""One HTML page, readable offline in any browser, of how a model processed a text: predictions, attention, every layer's prediction, costs.
 
-`gather` computes the numbers as plain arrays, `page` puts them into explore.html, which draws them. Attention is also given in the shapes that
-CircuitsVis and BertViz take. Nothing on the page comes from elsewhere, and it sends nothing anywhere.
+`gather` computes the data as plain arrays, `page` puts them into explore.html, which draws them. Attention is also available in the shapes that
+CircuitsVis and BertViz take. The page loads nothing from elsewhere, and sends nothing anywhere.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from opt_np.lens import logit_lens
 from opt_np.score import blocks, check_head, judged
 
 TEMPLATE = Path(__file__).with_name("explore.html")
-TOP = 10  # candidates kept for each position, after each layer
-MOST_BYTES = 100_000_000  # of a page: browsers open it, slowly
-FIXED_POINT = 65535  # attention weights are written as whole numbers of 1/65535, in 16 bits: half the bytes, and an error below 1e-5
-KINDS = {  # the last part of a step's name -> what it is called on the page
+TOP = 10  # candidates listed for each position, after each layer
+MOST_BYTES = 100_000_000  # the largest page: browsers open it, slowly
+FIXED_POINT = 65535  # attention weights are written in 16 bits, as multiples of 1/65535: half the bytes, with an error below 1e-5
+KINDS = {  # the last part of a step's name -> its name on the page
     "embed_tokens": "embeddings", "embed_positions": "embeddings", "project_in": "projections in and out", "project_out": "projections in and out",
     "self_attn_layer_norm": "LayerNorm", "final_layer_norm": "LayerNorm", "resid_pre": "residual sums", "resid_mid": "residual sums",
     "resid_post": "residual sums", "q_proj": "queries, keys, values", "k_proj": "queries, keys, values", "v_proj": "queries, keys, values",
@@ -38,7 +38,7 @@ KINDS = {  # the last part of a step's name -> what it is called on the page
 }  # fmt: skip
 
 
-# ---- the numbers -------------------------------------------------------------------------------------------------------------------------
+# ---- the data ----------------------------------------------------------------------------------------------------------------------------
 
 
 def gather(model: Any, tokenizer: Any, text: str) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def gather(model: Any, tokenizer: Any, text: str) -> dict[str, Any]:
 
     attention: (L, H, T, T);  top_ids, top_logprobs: (M, T, K);  logprob, rank, entropy: (M, T)
 
-    Entry [m, t] tells what the stream after layer m says comes after token t: its likeliest tokens, its entropy in nats, and the log probability and
-    rank (how many tokens were likelier) of the token that came; there NaN and -1 for the last token, which nothing follows. Beside them are ids,
-    tokens and pieces of the text, names of the M layers, costs, and the strings of all ids. Raises ValueError as the model does, for a text without a
+    Entry [m, t] is what the stream after layer m predicts to follow token t: its likeliest tokens, its entropy in nats, and the log probability and
+    rank (how many tokens were likelier) of the token that came (NaN and -1 for the last token, which none follows). Also included are ids, tokens
+    and pieces of the text, names of the M layers, costs, and the strings of all ids. Raises ValueError as the model does, for a text without a
     token, and for one whose page would be too large.
     """
     check_head(model)
@@ -75,7 +75,7 @@ def gather(model: Any, tokenizer: Any, text: str) -> dict[str, Any]:
 
 
 def predicted(logits: np.ndarray, ids: list[int], layer: str) -> dict[str, np.ndarray]:
-    """What a layer's logits say comes next, judged by what came.  logits: (T, V);  ids: (T)  ->  by name, (T) and (T, K)"""
+    """A layer's predictions of the next token, and how they rate the token that came.  logits: (T, V);  ids: (T)  ->  by name, (T) and (T, K)"""
     if not np.isfinite(logits.max(-1)).all():
         raise ValueError(f"the logits after {layer} are NaN or infinite, and there is nothing to show; --strict or strict=True names such weights")
     T, V = logits.shape
@@ -87,7 +87,7 @@ def predicted(logits: np.ndarray, ids: list[int], layer: str) -> dict[str, np.nd
 
 
 def check_size(cfg: OPTConfig, tokens: int) -> None:
-    """Raises ValueError where the page would be too large to open; a text longer than the context is the model's to refuse."""
+    """Raises ValueError if the page would be too large to open; the model itself refuses a text longer than its context."""
     size = page_bytes(cfg, tokens)
     if tokens <= cfg.max_position_embeddings and size > MOST_BYTES:
         heads = f"{cfg.num_hidden_layers} layers of {cfg.num_attention_heads} heads"
@@ -101,11 +101,11 @@ def page_bytes(cfg: OPTConfig, tokens: int) -> int:
     """About how large a page becomes: attention is nearly all of it."""
     attention = cfg.num_hidden_layers * cfg.num_attention_heads * tokens * (tokens + 1) // 2 * 2
     predictions = (cfg.num_hidden_layers + 1) * tokens * (8 * TOP + 12)
-    return (attention + predictions) * 4 // 3 + 100_000  # base64 makes 4 characters of 3 bytes
+    return (attention + predictions) * 4 // 3 + 100_000  # base64 turns 3 bytes into 4 characters
 
 
 def longest(cfg: OPTConfig) -> int:
-    """How many tokens make a page that is not too large."""
+    """The most tokens of a page that is not too large."""
     tokens = 1
     while page_bytes(cfg, tokens + 1) <= MOST_BYTES:
         tokens += 1
@@ -122,13 +122,13 @@ def shape(cfg: OPTConfig) -> dict[str, Any]:
 
 
 def cost_rows(model: Any, tokens: int) -> list[dict[str, Any]]:
-    """What each kind of step costs in this pass, in the order of their first steps: FLOPs, and bytes of weights and of activations."""
+    """The costs of each kind of step in this pass, in order of first appearance: FLOPs, and bytes of weights and of activations."""
     cfg, weight = model.config, model.params["embed_tokens"]["weight"]
     dtype, kind = ("float32", cfg.quantized[0]) if cfg.quantized else (str(weight.dtype).removeprefix("torch."), None)
     rows: dict[str, dict[str, Any]] = {}
     for step in costs.steps(cfg, 1, tokens, dtype=dtype, kind=kind):
         last = step.name.rpartition(".")[2]
-        name = KINDS.get(last, last)  # a step without an entry gets a row of its own, so that sums are always whole
+        name = KINDS.get(last, last)  # a step without an entry gets a row of its own, so that totals are complete
         row = rows.setdefault(name, {"kind": name, "steps": 0, "flops": 0, "weights": 0, "activations": 0})
         row["steps"] += 1
         row["flops"] += step.flops
@@ -141,17 +141,17 @@ def cost_rows(model: Any, tokens: int) -> list[dict[str, Any]]:
 
 
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    r"""Each id's own text, spaces and all; bytes that are no whole character as \xf0, an id without a token as <id 301>."""
+    r"""Each id's own text, spaces included; bytes of an incomplete character as \xf0, an id without a token as <id 301>."""
     found = [tokenizer.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
     return [string or f"<id {i}>" for string, i in zip(found, ids, strict=True)]
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The characters that begin in each token; one that is spread over several belongs to its first. Their sum is the text."""
+    """The characters that begin in each token; one spread over several tokens belongs to the first. Joined, they are the text."""
     parts = [tokenizer.token_bytes(i) for i in ids]
     whole = b"".join(parts)
     ends = np.cumsum([0, *map(len, parts)]).tolist()
-    cuts = [next((i for i in range(end, len(whole)) if whole[i] & 0xC0 != 0x80), len(whole)) for end in ends]  # after 0b10…… a character goes on
+    cuts = [next((i for i in range(end, len(whole)) if whole[i] & 0xC0 != 0x80), len(whole)) for end in ends]  # bytes 0b10…… continue a character
     return [whole[a:b].decode("utf-8", "replace") for a, b in pairwise(cuts)]
 
 
@@ -159,15 +159,15 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def page(model: Any, tokenizer: Any, text: str, name: str = "OPT") -> str:
-    """The page as one string of HTML, under the model's name. Raises ValueError as `gather`."""
+    """The page as one HTML string, with the model's name. Raises ValueError as `gather`."""
     data = json.dumps({"name": name, **dict(packed(gather(model, tokenizer, text)))})
     title = html.escape(f"{name}: {text if len(text) <= 40 else text[:40] + '…'}")
-    blanks = {"title": title, "data": data.replace("<", r"\u003c")}  # so that no text of a token ends the script
+    blanks = {"title": title, "data": data.replace("<", r"\u003c")}  # so that no token's text can end the script
     return re.sub(r"\{\{(title|data)\}\}", lambda blank: blanks[blank[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def packed(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The arrays of `gather` as JSON takes them; attention as its lower triangles in fixed point, a string for each layer."""
+    """The arrays of `gather` ready for JSON; attention as its lower triangles in fixed point, a string for each layer."""
     for name, value in found.items():
         if name == "attention":
             yield name, [base64_of(fixed_point(P)) for P in value]
@@ -178,19 +178,18 @@ def packed(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def fixed_point(P: np.ndarray) -> np.ndarray:
-    """The weights on and below the diagonal, rows one after the other, as whole numbers of 1/65535.  P: (H, T, T)  ->  (H, T(T + 1)/2)"""
+    """The weights on and below the diagonal, row by row, as multiples of 1/65535 in 16 bits.  P: (H, T, T)  ->  (H, T(T + 1)/2)"""
     queries, keys = np.tril_indices(P.shape[-1])
     return np.rint(P[:, queries, keys] * FIXED_POINT).astype("<u2")
 
 
 def base64_of(array: np.ndarray) -> str:
-    """An array's bytes as text."""
+    """An array's bytes in base64."""
     return base64.b64encode(array.tobytes()).decode()
 
 
 def check_out(path: str | Path) -> Path:
-    """Where a file can be written, which for a link is what it leads to. Raises ValueError for a folder, a device, a folder that is not there or that
-    cannot be written."""
+    """The path to write, for a link its target. Raises ValueError for a folder, a device, and for a folder that is missing or read-only."""
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the file to write in it")
@@ -204,7 +203,7 @@ def check_out(path: str | Path) -> Path:
 
 
 def write(path: str | Path, text: str) -> int:
-    """Writes a page whole or not at all, over one that is there; returns its bytes. Raises ValueError, OSError."""
+    """Writes a page atomically, replacing an existing one; returns its size in bytes. Raises ValueError, OSError."""
     from opt_np.checkpoint import write_text
 
     path = check_out(path)

@@ -1,8 +1,8 @@
 """FlashAttention-2 in NumPy: tiled attention, forward and backward, in O(T) memory. The reference for every attention kernel in opt_fast.
 
-Symbols of the paper (arXiv:2307.08691): Q, K, V, O; scores = scale·Q Kᵀ and P = softmax(scores), never whole; m and l, each query's running
-maximum and sum; L = m + log l, all that the backward pass needs to make P again; Br and Bc, rows and columns of a tile.
-One head: Q is (T, Dh), K and V are (S, Dh). Query t stands at key S - T + t (causal, aligned to the end) and sees the keys up to there.
+Symbols of the paper (arXiv:2307.08691): Q, K, V, O; scores = scale·Q Kᵀ and P = softmax(scores), never held in full; m and l, each query's running
+maximum and sum; L = m + log l, all that the backward pass needs to recompute P; Br and Bc, rows and columns of a tile.
+One head: Q is (T, Dh), K and V are (S, Dh). Query t is at key S - T + t (causal, aligned to the end) and sees the keys up to that one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attention(Q: np.ndarray, K: np.ndarray, V: np.ndarray, scale: float, visible
             m_new = np.maximum(m, scores.max(1))
             safe = np.where(m_new == -np.inf, 0, m_new)  # nothing seen yet: exp(-inf - 0) = 0, where -inf - -inf would be NaN
             P = np.exp(scores - safe[:, None])
-            shrink = np.exp(m - safe)  # what was summed under the old maximum
+            shrink = np.exp(m - safe)  # rescales what was summed under the old maximum
             l = l * shrink + P.sum(1)
             acc = acc * shrink[:, None] + P @ V[cols]
             m = m_new
@@ -42,7 +42,7 @@ def attention(Q: np.ndarray, K: np.ndarray, V: np.ndarray, scale: float, visible
 
 def attention_bwd(dO: np.ndarray, Q: np.ndarray, K: np.ndarray, V: np.ndarray, O: np.ndarray, L: np.ndarray, scale: float,
                   visible: np.ndarray | None = None, Br: int = BR, Bc: int = BC) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Algorithm 2: P is made again from L, tile by tile, with D = Σ dO·O in place of the softmax's row sums.
+    """Algorithm 2: P is recomputed from L, tile by tile, with D = Σ dO·O in place of the softmax's row sums.
 
     dO: (T, Dh);  Q: (T, Dh);  K: (S, Dh);  V: (S, Dh);  O: (T, Dh);  L: (T);  visible: (S)  ->  (T, Dh), (S, Dh), (S, Dh)
     """

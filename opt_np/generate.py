@@ -1,8 +1,8 @@
 """Decoding: from logits to tokens, one step at a time. Option names, order and defaults are those of HF's GenerationMixin (transformers 5).
 
-The way of a call: `generate` → `prepare` (checks) → `decode` → `steps`, which asks `pick` for a token per row; `pick` yields a Reading (reader.py)
-and is sent the logits. Random numbers depend on (seed, row, step) alone, so a row's text does not depend on its neighbours.
-The options are in settings.py, what changes the scores in processors.py, beam search in beam.py, contrastive search in contrastive.py.
+The path of a call: `generate` → `prepare` (checks) → `decode` → `steps`, which asks `pick` for a token per row; `pick` yields a Reading, a request
+to run the model (reader.py), and is sent the logits. Random numbers depend on (seed, row, step) alone, so a row's text does not depend on others.
+The options are in settings.py, the processors that change scores in processors.py, beam search in beam.py, contrastive search in contrastive.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Request:
     seed: int
     reader: Reader
     ended: Callable[[np.ndarray], np.ndarray]  # ids (N, T) -> (N): whether the last token ends the row
-    pad: int  # what follows a finished row
+    pad: int  # the id that fills a finished row
     tokenizer: Any = None
 
     def chain(self, copies: int = 1) -> list[tuple[str, Processor]]:
@@ -52,7 +52,7 @@ class Request:
         return chain(self.settings, np.repeat(self.mask.argmax(1), copies), self.ids.shape[1])
 
     def random_numbers(self, row: int, step: int, sequence: int = 0) -> np.random.Generator:
-        """For one step of a row; a row's first sequence has those of a row with only one."""
+        """The generator for one step of a row; a row's first sequence draws what a row with only one would."""
         return np.random.default_rng([self.seed, row, step, *([sequence] if sequence else [])])
 
 
@@ -73,7 +73,7 @@ def prepare(params: dict, input_ids: Any, cfg: OPTConfig, attention_mask: Any = 
     new = new_tokens(input_ids, mask, cfg, s)
     prompt, (ids, mask) = input_ids, left_padded(input_ids, mask)
     kept = most_tokens(cfg, s) - new if s.overflow == "truncate_left" else ids.shape[1]  # of each row's prompt
-    # what the reader reads from, its first column; and rows and tokens, to allocate for
+    # the first column that is read, and the most rows and tokens, for allocation
     first = max(int(mask.any(0).argmax()), ids.shape[1] - kept)
     most = len(ids) * max(s.num_beams, s.num_return_sequences), min(ids.shape[1] - first + new, cfg.max_position_embeddings)
     reader = getattr(ops, "reader", Reader)(params, cfg, ops, first, most)
@@ -97,7 +97,7 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
     """Greedy search, or sampling; `tap` sees the scores after each processor."""
     s = request.settings
     n, ends, processors = s.num_return_sequences, tuple(s.eos_token_id), request.chain(s.num_return_sequences)
-    # The best logit decides, so a reader may run ahead of Python. These two processors only remove ends, and at an end it stops anyway.
+    # The best logit decides, so a reader may run several steps ahead. These two processors only remove ends, and at an end it stops anyway.
     greedy = not s.do_sample and all(name in ("min_length", "min_new_tokens") for name, _ in processors)
 
     def pick(ids: np.ndarray, mask: np.ndarray, step: int) -> Generator[Reading, Answer, tuple[np.ndarray, np.ndarray]]:
@@ -112,7 +112,7 @@ def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = Non
 
 @dataclass
 class Step:
-    """One new token per row: ids, whether the row has finished, and text where a tokenizer was given. (N,) each, N = B·num_return_sequences.
+    """One new token per row: ids, whether the row has finished, and text if a tokenizer was given. (N,) each, N = B·num_return_sequences.
 
     logprobs and entropies (nats) are the model's own, before any processor; both are 0 for rows that had finished before.
     """
@@ -120,7 +120,7 @@ class Step:
     ids: np.ndarray
     finished: np.ndarray
     active: np.ndarray = field(repr=False)  # rows that had not finished before this step
-    scores: Any = field(repr=False)  # logits, wherever they are
+    scores: Any = field(repr=False)  # logits, in NumPy or on a GPU
     text: list[str] | None = None
 
     @functools.cached_property
@@ -142,20 +142,20 @@ class Step:
         return np.where(self.active, -(np.exp(log_p) * log_p).sum(-1), 0)
 
     def shrink(self) -> None:
-        """Forgets the logits, once what they tell of each row has been worked out."""
-        _ = self.logprobs, self.entropies  # both are kept from here on
+        """Computes logprobs and entropies, and then frees the logits."""
+        _ = self.logprobs, self.entropies  # both are cached from here on
         self.scores = self.logits = self.__dict__["_log_probabilities"] = np.empty((len(self.ids), 0))
 
 
 def stream(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> Iterator[Step]:
-    """Yields a Step per new token until every row has met an end or the length is reached. Checks its arguments when called.
+    """Yields a Step per new token until every row has ended or the length is reached. Arguments are checked at once, in the call.
 
     input_ids: (B, T);  attention_mask: (B, T)
 
-    Options: attention_mask, tokenizer, generation_config, and those of settings.Settings. Each prompt goes on num_return_sequences times, the first
-    prompt's first. Without a mask, pad_token_id in the prompt counts as padding (as HF). Right-padded rows go on from their last real token, where
-    HF gives them wrong positions. overflow="slide" costs a reading of max_position_embeddings tokens for every token past them.
-    Raises ValueError for a prompt and length that outgrow the model's positions, and for beams, which have nothing to say before they end.
+    Options: attention_mask, tokenizer, generation_config, and those of settings.Settings. Each prompt is continued num_return_sequences times; all
+    sequences of the first prompt come first. Without a mask, pad_token_id in the prompt counts as padding (as in HF). Right-padded rows continue from
+    their last real token, where HF gives them wrong positions. Past the model's positions, overflow="slide" recomputes a whole window for each token.
+    Raises ValueError for a prompt and length that exceed the model's positions, and for beams, which find no token before they end.
     """
     request = prepare(params, input_ids, cfg, **options)
     no_beams(request.settings)
@@ -176,7 +176,7 @@ def decode(request: Request) -> Decoding:
 
 
 def steps(request: Request, pick: Pick) -> Decoding:
-    """Asks `pick` for a token per row until all have ended."""
+    """Yields Steps of the tokens that `pick` chooses, until all rows have ended or the length is reached."""
     n, pad, tokenizer = request.settings.num_return_sequences, request.pad, request.tokenizer
     ids, mask = np.repeat(request.ids, n, 0), np.repeat(request.mask, n, 0)
     active = np.ones(len(ids), bool)
@@ -209,12 +209,12 @@ def generate(params: dict, input_ids: Any, cfg: OPTConfig, **options: Any) -> np
 
 
 def ids_of(found: Any) -> np.ndarray:
-    """New tokens, those of a step or of all.  ->  (N, new)"""
+    """The new tokens of one Step, or all of them, as a beam search yields.  ->  (N, new)"""
     return found.ids[:, None] if isinstance(found, Step) else found
 
 
 def continued(request: Request, new: list[np.ndarray]) -> np.ndarray:
-    """The prompts as they were given, with what was found.  new: (N, new), several  ->  (N, T + new)"""
+    """The prompts as they were given, followed by the new tokens.  new: (N, new), several  ->  (N, T + new)"""
     return np.concatenate([np.repeat(request.prompt, request.settings.num_return_sequences, axis=0), *new], axis=1)
 
 
@@ -258,6 +258,6 @@ def new_tokens(input_ids: np.ndarray, mask: np.ndarray, cfg: OPTConfig, s: Setti
 
 
 def left_padded(input_ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden tokens moved to the left of each row, in order, so that it ends in a real one: what follows then has the right position."""
+    """Moves hidden tokens to the left of each row, keeping order, so that it ends in a real token and new tokens get the right positions."""
     order = np.argsort(mask, axis=1, kind="stable")
     return np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1)

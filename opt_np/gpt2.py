@@ -1,8 +1,8 @@
-"""GPT-2 as the same model function computes it: its checkpoint under OPT's names, so that everything here that takes an OPT takes a GPT-2.
+"""GPT-2 run by OPT's model function: its checkpoint is loaded under OPT's names, so that whatever here takes an OPT takes a GPT-2.
 
-Both are pre-norm decoders with learned positions. What differs is said by `differences`, and shown step by step by `side_by_side`: gelu_new for relu,
-positions from row 0, no token before the text, and other ids for the same pieces of text. GPT-2 stores its matrices as (in, out), q, k and v in one:
-they are transposed and cut here, once, while loading; no other loader does algebra.
+Both are pre-norm decoders with learned positions. `differences` lists what differs, and `side_by_side` shows it step by step: gelu_new for relu,
+positions from row 0, no token before the text, and other ids for the same pieces of text. GPT-2 stores its matrices as (in, out), and q, k and v as
+one: they are transposed and split here, once, while loading.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ END = "<|endoftext|>"
 CONFIG = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
           "n_positions": "max_position_embeddings", "activation_function": "activation_function", "resid_pdrop": "dropout"}  # fmt: skip
 DEFAULTS = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "activation_function": "gelu_new"}
-# Keys that would change the numbers, and the values with which OPT's function computes the same.
+# Keys that would change the output, and the values at which OPT's model function computes the same as GPT-2's.
 ONLY_VALUES = {"layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
                "reorder_and_upcast_attn": (False, True), "add_cross_attention": (False,), "tie_word_embeddings": (True,)}  # fmt: skip
 NAMES = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "final_layer_norm", "ln_1": "self_attn_layer_norm", "ln_2": "final_layer_norm",
@@ -38,7 +38,7 @@ def load(name: str | Path, revision: str | None = None, dtype: str = "float32", 
          strict: bool = False) -> tuple[OPTForCausalLM, OPTTokenizer]:  # fmt: skip
     """A GPT-2 folder or hub id, such as openai-community/gpt2, as an OPTForCausalLM and its tokenizer.
 
-    Raises CheckpointError for what is no GPT-2, or one that this function does not compute. Equals HF's GPT2LMHeadModel.
+    Raises CheckpointError for a checkpoint that is no GPT-2, or a variant that OPT's model function does not compute. Equals HF's GPT2LMHeadModel.
     """
     backend = choose_backend(backend, dtype)
     if dtype not in BACKENDS[backend]:
@@ -72,7 +72,7 @@ def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:
 
 
 def renamed(tensors: Iterator[tuple[str, np.ndarray]], cfg: OPTConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """OPT's names and shapes for GPT-2's tensors; what is no weight (the causal mask of old files) and the tied head are left out."""
+    """GPT-2's tensors under OPT's names and in OPT's shapes, without the tied head and the causal masks that old files store."""
     for name, array in tensors:
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
@@ -92,10 +92,10 @@ def renamed(tensors: Iterator[tuple[str, np.ndarray]], cfg: OPTConfig) -> Iterat
 
 
 def tokenizer(folder: Path) -> OPTTokenizer:
-    """GPT-2's tokenizer: nothing before the text, and <|endoftext|> for what ends it and pads it. Raises CheckpointError.
+    """GPT-2's tokenizer: no token before the text, and <|endoftext|> as end and pad token. Raises CheckpointError.
 
-    Its ids are those of vocab.json or tokenizer.json; where there is only merges.txt, they follow from it as OpenAI numbered them: the 256 bytes, the
-    merges in their order, <|endoftext|>. OPT has the same merges, and other ids.
+    Its ids are those of vocab.json or tokenizer.json; if there is only merges.txt, they follow from it in OpenAI's numbering: the 256 bytes, the
+    merges in order, <|endoftext|>. OPT has the same merges, but other ids.
     """
     settings: dict[str, Any] = {"add_bos_token": False, "bos_token": END, "eos_token": END, "pad_token": END}
     merges = folder / "merges.txt"
@@ -114,9 +114,9 @@ def tokenizer(folder: Path) -> OPTTokenizer:
 
 
 def side_by_side(model: Any, tokenizer: Any, other: Any, other_tokenizer: Any, text: str) -> str:
-    """The same text through two models: what differs between them, and their steps, aligned by name; the blocks after the first are summed up.
+    """The same text through two models: what differs between them, and their steps, aligned by name; the blocks after the first are given as totals.
 
-    Any pair of models of this package will do: an OPT and a GPT-2, or two sizes of either.
+    Any two models of this package can be compared: an OPT and a GPT-2, or two sizes of either.
     """
     ids = [tokenizer.encode(text), other_tokenizer.encode(text)]
     traces = [trace.record(m, [row], values=False) for m, row in zip((model, other), ids, strict=True)]
@@ -125,7 +125,7 @@ def side_by_side(model: Any, tokenizer: Any, other: Any, other_tokenizer: Any, t
 
 
 def differences(*sides: tuple[OPTConfig, Any, list[int]]) -> list[tuple[str, ...]]:
-    """(what, in the one, in the other) of everything in which two models and their readings of a text differ."""
+    """(property, first, second) of every property in which two models, or their tokens of a text, differ."""
     rows = []
     for cfg, tok, ids in sides:
         order = "before each branch" if cfg.do_layer_norm_before else "after each sum"
@@ -140,7 +140,7 @@ def differences(*sides: tuple[OPTConfig, Any, list[int]]) -> list[tuple[str, ...
 
 
 def aligned(a: list[trace.Step], b: list[trace.Step]) -> list[tuple[str, ...]]:
-    """A line per step of either: name, equation, shape and MFLOP of each; = where the second's are those of the first."""
+    """A line per step of either model: name, equation, shape and MFLOP of each; = where the second's equal the first's."""
     lines: list[tuple[str, ...]] = [("step", "equation", "shape", "MFLOP", "equation", "shape", "MFLOP")]
     found = [{step.name: step for step in steps if (layer_of(step.name) or 0) == 0} for steps in (a, b)]
     for name in dict.fromkeys([*found[0], *found[1]]):

@@ -1,7 +1,7 @@
 """The backward pass, written by hand: each forward function has a pair *_fwd, *_bwd.
 
 `f_fwd` calls the same op as model.py and also returns `saved`, what its backward needs; `f_bwd(dy, saved)` returns the gradient of the input and,
-where there are parameters, their gradients in a tree of the same shape. The gradient of y is called dy. Dropout exists only here: without an rng
+where there are parameters, their gradients in a tree of the same shape. dy is the gradient of the loss by y. Dropout exists only here: without an rng
 nothing is dropped, and `decoder_layer_fwd` then equals model.decoder_layer bit for bit. The formulas for attention, LayerNorm, the activation and
 the loss are in ops.py, because each backend has its own. Axes as in model.py; F is ffn_dim.
 """
@@ -28,7 +28,7 @@ LOGIT_ROWS = 1024  # the loss is computed for this many tokens at a time, to bou
 
 
 def embed_bwd(dx: np.ndarray, ids: np.ndarray, dweight: np.ndarray, padding_idx: int | None = None) -> np.ndarray:
-    """Adds each use's gradient to its row of dweight, in place; the row padding_idx gets none, as in torch.
+    """Adds the gradient of each lookup to its row of dweight, in place; the row padding_idx gets none, as in torch.
 
     dx: (*N, D);  ids: (*N);  dweight: (V, D)  ->  (V, D)
     """
@@ -94,7 +94,7 @@ def dropout_fwd(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> 
 
 
 def dropout_bwd(dy: np.ndarray, saved: tuple | None) -> np.ndarray:
-    """The same numbers are dropped and scaled as in the forward pass.  dy: (*N)  ->  (*N)"""
+    """The same elements are dropped and scaled as in the forward pass.  dy: (*N)  ->  (*N)"""
     if saved is None:
         return dy
     kept, scale = saved
@@ -106,7 +106,7 @@ def dropout_bwd(dy: np.ndarray, saved: tuple | None) -> np.ndarray:
 
 def attention_fwd(q: Any, k: Any, v: Any, scale: float, layout: Layout, rate: float, rng: np.random.Generator | None,
                   ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
-    """ops.attention; with attention_dropout (Galactica: 0.1) the weights themselves are thinned, so they are written out.
+    """ops.attention; with attention_dropout (Galactica: 0.1) dropout acts on the attention weights, so they are computed in full.
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh)  ->  (B, T, H, Dh), saved
     """
@@ -119,7 +119,7 @@ def attention_fwd(q: Any, k: Any, v: Any, scale: float, layout: Layout, rate: fl
 
 
 def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ops.attention_bwd, or the same with dropout standing between the weights and the values.
+    """ops.attention_bwd, or the same with dropout between the weights and the values.
 
     dO: (B, T, H, Dh)  ->  (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
@@ -135,7 +135,7 @@ def attention_bwd(dO: np.ndarray, saved: tuple) -> tuple[np.ndarray, np.ndarray,
 
 def self_attention_fwd(h: np.ndarray, p: dict, cfg: OPTConfig, layout: Layout, rng: np.random.Generator | None,
                        ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
-    """model.self_attention, keeping what the backward needs.  h: (B, T, D)  ->  (B, T, D), saved"""
+    """model.self_attention, saving what the backward pass needs.  h: (B, T, D)  ->  (B, T, D), saved"""
     heads = (*h.shape[:-1], cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (ops.linear(h, **p[name]).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
     O, attn = attention_fwd(q, k, v, cfg.head_dim**-0.5, layout, cfg.attention_dropout, rng, ops)
@@ -160,7 +160,7 @@ def self_attention_bwd(dy: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 
 def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, layout: Layout, rng: np.random.Generator | None = None,
                       ops: ModuleType = numpy_ops) -> tuple[np.ndarray, tuple]:  # fmt: skip
-    """model.decoder_layer, keeping what the backward needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer).
+    """model.decoder_layer, saving what the backward pass needs, with dropout after out_proj and after fc2 (HF's OPTDecoderLayer).
 
     x: (B, T, D)  ->  (B, T, D), saved
     """
@@ -182,7 +182,7 @@ def decoder_layer_fwd(x: np.ndarray, p: dict, cfg: OPTConfig, layout: Layout, rn
 
 
 def decoder_layer_bwd(dx: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
-    """The lines of decoder_layer_fwd from the last to the first; at each `x = x + h` the gradient takes both ways.
+    """The lines of decoder_layer_fwd from the last to the first; at each `x = x + h` the gradient flows into both terms.
 
     dx: (B, T, D)  ->  (B, T, D), gradients of the layer's tree
     """
@@ -210,7 +210,7 @@ def decoder_layer_bwd(dx: np.ndarray, saved: tuple) -> tuple[np.ndarray, dict]:
 def decoder_fwd(
     params: dict, input_ids: np.ndarray, cfg: OPTConfig, attention_mask: Any, rng: np.random.Generator | None, ops: ModuleType = numpy_ops
 ) -> tuple[np.ndarray, tuple]:
-    """model.last_hidden_state, keeping what the backward needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
+    """model.last_hidden_state, saving what the backward pass needs.  input_ids: (B, T)  ->  (B, T, W), saved"""
     tokens = params["embed_tokens"]
     if "scale" in tokens or getattr(tokens["weight"], "kind", None):
         raise ValueError("whole numbers have no gradients, and this model's weights are int8 or int4; train the checkpoint that they were made from")
@@ -241,7 +241,7 @@ def decoder_bwd(dx: np.ndarray, saved: tuple, d_head: dict) -> dict:
         grads |= {"final_layer_norm": d_norm} if d_norm else {}
     grads["layers"] = [None] * len(layers)
     for i in reversed(range(len(layers))):
-        dx, grads["layers"][i] = decoder_layer_bwd(dx, layers.pop())  # popped: its arrays are free once used
+        dx, grads["layers"][i] = decoder_layer_bwd(dx, layers.pop())  # popped, so that its arrays are freed once used
     rows = np.broadcast_to(layout.positions, input_ids.shape) + POSITION_OFFSET
     d_positions = np.zeros((cfg.max_position_embeddings + POSITION_OFFSET, cfg.hidden_size), dx.dtype)
     grads["embed_positions"] = {"weight": embed_bwd(dx, rows, d_positions)}
@@ -264,7 +264,7 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
 
     h: (B, T, W);  labels: (B, T)  ->  loss, (B, T, W), gradients
 
-    Equals HF's ForCausalLMLoss. The logits exist only LOGIT_ROWS tokens at a time.
+    Equals HF's ForCausalLMLoss. Logits are computed for LOGIT_ROWS tokens at a time.
     """
     name = "lm_head" if "lm_head" in params else "embed_tokens"
     weight = params[name]["weight"]
@@ -276,7 +276,7 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
         part, dlogits = ops.cross_entropy(ops.linear(h_kept[rows], weight), wanted[rows])
         loss += part / count
         dh_kept[rows] = ops.matmul(dlogits, weight)
-        dh_kept[rows] /= count  # the mean's share: on (n, W) less work than on (n, V)
+        dh_kept[rows] /= count  # the mean's divisor: on (n, W) less work than on (n, V)
         part_dweight = ops.matmul(dlogits.T, h_kept[rows] / count)
         dweight = dweight + part_dweight if first else part_dweight
     dh[kept] = dh_kept  # positions index the first T-1 columns, so they index h itself too
@@ -284,13 +284,13 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
 
 
 def shifted_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The loss of language_model_head alone, from logits that exist already.  logits: (B, T, V);  labels: (B, T)"""
+    """The loss of language_model_head without gradients, from given logits.  logits: (B, T, V);  labels: (B, T)"""
     kept, wanted = wanted_tokens(labels, logits.shape[:2], logits.shape[2])
     return cross_entropy(logits[:, :-1][kept], wanted)[0] / len(wanted)
 
 
 def wanted_tokens(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Where (rows, columns) something is to be predicted, and what: the label of the token after.  Raises ValueError.
+    """The positions (rows, columns) that have a target, and the targets: the labels of the next tokens.  Raises ValueError.
 
     labels: (B, T)  ->  indices of the n positions, (n)
     """
@@ -305,7 +305,7 @@ def wanted_tokens(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int) -
 
 
 def check_labels(labels: np.ndarray, count: int) -> None:
-    """Raises ValueError for a label that is not a whole number from 0 to count - 1."""
+    """Raises ValueError for a label that is not an integer from 0 to count - 1."""
     if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0 or labels.max(initial=0) >= count:
         raise ValueError(
             f"labels hold {labels.dtype} from {labels.min()} to {labels.max()}; they are whole numbers from 0 to {count - 1}, or {IGNORED} for none"
@@ -313,7 +313,7 @@ def check_labels(labels: np.ndarray, count: int) -> None:
 
 
 def pooled_rows(input_ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
-    """Where each row is read for classification: its rightmost token that is not the pad (HF's rule: by id, whatever the mask says).
+    """The column at which each row is classified: its rightmost token that is not the pad (HF's rule: by id, whatever the mask).
 
     input_ids: (B, T)  ->  (B)
     """
@@ -403,7 +403,7 @@ def loss_and_grads(params: dict, input_ids: Any, labels: Any, cfg: OPTConfig, at
 
     `num_items` replaces the count that the mean divides by (gradient accumulation: the count of the whole batch); `rng` turns dropout on;
     `ops` is the backend.
-    Labels as HF: shifted inside, -100 ignored. Raises ValueError as `make_layout` does, and where no label is left.
+    As in HF, labels are shifted inside and -100 is ignored. Raises ValueError as `make_layout` does, and if no label is left.
     """
     input_ids, labels, num_items = id_array(input_ids), label_array(labels), None if num_items is None else int(num_items)
     h, saved = decoder_fwd(params, input_ids, cfg, attention_mask, rng, ops)

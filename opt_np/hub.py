@@ -1,8 +1,8 @@
-"""Where a model's files are: a folder, or a repository of the Hugging Face hub, through the cache that every other tool shares.
+"""Finds a model's files: in a folder, or in a repository of the Hugging Face hub, by way of the cache that all tools share.
 
-What is in the cache is used as it is, without a connection. Otherwise the weights are looked for on the revision asked for (main) as safetensors,
-then on the pull request by which the hub's own bot offers safetensors (most of Meta's OPT repositories have theirs only there), then as
-pytorch_model.bin, TensorFlow's and Flax's files. The configuration and the tokenizer come from main where the revision lacks them.
+Cached files are used as they are, without a connection. Otherwise the weights are looked for at the requested revision (main) as safetensors,
+then on the pull request in which the hub's own bot offers safetensors (most of Meta's OPT repositories have them only there), then as
+pytorch_model.bin, TensorFlow's and Flax's files. The configuration and the tokenizer come from main if the revision lacks them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 from opt_np.checkpoint import TOKENIZER_FILES, WEIGHTS, CheckpointError, model_folder, shards, write_text
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TOKENIZER = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough; the other files are taken along where there are any
+TOKENIZER = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either is enough; the other tokenizer files are fetched too, if there are any
 BOT, BOT_TITLE = "SFconvertbot", "Adding `safetensors` variant of this model"
-# The bot's pull requests on Meta's repositories, so that they are found without a search.
+# The bot's pull requests on Meta's repositories, listed here to save a search.
 BOT_REVISION = {"facebook/opt-125m": "refs/pr/35", "facebook/opt-350m": "refs/pr/33", "facebook/opt-1.3b": "refs/pr/25",
                 "facebook/opt-6.7b": "refs/pr/31", "facebook/opt-13b": "refs/pr/28"}  # fmt: skip
 
 
 class Source(NamedTuple):
-    """Folders with a model's weights, its config.json with generation_config.json, and its tokenizer; often one and the same."""
+    """The folders of a model's weights, of its config.json and generation_config.json, and of its tokenizer; often the same one."""
 
     name: str
     weights: Path
@@ -36,14 +36,14 @@ class Source(NamedTuple):
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name that is no folder can be a repository's, "facebook/opt-125m"."""
+    """Whether a name that is not a path here can be a repository's, such as "facebook/opt-125m"."""
     return isinstance(name, str) and not os.path.exists(name) and bool(HUB_ID.fullmatch(name)) and ".." not in name
 
 
 def find(name: str | Path, revision: str | None = None, weights: bool = True, tokenizer: bool = True, refresh: bool = False) -> Source:
-    """The folders of a model, downloaded where they are not there yet (always asking the hub with refresh). Raises CheckpointError.
+    """The folders of a model; downloads what is not cached, and with refresh always asks the hub. Raises CheckpointError.
 
-    A folder is used as it is. weights=False or tokenizer=False: not looked for, and the config's folder stands for theirs.
+    A folder is used as it is. weights=False or tokenizer=False: these are not looked for; the config's folder is returned for them.
     """
     if not is_hub_id(name):
         if revision is not None:
@@ -60,7 +60,7 @@ def find(name: str | Path, revision: str | None = None, weights: bool = True, to
 
 
 def is_there(repo: str, revision: str) -> None:
-    """Asks once, so that a hub which does not answer is known at once: hf_hub_download would ask it again and again."""
+    """Asks the hub once, so that one which does not answer fails at once: hf_hub_download would retry again and again."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -69,7 +69,7 @@ def is_there(repo: str, revision: str) -> None:
 
 
 def located(repo: str, revision: str, weights: bool, tokenizer: bool, get: Callable[[str, str, str], Path | None]) -> Source:
-    """The same search in the cache and on the hub: get(repo, file, revision) is the file's path, or None where the repository lacks it."""
+    """The search, the same in the cache and on the hub: get(repo, file, revision) returns the file's path, or None if the repository lacks it."""
     config, at = first_folder(get, repo, [("config.json",)], revision)
     if config is None:
         raise missing(get, repo, f"{repo} has no config.json at {revision}; is it a model's repository?")
@@ -81,12 +81,12 @@ def located(repo: str, revision: str, weights: bool, tokenizer: bool, get: Calla
             raise NotCached(repo)
         for file in TOKENIZER_FILES if found is not None else ():
             get(repo, file, at)
-        words = found or config  # a model need not have a tokenizer: what reads it says so
+        words = found or config  # a model need not have a tokenizer: reading one raises the error
     return Source(repo, weight_folder(get, repo, revision) if weights else config, config, words)
 
 
 def first_folder(get: Any, repo: str, alternatives: Any, revision: str) -> tuple[Path | None, str]:
-    """The folder of the first alternative whose files are all there, and where they are: at the revision, or else on main."""
+    """The folder of the first alternative whose files all exist, and their revision: the one given, or else main."""
     for at in dict.fromkeys((revision, "main")):
         for files in alternatives:
             paths = [get(repo, file, at) for file in files]
@@ -96,7 +96,7 @@ def first_folder(get: Any, repo: str, alternatives: Any, revision: str) -> tuple
 
 
 def weight_folder(get: Any, repo: str, revision: str) -> Path:
-    """The snapshot that holds the weights: safetensors, the bot's safetensors, then the older formats."""
+    """The cache's folder of the revision with the weights: safetensors, the bot's safetensors, then the older formats."""
     for at, files in places(get, repo, revision):
         for file in files:
             path = get(repo, file, at)
@@ -109,7 +109,7 @@ def weight_folder(get: Any, repo: str, revision: str) -> Path:
 
 
 def places(get: Any, repo: str, revision: str) -> Iterator[tuple[str, list[str]]]:
-    """Revisions and the files to look for there, best first. In the cache, formats that cannot be read here do not count."""
+    """Revisions, best first, and the files to look for in each. In the cache, formats that cannot be read here are skipped."""
     safetensors = [file for file in WEIGHTS if "safetensors" in file]
     yield revision, safetensors
     if revision == "main" and (bot := bot_revision(repo, get is downloaded)):
@@ -118,7 +118,7 @@ def places(get: Any, repo: str, revision: str) -> Iterator[tuple[str, list[str]]
 
 
 def readable(file: str) -> bool:
-    """Whether this file of weights can be read here: TensorFlow's need h5py."""
+    """Whether this weights file can be read here: TensorFlow's needs h5py."""
     return ".h5" not in file or importlib.util.find_spec("h5py") is not None
 
 
@@ -131,7 +131,7 @@ def bot_revision(repo: str, ask: bool) -> str | None:
     """The revision of the bot's open pull request that adds safetensors: known for Meta's repositories, searched for others."""
     import huggingface_hub
 
-    note = repository_folder(repo) / "bot_revision"  # what was found, for when the hub is not asked
+    note = repository_folder(repo) / "bot_revision"  # records what was found, for when the hub is not asked
     if repo in BOT_REVISION or not ask:
         return BOT_REVISION.get(repo) or (note.read_text().strip() if note.exists() else None)
     try:
@@ -140,22 +140,22 @@ def bot_revision(repo: str, ask: bool) -> str | None:
                 note.parent.mkdir(parents=True, exist_ok=True)
                 write_text(note, str(discussion.git_reference))
                 return discussion.git_reference
-    except Exception:  # only a better format is lost: the search goes on with the others, and tells where the hub cannot be reached at all
+    except Exception:  # only a better format is lost: the search continues with the others, and fails if the hub cannot be reached at all
         return None
     return None
 
 
 class NotCached(Exception):
-    """The cache cannot answer alone."""
+    """The cache alone does not have the answer."""
 
 
 def missing(get: Any, repo: str, message: str) -> Exception:
-    """The error for a file that is not there: final where the hub was asked, else a reason to ask it."""
+    """The error for a missing file: final if the hub was asked, else NotCached, which makes the caller ask it."""
     return CheckpointError(message) if get is downloaded else NotCached(repo)
 
 
 def cached(repo: str, file: str, revision: str) -> Path | None:
-    """Where the cache has a file, if it has it."""
+    """The path of a file in the cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, file, revision=revision)
@@ -170,12 +170,12 @@ def known_absent(repo: str, file: str) -> bool:
 
 
 def downloaded(repo: str, file: str, revision: str) -> Path | None:
-    """The file in the cache, fetched where it is not there or has changed; None where the repository lacks it."""
+    """The path of the file in the cache, downloaded if it is missing or has changed; None if the repository lacks it."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        if not file.endswith((".json", ".txt")):  # a file of weights
+        if not file.endswith((".json", ".txt")):  # a weights file
             fetch_blob(repo, file, revision)
         return Path(hf_hub_download(repo, file, revision=revision))
     except LocalEntryNotFoundError:  # the hub could not be asked
@@ -189,9 +189,9 @@ def downloaded(repo: str, file: str, revision: str) -> Path | None:
 
 
 def fetch_blob(repo: str, file: str, revision: str) -> None:
-    """Puts a large file's content where hf_hub_download looks for it, going on from where a killed download stopped and checking the hub's SHA-256.
+    """Puts a large file where hf_hub_download looks for it; resumes a killed download, and checks the hub's SHA-256.
 
-    (huggingface_hub alone starts a killed download over.)
+    (huggingface_hub by itself restarts a killed download.)
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -199,7 +199,7 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
 
     meta = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
     if meta.etag is None or meta.size is None:
-        return  # hf_hub_download says what is wrong
+        return  # hf_hub_download raises the error
     folder = repository_folder(repo)
     blob, part = folder / "blobs" / meta.etag, folder / "blobs" / f"{meta.etag}.part"
     lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder.name / f"{meta.etag}.part.lock"
@@ -211,7 +211,7 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
         with open(part, "ab") as stream:
             if stream.tell() > meta.size:
                 stream.truncate(0)
-            same_host = meta.location.startswith(f"{constants.ENDPOINT}/")  # a token is for the hub, not for where it sends us
+            same_host = meta.location.startswith(f"{constants.ENDPOINT}/")  # an access token is for the hub, not for a host that it redirects to
             headers = build_hf_headers() if same_host else {}
             http_get(meta.location, stream, resume_size=stream.tell(), headers=headers, expected_size=meta.size, displayed_filename=f"{repo}/{file}")
         if len(meta.etag) == 64 and (found := sha256(part)) != meta.etag:
@@ -221,7 +221,7 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
 
 
 def repository_folder(repo: str) -> Path:
-    """Where the cache keeps a repository."""
+    """The cache's folder of a repository."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -236,7 +236,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(repo: str, revision: str) -> Iterator[None]:
-    """Turns what goes wrong on the way to the hub into one sentence."""
+    """Turns errors in reaching the hub into a CheckpointError of one sentence."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -1,4 +1,4 @@
-"""Fresh parameters, for training from nothing."""
+"""Random initial parameters, for training from scratch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ALL_HEADS = ("lm_head", *HEADS)
 
 
 def init_params(cfg: OPTConfig, seed: int = 0, dtype: Any = np.float32) -> dict:
-    """A random decoder by OPT's recipe: N(0, init_std), the matrices that write to the stream scaled by 1/√(2·layers), biases 0, LayerNorms 1.
+    """A random decoder by OPT's recipe: N(0, init_std), times 1/√(2·layers) in out_proj and fc2, which write to the stream; biases 0, LayerNorms 1.
 
-    Source: arXiv:2205.01068 section 2.2, metaseq's init. The pad's row of embed_tokens is 0, as torch's padding_idx leaves it.
+    Source: arXiv:2205.01068 section 2.2, metaseq's init. The pad token's row of embed_tokens is 0, as torch's padding_idx leaves it.
     """
     rng = np.random.default_rng(seed)
     flat = {}
@@ -35,7 +35,7 @@ def init_params(cfg: OPTConfig, seed: int = 0, dtype: Any = np.float32) -> dict:
 
 
 def init_head(cfg: OPTConfig, head: str, num_labels: int = 2, seed: int = 0, dtype: Any = np.float32) -> dict:
-    """A fresh `score` (no bias) or `qa_outputs` (2 outputs, with bias), as HF makes them."""
+    """A randomly initialised `score` (no bias) or `qa_outputs` (2 outputs, with bias), as HF creates them."""
     rows = num_labels if head == "score" else 2
     weight = np.random.default_rng(seed).normal(0, cfg.init_std, (rows, cfg.word_embed_proj_dim)).astype(dtype)
     return {"weight": weight} if head == "score" else {"weight": weight, "bias": np.zeros(rows, dtype)}

@@ -33,10 +33,10 @@ class KVCache:
         return keys, values
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"program": None}  # a copy makes its own
+        return self.__dict__ | {"program": None}  # a copy creates its own
 
     def room(self, i: int, shape: tuple[int, ...], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Layer i's keys and values with room at their end for new ones of this shape, (B, T, H, Dh), still to be written, in the dtype of `like`.
+        """Layer i's keys and values, with uninitialised space at their end for new ones of this shape, (B, T, H, Dh), in the dtype of `like`.
 
         -> (B, S, H, Dh), (B, S, H, Dh)
         """
@@ -88,7 +88,7 @@ class KVCache:
         return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
 
     def _copied(self, a: np.ndarray, rows: Any) -> np.ndarray:
-        """These rows, with room for at most 64 more tokens: beams are copied at every step, and allocating more costs time."""
+        """These rows, with space for at most 64 more tokens: beams are copied at every step, and allocating more costs time."""
         held = a[rows, : self.length]
         copy = empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a)
         copy[:, : self.length] = held

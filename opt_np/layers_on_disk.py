@@ -1,7 +1,7 @@
-"""A model larger than memory: its layers stay in their files of safetensors, and each is read when its turn comes, while the one before computes.
+"""A model larger than memory: its layers stay in safetensors files, and each is read while the one before it computes.
 
-Every pass over the layers reads them once, whatever the batch: the more rows go together, the fewer bytes each costs. Embeddings, the final norm and
-the head stay in memory.
+Every pass reads all layers once, whatever the batch: the more rows it has, the fewer bytes are read per row. Embeddings, the final norm and the head
+stay in memory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NUMPY = {"I8": "int8", "U8": "uint8", "F16": "float16", "BF16": "bfloat16", "F32
 
 
 def load_from(source: Any, dtype: str, strict: bool, copy: bool, pack: Callable[..., dict]) -> tuple[dict, OPTConfig]:
-    """As checkpoint.load_from, but params["layers"] are LayersOnDisk. The files' headers are checked now, a layer's numbers when first read.
+    """As checkpoint.load_from, but params["layers"] is a LayersOnDisk. The files' headers are checked now, a layer's values when first read.
 
     Raises CheckpointError, also for weights that are not in safetensors.
     """
     cfg = checkpoint.load_config(source.config)
     tensors = dict(checkpoint.read_weights(source.weights, tensors_of))
     for name, tensor in tensors.items():
-        checkpoint.stays_whole(name, tensor.dtype, cfg, source.name)  # raises for what is no weight
+        checkpoint.stays_whole(name, tensor.dtype, cfg, source.name)  # raises for a tensor that is no weight
     flat = {name: tensor if OF_A_LAYER.search(name) else tensor.read() for name, tensor in tensors.items()}
     params = unflatten(checkpoint.checked(checkpoint.rooted_at_decoder(flat, cfg, source.name), cfg, source.name))
     layers = LayersOnDisk(source.name, cfg, params.pop("layers"), dtype, strict, pack)
@@ -49,16 +49,16 @@ def load_from(source: Any, dtype: str, strict: bool, copy: bool, pack: Callable[
 
 
 class LayersOnDisk:
-    """Stands where the list of a model's layers would: `for layer in layers` reads, and forgets, one after the other; `layers[i]` reads one.
+    """Replaces the list of a model's layers: `for layer in layers` reads them in order and keeps none; `layers[i]` reads one.
 
-    Each is cast to dtype and laid out by `pack`, that of a backend. Raises CheckpointError for a file that has changed meanwhile, and with strict for
-    NaN and infinite weights, which are otherwise warned of.
+    Each is cast to dtype and laid out by a backend's `pack`. Raises CheckpointError for a file that has changed meanwhile. NaN and infinite weights
+    cause a warning, or with strict a CheckpointError.
     """
 
     def __init__(self, name: str, cfg: OPTConfig, layers: list[dict], dtype: str, strict: bool, pack: Callable[..., dict]) -> None:
         self._name, self._cfg, self._dtype, self._strict, self._pack = name, cfg, dtype, strict, pack
         self.tensors = layers  # a tree of Tensor
-        self._looked_at: set[int] = set()  # for NaN
+        self._looked_at: set[int] = set()  # layers already checked for NaN
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -67,7 +67,7 @@ class LayersOnDisk:
         return self._pack(self._read(range(len(self))[i]), release=True)
 
     def __iter__(self) -> Iterator[dict]:
-        """A thread of this pass's own reads the next layer meanwhile. It does not pack: kernels run on the threads of the caller."""
+        """A thread of this pass reads the next layer ahead. It does not pack it: kernels run on the caller's threads."""
         with ThreadPoolExecutor(1, "read-ahead") as thread:
             ahead = thread.submit(self._read, 0)
             for i in range(1, len(self) + 1):
@@ -77,7 +77,7 @@ class LayersOnDisk:
                 yield self._pack(layer, release=True)
 
     def _read(self, i: int) -> dict:
-        """Layer i as it is loaded: where the file has it in dtype, still the file's own memory."""
+        """Layer i as loaded; tensors that the file has in dtype are still its mapped memory."""
         tensors = ((f"layers.{i}.{name}", tensor.read()) for name, tensor in flatten(self.tensors[i]).items())
         strict = None if i in self._looked_at else self._strict
         loaded = checkpoint.as_type(tensors, self._cfg, self._name, self._dtype, strict, copy=False)
@@ -86,7 +86,7 @@ class LayersOnDisk:
 
 
 class Tensor(NamedTuple):
-    """Where a tensor stands in its file."""
+    """A tensor's place in its file."""
 
     path: Path
     state: tuple[int, ...]  # of the file, when its header was read
@@ -95,18 +95,18 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """Its numbers, mapped: of all that the file holds, only these take memory, and the system may take it back. Waits for the disk."""
+        """The tensor, memory-mapped: only its own part of the file takes memory, which the system may reclaim. Waits for the disk."""
         if 0 in self.shape:  # nothing to map
             return np.empty(self.shape, self.dtype)
         try:
             with open(self.path, "rb") as file:
-                if state(file) != self.state:  # memory beyond the end of a file that was cut is no error that Python could tell: it kills
+                if state(file) != self.state:  # reading a map beyond the end of a truncated file kills the process
                     raise CheckpointError(f"{self.path} has changed since the model was loaded from it; load the model again")
                 array = np.memmap(file, self.dtype, "r", self.offset, self.shape)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}; the layers stay there while the model is used") from None
         array.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
-        return np.require(array, requirements=("ENSUREARRAY", "ALIGNED"))  # a copy where numbers stand at odd addresses
+        return np.require(array, requirements=("ENSUREARRAY", "ALIGNED"))  # a copy if the values are at unaligned addresses
 
     @property
     def size(self) -> int:
@@ -114,7 +114,7 @@ class Tensor(NamedTuple):
 
 
 def state(file: BinaryIO) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
+    """A value that changes when a file is written to or replaced."""
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -122,7 +122,7 @@ def state(file: BinaryIO) -> tuple[int, ...]:
 def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, Tensor) for each weight of a file, as checkpoint.read_safetensors, from its header alone. Raises CheckpointError.
 
-    The library would map the whole file, which a limit on addresses (ulimit -v) forbids; what it refuses is refused here too.
+    The safetensors library would map the whole file, which a limit on addresses (ulimit -v) may forbid; what it refuses is refused here too.
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} cannot be read one layer at a time; write the model as safetensors: opt-np convert MODEL NEW_FOLDER")
@@ -146,7 +146,7 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def header(file: BinaryIO, size: int) -> tuple[dict, int]:
-    """The header's entries, once it is certain that they fill the file side by side, and where their bytes begin. Raises ValueError."""
+    """The header's entries, and where their bytes begin. Raises ValueError unless the tensors fill the file without gap or overlap."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(LONGEST_HEADER, size - 8):
         raise ValueError(f"its header is {length} bytes, the file {size}")
@@ -181,12 +181,12 @@ def well_formed(entry: Any) -> bool:
 
 
 def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names are all different."""
+    """The JSON object; raises ValueError if a name is repeated."""
     if len(found := dict(items)) < len(items):
         raise ValueError(f"it names {Counter(name for name, _ in items).most_common(1)[0][0]} twice")
     return found
 
 
 def natural(digits: str) -> int:
-    """The number that digits stand for; -1 for anything else."""
-    return int(digits) if digits.isdigit() else -1  # "-0" is none
+    """The integer that these digits spell; -1 for anything else."""
+    return int(digits) if digits.isdigit() else -1  # "-0" is refused

@@ -1,7 +1,8 @@
-"""What the stream would say at each layer, and which part of the model said what.
+"""What the model would predict after each layer, and which of its parts contribute how much to a prediction.
 
-The logit lens (nostalgebraist, 2020) reads every layer's output with the model's own head. Attribution goes the other way: every logit is a sum of
-what each part added to the stream (Elhage et al., A Mathematical Framework for Transformer Circuits, 2021), exactly, in both norm orders.
+The logit lens (nostalgebraist, 2020) applies the model's own head to every layer's output. Attribution splits one logit: the residual stream is the
+sum of what each part added to it, so every logit is a sum over the parts as well (Elhage et al., A Mathematical Framework for Transformer Circuits,
+2021), exactly, in both norm orders.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from opt_np.model import final, lm_logits, mask_array, no_tap
 from opt_np.ops import LAYER_NORM_EPS
 
 PIECES = ("embed_tokens", "project_in", "embed_positions", "resid_pre", "resid_mid", "resid_post", "attn_output", ".self_attn", "fc2")
-Pieces = dict[str, np.ndarray]  # by name, what adds up to the stream: (B, D) each
+Pieces = dict[str, np.ndarray]  # by name, the terms whose sum is the stream: (B, D) each
 
 
 def unembed(model: Any, x: Any) -> Any:
-    """What the model would say if the stream ended as x: the final norm and projection, where there are any, and the head.
+    """The logits if the stream ended as x: the final norm and projection, if the model has them, and the head.
 
     x: (B, T, D)  ->  (B, T, V)
     """
@@ -29,24 +30,24 @@ def unembed(model: Any, x: Any) -> Any:
 
 
 def logit_lens(model: Any, input_ids: Any, **inputs: Any) -> Iterator[tuple[str, Any]]:
-    """The logits after the embeddings and after each block, one at a time, L + 1 in all; the last are the model's own.
+    """The logits after the embeddings and after each block, one layer at a time, L + 1 in all; the last are the model's own.
 
     input_ids: (B, T)  ->  names and (B, T, V)
     """
     states = model(input_ids, output_hidden_states=True, logits_to_keep=1, **inputs).hidden_states
     for i, x in enumerate(states[:-1]):
         yield (f"layer {i - 1}" if i else "embeddings"), unembed(model, x)
-    yield f"layer {len(states) - 2}", lm_logits(model.params, states[-1], model.ops)  # these have been through the final norm and projection
+    yield f"layer {len(states) - 2}", lm_logits(model.params, states[-1], model.ops)  # the final norm and projection are already applied to these
 
 
 def attribution(model: Any, input_ids: Any, tokens: Any, position: int = -1, heads: bool = False, **inputs: Any) -> Pieces:
-    """What each part of the model adds to the logits of some tokens at a position; over all parts it adds up to the logits.
+    """What each part of the model contributes to the logits of some tokens at a position; the sum over all parts is the logits.
 
     input_ids: (B, T);  tokens: (K)  ->  by name, (B, K)
 
-    position -1 is each row's last real token; others are columns, in which every row has a real token.
+    position -1 is each row's last real token; any other is a column, in which every row must have a real token.
     Parts are the embeddings, each block's attention (each of its heads, and the bias, with heads=True) and mlp, and the biases of the LayerNorms that
-    the stream passes: their division by the stream's own size is taken as given, and what remains is linear. Raises ValueError for an unknown token.
+    the stream passes through. A LayerNorm's divisor counts as a constant, so that the rest is linear. Raises ValueError for an unknown token.
     """
     tokens, vocab = np.atleast_1d(tokens), model.config.vocab_size
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab:
@@ -56,7 +57,7 @@ def attribution(model: Any, input_ids: Any, tokens: Any, position: int = -1, hea
 
 
 def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool = False, **inputs: Any) -> Pieces:
-    """The last hidden state at a position, as a sum of what each part of the model put into it; see `attribution`.
+    """The last hidden state at a position, split into what each part of the model contributed; see `attribution`.
 
     input_ids: (B, T)  ->  by name, (B, W)
     """
@@ -66,7 +67,7 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
 
     def at(name: str) -> np.ndarray:
         value = host(cache[name])
-        return value[rows if len(value) > 1 else 0, column]  # positions may be looked up once for all rows
+        return value[rows if len(value) > 1 else 0, column]  # position embeddings may be (1, T, D), shared by all rows
 
     B = at("blocks.0.hook_resid_pre").shape[0]
     pieces = {name: np.broadcast_to(at(point), (B, cfg.hidden_size)) for name, point in (("tokens", "hook_embed"), ("positions", "hook_pos_embed"))}
@@ -93,7 +94,7 @@ def residual_pieces(model: Any, input_ids: Any, position: int = -1, heads: bool 
 
 
 def columns(input_ids: Any, position: Any, attention_mask: Any) -> np.ndarray:
-    """Where each row is looked at.  input_ids: (B, T);  attention_mask: (B, T)  ->  (B).  Raises ValueError for padding and for what is outside."""
+    """The column to look at in each row.  input_ids: (B, T);  attention_mask: (B, T)  ->  (B).  Raises ValueError for padding or out of range."""
     real = np.ones(np.shape(input_ids), bool) if attention_mask is None else mask_array(attention_mask).astype(bool)
     T = real.shape[1]
     if not isinstance(position, int | np.integer) or not -T <= position < T:
@@ -106,7 +107,7 @@ def columns(input_ids: Any, position: Any, attention_mask: Any) -> np.ndarray:
 
 
 def normed(pieces: Pieces, x: np.ndarray, p: dict, bias: str) -> Pieces:
-    """The pieces of LayerNorm(x), where the pieces of x add up to x: each centred, divided as x is, and weighted; and the bias.  x: (B, D)"""
+    """The pieces of LayerNorm(x) from those of x: each centred, divided by x's own divisor and weighted; the bias is a further piece.  x: (B, D)"""
     weight = host(p.get("weight", np.ones((), x.dtype))) / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
     found = {name: (piece - piece.mean(-1, keepdims=True)) * weight for name, piece in pieces.items()}
     return found | ({bias: np.broadcast_to(host(p["bias"]), x.shape)} if "bias" in p else {})

@@ -1,7 +1,7 @@
 """OPT's decoder: one block on one screen, the stack, and the heads.
 
 The parameters are the checkpoint's tensors in nested dicts under the checkpoint's names, unpacked as keyword arguments.
-`ops` is a backend: a module with the names of opt_np.ops. Axes: B rows, T new tokens, S keys (past + T), D hidden_size, V vocab_size,
+`ops` is a backend: a module with the functions of opt_np.ops. Axes: B rows, T new tokens, S keys (past + T), D hidden_size, V vocab_size,
 W word_embed_proj_dim (D for all sizes but 350m). The backward pass is in grad.py.
 """
 
@@ -32,7 +32,7 @@ def within(path: str, tap: Tap) -> Tap:
 
 
 class Layout(NamedTuple):
-    """Where each token stands, and which keys may be seen: built once per call, on the host."""
+    """The position of each token, and which keys are visible; built once per call, on the host (the CPU)."""
 
     positions: np.ndarray  # (B, T) or (1, T); -1 at pads
     visible: np.ndarray | None  # (B, S) bool: False hides a key from every query; None: all visible
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 
 def id_array(input_ids: Any, name: str = "input_ids", way_out: str = "pad them, tok(…, padding=True), and pass the attention_mask") -> np.ndarray:
-    """Lists or an array as an array; raises ValueError for rows of different lengths."""
+    """Lists or an array as a NumPy array; raises ValueError for rows of different lengths."""
     try:
         return host(input_ids)
     except ValueError:
@@ -57,7 +57,7 @@ def mask_array(attention_mask: Any) -> np.ndarray:
 
 
 def label_array(labels: Any) -> np.ndarray:
-    """Labels as an array; raises ValueError for rows of different lengths."""
+    """Labels as a NumPy array; raises ValueError for rows of different lengths."""
     return id_array(labels, "labels", "make them equally long")
 
 
@@ -149,7 +149,7 @@ def decoder_layer(x: Any, p: dict, cfg: OPTConfig, layout: Layout, ops: ModuleTy
 
 
 def embeddings(params: dict, input_ids: np.ndarray, layout: Layout, ops: ModuleType, tap: Tap) -> Any:
-    """Tokens plus learned positions; opt-350m projects the tokens first.  input_ids: (B, T)  ->  (B, T, D)"""
+    """Token plus learned position embeddings; opt-350m projects those of the tokens first.  input_ids: (B, T)  ->  (B, T, D)"""
     x = tap("model.decoder.embed_tokens", ops.embed(input_ids, **params["embed_tokens"]))
     if "project_in" in params:
         x = tap("model.decoder.project_in", ops.linear(x, **params["project_in"]))  # (B, T, W) -> (B, T, D)
@@ -160,7 +160,7 @@ def decoder(params: dict, x: Any, cfg: OPTConfig, layout: Layout, ops: ModuleTyp
             hidden_states: list | None = None, kept: Any = ...) -> Any:  # fmt: skip
     """The stack of blocks; `hidden_states`, if given, collects each block's input.  x: (B, T, D)  ->  (B, T, D)
 
-    kept: an index of the last tokens of x, if only their output is wanted: of the others the last block computes keys and values and no more.
+    kept: an index of the last tokens of x, if only their output is wanted: for the others the last block computes only keys and values.
     """
     T, last = x.shape[1], cfg.num_hidden_layers - 1
     for i, p in enumerate(params["layers"]):
@@ -197,7 +197,7 @@ def last_hidden_state(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCac
 
 
 def final(params: dict, x: Any, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> Any:
-    """After the last block: the norm, where there is one, and opt-350m's projection.  x: (B, T, D)  ->  (B, T, W)"""
+    """After the last block: the final norm, if there is one, and opt-350m's projection.  x: (B, T, D)  ->  (B, T, W)"""
     if cfg.has_final_layer_norm:
         x = tap("model.decoder.final_layer_norm", ops.layer_norm(x, **params.get("final_layer_norm", {})))
     if "project_out" in params:
@@ -207,7 +207,7 @@ def final(params: dict, x: Any, cfg: OPTConfig, ops: ModuleType, tap: Tap) -> An
 
 def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None = None, attention_mask: Any = None, ops: ModuleType = numpy_ops,
             position_ids: Any = None, logits_to_keep: Any = 0, tap: Tap | None = None, hidden_states: list | None = None) -> Any:  # fmt: skip
-    """The language model: a score for every token of the vocabulary, for what follows each token.
+    """The language model: after each token, a logit for every token of the vocabulary to come next.
 
     input_ids: (B, T);  attention_mask: (B, S);  position_ids: (B, T)  ->  (B, T, V)
 
@@ -219,6 +219,6 @@ def forward(params: dict, input_ids: Any, cfg: OPTConfig, cache: KVCache | None 
 
 
 def lm_logits(params: dict, h: Any, ops: ModuleType, logits_to_keep: Any = 0, tap: Tap = no_tap) -> Any:
-    """The head: the token matrix once more, or lm_head where the two are not tied.  h: (B, T, W)  ->  (B, T, V)"""
+    """The head: the token-embedding matrix, or lm_head if the two are not tied.  h: (B, T, W)  ->  (B, T, V)"""
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int | np.integer) else logits_to_keep  # [-0:] keeps all
     return tap("lm_head", ops.linear(h[:, kept], **params.get("lm_head", params["embed_tokens"])))

@@ -24,7 +24,7 @@ def description() -> str:
 def pack(params: dict, release: bool = False) -> dict:
     """The parameters laid out as this backend computes with them, once, after loading: NumPy takes them as they are.
 
-    `release` lets a backend that copies them take each array out of the given tree as soon as it has its own.
+    `release` lets a backend that copies them remove each array from the given tree as soon as it has copied it.
     """
     return params
 
@@ -56,7 +56,7 @@ def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None, sc
 
 
 def dequantized(weight: np.ndarray, scale: np.ndarray, columns: np.ndarray | None = None) -> np.ndarray:
-    """The float32 matrix that a quantised one stands for: this is what int8 and int4 weights mean. quantize.py makes them.
+    """The float32 matrix that int8 or int4 weights represent; this defines both formats. quantize.py makes them.
 
     int8: weight (*N, I), times its row's scale (*N).  int4: weight (*N, I/2) of uint8 holds columns 2j and 2j + 1 in the lower and upper half of byte
     j, each 0 to 15 for -8 to 7, times the scale (*N, G) of its group of 32 or 64 columns. Then times `columns` (I), if present.  ->  (*N, I)
@@ -198,7 +198,7 @@ def attention_scores(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = N
 
 
 def attention_probs(q: np.ndarray, k: np.ndarray, scale: float, layout: Any = None, rows: Any = None) -> np.ndarray:
-    """The weights that `attention` gives each key, for all queries, or for those whose places `rows` lists: (B, H, R, S).
+    """The weights that `attention` gives each key, for all queries, or only for those at the positions in `rows`: (B, H, R, S).
 
     q: (B, T, H, Dh);  k: (B, S, H, Dh);  rows: (R)  ->  (B, H, T, S)
 

@@ -20,13 +20,13 @@ def adamw_init(params: Any) -> dict[str, Any]:
 
 
 def decays(name: str) -> bool:
-    """Weight decay applies to matrices; biases and LayerNorms are spared (HF Trainer's rule)."""
+    """Whether weight decay applies: to matrices, but not to biases and LayerNorms (HF Trainer's rule)."""
     return name.endswith("weight") and "layer_norm" not in name
 
 
 def adamw_update(p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, betas: tuple[float, float], eps: float, step_size: float,
                  root_correction: float, shrink: float) -> None:  # fmt: skip
-    """One parameter's step, in place: its numbers, their gradients and both moments in a row.  p: (N);  g: (N);  m: (N);  v: (N)"""
+    """One parameter's step, in place: p, its gradient g and its moments m and v, all flattened.  p: (N);  g: (N);  m: (N);  v: (N)"""
     b1, b2 = betas
     for first in range(0, p.size, CHUNK):
         p_, g_, m_, v_ = (a[first : first + CHUNK] for a in (p, g, m, v))
@@ -47,7 +47,7 @@ def adamw_step(params: Any, grads: Any, state: dict[str, Any], lr: float, betas:
                weight_decay: float = 0.0, update: Callable[..., None] = adamw_update) -> None:  # fmt: skip
     """One step of AdamW, in place (Loshchilov & Hutter, arXiv:1711.05101; equals torch.optim.AdamW).
 
-    p ← p - lr·λ·p, then p ← p - lr·m̂ / (√v̂ + eps) with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ). Raises ValueError.
+    p ← p - lr·λ·p, then p ← p - lr·m̂ / (√v̂ + eps) with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ). Raises ValueError for a parameter that is not C-contiguous.
     """
     state["step"] += 1
     step_size, root_correction = lr / (1 - betas[0] ** state["step"]), math.sqrt(1 - betas[1] ** state["step"])
@@ -65,7 +65,7 @@ def square_sum(g: np.ndarray) -> float:
 
 
 def clip_by_global_norm(grads: Any, max_norm: float, square_sum: Callable[[np.ndarray], float] = square_sum) -> float:
-    """Scales all gradients, in place, so that their joint norm is at most max_norm; returns the norm before (torch's clip_grad_norm_)."""
+    """Scales all gradients, in place, so that their joint norm is at most max_norm; returns the norm before clipping (torch's clip_grad_norm_)."""
     leaves = list(flatten(grads).values())
     norm = math.sqrt(sum(map(square_sum, leaves)))
     coefficient = max_norm / (norm + 1e-6)

@@ -1,7 +1,7 @@
-"""Perplexity of a text by the conventions that people publish: the same model and text have another number under each, so each result names its own.
+"""Perplexity of a text by the published conventions: each gives the same model and text another number, so every result names its convention.
 
 A text longer than the model's context is read in windows. The conventions differ in where windows begin, which tokens each scores, whether </s>
-stands in front, and what is averaged: a mean over tokens, over words or over bytes.
+comes first, and what is averaged: a mean over tokens, over words or over bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from opt_np.processors import log_softmax
 from opt_np.score import Window, blocks, check_stride, hidden, logits_of, stride_windows, window_of
 
-CONVENTIONS = {  # what each means, in a line
+CONVENTIONS = {  # the meaning of each, in one line
     "gptq": "</s> and the text in windows of {window} that do not overlap, the tail left out; a window's first token is not scored",
     "lm-eval": "0.4.10 and later: </s> before the tokenizer's own </s> and the text, all of which is scored, {window} tokens at a time",
     "lm-eval<0.4.10": "one </s> before the text, all of which is scored, {window} tokens at a time",
@@ -26,21 +26,21 @@ CONVENTIONS = {  # what each means, in a line
 
 
 class TooShort(ValueError):
-    """A convention leaves nothing of the text."""
+    """A text so short that a convention scores none of it."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text's tokens cost under one convention. Words and bytes are those of the text where all of it is scored, else None."""
+    """The result for a text under one convention. `words` and `bytes` are those of the text if all of it is scored, else None."""
 
     convention: str
     meaning: str
     nats: float  # of all scored tokens together
     scored: int  # tokens
-    dropped: int  # of the text's own tokens, </s> aside, those that are not scored
+    dropped: int  # the text's own tokens (without </s>) that are not scored
     words: int | None = None  # len(re.split(r"\\s+", text))
     bytes: int | None = None  # UTF-8
-    hf_docs: float | None = None  # stride: what the code of HF's page makes of it, which weighs each window by its new tokens less one
+    hf_docs: float | None = None  # stride: by the code of HF's page, which weights each window by its new tokens less one
 
     @property
     def perplexity(self) -> float:
@@ -63,7 +63,7 @@ class Perplexity:
 def perplexity(model: Any, tokenizer: Any, text: str, convention: str = "gptq", window: int | None = None, stride: int | None = None) -> Perplexity:
     """The perplexity of a text under one of CONVENTIONS; `window` is min(2048, the context) and `stride` half of it unless given.
 
-    Raises TooShort, a ValueError, for a text that the convention leaves nothing of, and ValueError for a window or stride that cannot be.
+    Raises TooShort, a ValueError, for a text of which the convention scores nothing, and ValueError for an invalid window or stride.
     Sources: gptq, arXiv:2210.17323 and its code; lm-eval, loglikelihood_rolling and get_rolling_token_windows of EleutherAI/lm-evaluation-harness;
     stride, HF's page "Perplexity of fixed-length models".
     """
@@ -82,7 +82,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, convention: str = "gptq", 
     if not cut:
         wanted = f"one window of {window}" if name == "gptq" else "2, as each is scored by those before it"
         raise TooShort(f"{convention}: the text is {len(tokens)} tokens, and it takes {wanted}; add text or shorten the window")
-    from tqdm import tqdm  # here, as only files, training and this need more than NumPy
+    from tqdm import tqdm  # imported here: only loading, training and this need more than NumPy
 
     nats = np.array([-window_logprobs(model, tokens, w).sum() for w in tqdm(cut, desc=convention, unit=" windows", disable=None, leave=False)])
     scored = sum(w.stop - w.first for w in cut)
@@ -94,7 +94,7 @@ def perplexity(model: Any, tokenizer: Any, text: str, convention: str = "gptq", 
 
 
 def every_convention(model: Any, tokenizer: Any, text: str, window: int | None = None, stride: int | None = None) -> list[Perplexity | TooShort]:
-    """`perplexity` under each convention, or why there is none. Raises ValueError."""
+    """`perplexity` under each convention, or the TooShort that explains why there is none. Raises ValueError."""
     found: list[Perplexity | TooShort] = []
     for convention in CONVENTIONS:
         try:
@@ -105,7 +105,7 @@ def every_convention(model: Any, tokenizer: Any, text: str, window: int | None =
 
 
 def table(found: list[Perplexity | TooShort]) -> str:
-    """A line per convention, and below what each of them means."""
+    """A line per convention, and below them the meaning of each."""
     known = [p for p in found if isinstance(p, Perplexity)]
     lines = [["perplexity", "per token", "per word", "per byte", "bits per byte", "tokens", "dropped", "words", "bytes"]]
     for p in known:
@@ -121,14 +121,14 @@ def table(found: list[Perplexity | TooShort]) -> str:
 
 
 def disjoint_windows(n: int, window: int, stride: int = 0) -> Iterator[Window]:
-    """GPTQ's: whole windows one after the other, without the tail."""
+    """GPTQ's windows: full ones in order, without the tail."""
     return (Window(start, start + window, start + 1) for start in range(0, n - window + 1, window))
 
 
 def rolling_windows(n: int, window: int, stride: int = 0) -> Iterator[Window]:
-    """lm-eval's, of n tokens with the prefix: the model reads at most `window`, and the next is scored as well; each token once, but for the prefix.
+    """lm-eval's windows of n tokens, prefix included: the model reads at most `window` and predicts one more; all but the prefix are scored once.
 
-    The first window scores all that it can; each one after it as many more; the last begins earlier, so that it is full, and scores what is left.
+    The first scores the `window` tokens after the prefix, each later one as many more; the last starts early enough to be full, and scores the rest.
     """
     for first in range(1, n, window):
         stop = min(first + window, n)
@@ -137,16 +137,16 @@ def rolling_windows(n: int, window: int, stride: int = 0) -> Iterator[Window]:
 
 def window_logprobs(model: Any, tokens: np.ndarray, w: Window) -> np.ndarray:
     """The log probability of each token that the window scores.  tokens: (N)  ->  (n), float64"""
-    h = hidden(model, tokens[None, w.start : w.stop - 1])[0, w.first - w.start - 1 :]  # (n, W): the last token is predicted, and not read
+    h = hidden(model, tokens[None, w.start : w.stop - 1])[0, w.first - w.start - 1 :]  # (n, W): the last token is predicted, but not read
     wanted = tokens[w.first : w.stop]
     found = [np.take_along_axis(log_softmax(logits_of(model, h[b])), wanted[b, None], axis=1) for b in blocks(len(h), model.config.vocab_size)]
     return np.concatenate(found)[:, 0]
 
 
 def hf_docs(windows: list[Window], nats: np.ndarray) -> float:
-    """The average that the code of HF's page takes. It weighs each window's mean by its new tokens less one.
+    """The average by the code of HF's page, which weights each window's mean by its new tokens less one.
 
-    That is how many it scored where nothing comes before its new tokens, as in the first window; where there is more, all new tokens were scored.
+    That is the number it scored only if nothing precedes its new tokens, as in the first window; in later windows all new tokens are scored.
     nats: (N), of each window
     """
     scored = np.array([w.stop - w.first for w in windows])
@@ -155,5 +155,5 @@ def hf_docs(windows: list[Window], nats: np.ndarray) -> float:
 
 
 def exp(x: float) -> float:
-    """e to the x; infinity where it is too large for a float."""
+    """e to the x; infinity if that is too large for a float."""
     return math.exp(x) if x < 709 else math.inf

@@ -1,8 +1,8 @@
-"""pytorch_model.bin without torch: a reader of torch.save's files that runs nothing they bring along.
+"""pytorch_model.bin without torch: a reader of torch.save's files that runs no code from them.
 
-Such a file is a pickle, which is a program for a small stack machine, beside raw storages. Python's pickle would run that program: it imports and
-calls what the file names. Here the few instructions that a dict of tensors needs build plain descriptions (Pairs, Storage, Tensor), the constructors
-are known by name only, and anything else is refused. Storages are read one at a time.
+Such a file is a pickle, which is a program for a small stack machine, and the raw bytes of the storages. Python's pickle runs that program: it
+imports and calls whatever the file names. Here the few instructions that a dict of tensors needs build plain descriptions (Pairs, Storage, Tensor);
+constructors are only names, and anything else is refused. Storages are read one at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from opt_np.checkpoint import CheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before torch 1.6, or saved without the zip format
-PICKLE_BYTES = 2_000_000  # of the description; 250 a tensor is usual, and the largest OPT has 1540 tensors
-SHARED = 8  # times that one storage may be used whole: weights are tied in twos
+PICKLE_BYTES = 2_000_000  # at most, of the pickle; about 250 per tensor is usual, and the largest OPT has 1540 tensors
+SHARED = 8  # a storage's tensors may have at most this many times its elements: tied weights have twice
 MOST_AXES = 8
 STORAGES = {"HalfStorage": "float16", "BFloat16Storage": "bfloat16", "FloatStorage": "float32", "DoubleStorage": "float64", "LongStorage": "int64",
             "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool"}  # fmt: skip
@@ -38,11 +38,11 @@ class Constructor(NamedTuple):
 
 
 class Pairs(list):
-    """A dict's keys and values; never hashed or compared, for keys can be made that take forever."""
+    """A dict's keys and values, never hashed or compared: a malicious file can have keys for which that takes forever."""
 
 
 class Storage(NamedTuple):
-    """A block of numbers in the file that tensors are views of."""
+    """A block of values in the file, of which tensors are views."""
 
     key: str
     dtype: np.dtype
@@ -50,7 +50,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A view of a storage, counted in elements, as torch keeps it."""
+    """A view of a storage, as torch defines it: offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -59,11 +59,11 @@ class Tensor(NamedTuple):
 
 
 class Refused(Exception):
-    """What the file asks for and does not get."""
+    """Raised for anything in the file that a dict of tensors does not need."""
 
 
 def read_bin(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each tensor of a dict saved by torch.save, in its stored dtype. Raises CheckpointError, and runs no code of the file's."""
+    """(name, array) for each tensor of a dict saved by torch.save, in its stored dtype. Raises CheckpointError; runs no code from the file."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 
     try:
@@ -81,7 +81,7 @@ def read_bin(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def opened_zip(file: Any) -> tuple[dict[str, Tensor], Callable[[Storage], bytes]]:
-    """The tensors' descriptions and a way to their bytes: NAME/data.pkl, and NAME/data/KEY for each storage."""
+    """The tensors' descriptions, from NAME/data.pkl, and a function that reads a storage's bytes, from NAME/data/KEY."""
     archive = zipfile.ZipFile(file)
     entries = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
@@ -140,13 +140,13 @@ def little_endian(is_little: bool) -> None:
 
 
 def unpickled(stream: io.BytesIO) -> Any:
-    """What the next pickle of the stream describes, one instruction after the other; nothing is imported or called. Raises Refused."""
+    """The value that the stream's next pickle describes, built instruction by instruction; nothing is imported or called. Raises Refused."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
 
     def take(start: int) -> list[Any]:
-        """What lies on the stack from there on."""
+        """Removes and returns the stack's values from `start` on."""
         if not 0 <= start <= len(stack):
             raise Refused("its pickle takes more from its stack than there is. Was it copied whole?")
         taken = stack[start:]
@@ -202,7 +202,7 @@ def unpickled(stream: io.BytesIO) -> Any:
 
 
 def constructor(name: Any) -> Constructor:
-    """What stands for a name that a pickle asks for. Raises Refused for any but those that weights need."""
+    """A stand-in for what a pickle wants to import. Raises Refused for any name that weights do not need."""
     if name not in CONSTRUCTORS:
         raise Refused(f"it asks for {name.replace(' ', '.')}, which weights do not need, so it was not run; they need collections.OrderedDict, "
                       f"torch._utils._rebuild_tensor_v2 and torch's storages. {STRANGER}")  # fmt: skip
@@ -210,11 +210,11 @@ def constructor(name: Any) -> Constructor:
 
 
 def made(function: Any, args: Any) -> Any:
-    """What the constructor would return. Raises Refused."""
+    """A description of what the constructor would return. Raises Refused."""
     if isinstance(function, Constructor) and type(args) is tuple:
         if function.name == ORDERED_DICT and not args:
             return Pairs()
-        if function.name == TENSOR and 4 <= len(args) <= 7:  # storage, offset, shape, strides; whether it is trained, hooks, metadata
+        if function.name == TENSOR and 4 <= len(args) <= 7:  # storage, offset, shape, strides; requires_grad, hooks, metadata
             if any(args[6:]):
                 raise Refused("it holds a conjugated or negated view; save it again with tensor.resolve_conj().resolve_neg()")
             return tensor(*args[:4])
@@ -225,8 +225,8 @@ def made(function: Any, args: Any) -> Any:
 
 
 def storage(pid: Any) -> Storage:
-    """The block of numbers that a pickle's persistent id names. Raises Refused."""
-    if type(pid) is tuple and len(pid) in (5, 6):  # "storage", type, key, device, length; a view of another, which only old versions of torch made
+    """The storage that a pickle's persistent id refers to. Raises Refused."""
+    if type(pid) is tuple and len(pid) in (5, 6):  # "storage", type, key, device, length; a view of another, only from old versions of torch
         word, dtype, key, _, numel = pid[:5]
         if word == "storage" and isinstance(dtype, Constructor) and dtype.name.startswith("torch ") and isinstance(key, str) and not any(pid[5:]):
             return Storage(key, np.dtype(STORAGES[dtype.name.removeprefix("torch ")]), whole(numel))
@@ -234,7 +234,7 @@ def storage(pid: Any) -> Storage:
 
 
 def tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
-    """A view of a storage, as torch rebuilds it. Raises Refused for what no tensor has."""
+    """A view of a storage, as torch rebuilds it. Raises Refused for arguments that no tensor has."""
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MOST_AXES:
         raise Refused(f"a tensor whose storage is a {kind(storage)}, shape a {kind(shape)} and strides a {kind(stride)} makes no sense; "
                       f"shape and strides are as long as each other, and at most {MOST_AXES}")  # fmt: skip
@@ -242,7 +242,7 @@ def tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
 
 
 def whole(number: Any) -> int:
-    """A number that can be a size. Raises Refused."""
+    """The number, if it can be a size. Raises Refused."""
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
         told = number if isinstance(number, bool | float) or (isinstance(number, int) and abs(number) < 2**99) else f"a {kind(number)}"
         raise Refused(f"{told} stands where a size belongs; sizes are whole numbers from 0 to 2^63 - 1. Was it copied whole?")
@@ -250,7 +250,7 @@ def whole(number: Any) -> int:
 
 
 def tensor_dict(found: Any) -> dict[str, Tensor]:
-    """The described dict, once it is one of names and tensors that agree on their storages."""
+    """The described dict; raises Refused unless it maps names to tensors that agree on their storages."""
     if not isinstance(found, Pairs) or not found:
         raise Refused(f"it holds {'an empty' if found == [] else 'a'} {kind(found)}; a checkpoint is a dict of names and tensors")
     storages: dict[str, Storage] = {}
@@ -273,12 +273,12 @@ def tensor_dict(found: Any) -> dict[str, Tensor]:
 
 
 def kind(value: Any) -> str:
-    """What a value is, without a look inside: some take forever to print."""
+    """The kind of a value, without looking inside: some take forever to print."""
     return {"Pairs": "dict", "Constructor": "class", "NoneType": "None"}.get(type(value).__name__, type(value).__name__.lower())
 
 
 def view(name: str, tensor: Tensor, raw: bytes) -> np.ndarray:
-    """The tensor's part of its storage. Raises Refused where it would reach beyond."""
+    """The tensor as a view of its storage's bytes. Raises Refused if it would reach beyond them."""
     dtype, numel = tensor.storage.dtype, tensor.storage.numel
     if len(raw) != numel * dtype.itemsize:
         raise Refused(f"the storage of {name!r} has {len(raw)} bytes; {numel} numbers of {dtype} take {numel * dtype.itemsize}. Was it copied whole?")

@@ -1,7 +1,7 @@
 """Will it fit, and how long will it take: memory, FLOPs, bytes and time of a generation, from the config alone.
 
-Memory is that of this package's backends; tests/measure_plan.py holds it against what processes take. Time is a bound from below: that of the slower
-of arithmetic and memory, each at the machine's best.
+Memory is that of this package's backends; tests/measure_plan.py compares it with what processes take. Time is a lower bound: the slower of
+arithmetic and memory traffic, each at the machine's peak.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from opt_np.ops import QUERY_BLOCK
 from opt_np.quantize import is_quantized_matrix
 
 GB = 1e9
-# What malloc keeps of arrays that were made into others and freed, as measured: bytes, and of whole numbers a share of the weights.
+# Memory that malloc retains of freed temporary arrays, as measured: bytes, and for int8 and int4 a share of the weights.
 SLACK = {"float64": 25_000_000, "float32": 25_000_000, "float16": 0, "bfloat16": 0}
 WHOLE_SLACK = {"int8": 0.05, "int4": 0.13}
-KEPT = 2**25  # bytes: larger arrays malloc gives back as soon as they are freed
+KEPT = 2**25  # bytes: malloc returns larger arrays to the system as soon as they are freed
 HUGE_PAGE = 2**21  # bytes that Linux hands out at once for large arrays
-# Published by their maker: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits and in float32.
+# Published by the manufacturer: bytes of memory, bytes/s, and FLOP/s of dense products in 16 bits and in float32.
 DEVICES = {"h200": (141e9, 4.8e12, 989e12, 67e12), "h100": (80e9, 3.35e12, 989e12, 67e12)}
 
 
 class Memory(NamedTuple):
-    """Bytes: the weights as the backend holds them; the keys and values of all tokens, and how much of their room is touched once the prompt is read;
-    the most that is alive besides while it is read; the most that is alive beside the weights while they are loaded; and what is lost to malloc.
+    """Bytes: the weights as the backend holds them; the KV cache of all tokens, and the part of it that is in use once the prompt is read; the most
+    that is allocated besides while the prompt is read; the most besides the weights while they are loaded; and what is lost to malloc.
 
     Python and its libraries, some 100 MB, are not counted.
     """
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A pass, or several: FLOPs, and the bytes that have to come from memory."""
+    """The work of one pass or several: FLOPs, and the bytes that are read from and written to memory."""
 
     flops: int
     bytes: int
@@ -55,23 +55,23 @@ class Work(NamedTuple):
 
 def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None, backend: str = "numpy",
            cache_number: int = 4) -> Memory:  # fmt: skip
-    """What a process that generates needs; the weights come from files in 16 bits with the embeddings first, as Meta's are (last, they cost more).
+    """What a generating process needs; assumes 16-bit weight files with the embeddings first, as Meta's are (if they come last, loading takes more).
 
-    NumPy makes a float32 matrix of one of whole numbers at each use, and the activation a second array. The CPU backend packs each matrix after all
-    were read; its pages lie layer after layer, each of which the system hands out in large pieces.
+    NumPy dequantises an int8 or int4 matrix to float32 at each use, and its activation needs a second array. The CPU backend packs each matrix after
+    all were read; its KV cache is stored layer after layer, for each of which the system hands out memory in large pages.
     """
     number = max(costs.BYTES[dtype], 4)
     D, F, N = cfg.hidden_size, cfg.ffn_dim, batch * prompt * number
     largest = max(shape[0] * shape[1] for name, shape in parameter_shapes(cfg).items() if len(shape) == 2 and is_quantized_matrix(name, 2))
     scores = batch * cfg.num_attention_heads * min(QUERY_BLOCK, prompt) * prompt * number
     if backend == "numpy":
-        made = {None: 0, "int8": 4, "int4": 12}[kind]  # bytes for each number of a matrix in use
+        made = {None: 0, "int8": 4, "int4": 12}[kind]  # bytes per element of the matrix in use
         working = max(N * (4 * D + 2 * F) + made * D * F, N * 6 * D + scores, made * largest)
     else:
         working = N * (5 * D + F)
     working += 3 * batch * cfg.vocab_size * number
     one = costs.matrix_bytes((1, largest), costs.BYTES[dtype], kind)
-    loading = one + min(one, KEPT) if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; or packed
+    loading = one + min(one, KEPT) if kind else 0 if backend == "numpy" else one  # quantised in parts, which are then joined; else packed
     cache, of_prompt = (costs.cache_bytes(cfg, batch, tokens, 8 if dtype == "float64" else cache_number) for tokens in (prompt + gen, prompt))
     touched = cache if backend == "numpy" else min(cache, of_prompt + 2 * cfg.num_hidden_layers * HUGE_PAGE)
     weights = costs.weight_bytes(cfg, dtype, kind)
@@ -80,15 +80,15 @@ def memory(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
 
 
 def prefill(cfg: OPTConfig, batch: int, prompt: int, dtype: str = "float32", kind: str | None = None, number: int | None = None) -> Work:
-    """Reading the prompt, up to the logits of the first new token: a whole pass. `generate` leaves out what nobody asks for of the last block.
+    """Reading the prompt, up to the logits of the first new token: a whole pass. `generate` skips the part of the last block that no logit needs.
 
-    number: bytes of a computed number.
+    number: bytes per computed value.
     """
     return work(costs.steps(cfg, batch, prompt, 0, dtype, kind, fused=True, logits_to_keep=1, number=number))
 
 
 def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "float32", kind: str | None = None, number: int | None = None) -> Work:
-    """The gen - 1 steps after it, one token a row: costs grow evenly with what came before, so the mean of the first and the last is that of all."""
+    """The gen - 1 steps after the prompt, one token per row: costs grow linearly with the context, so the mean of first and last is that of all."""
     if gen < 2:
         return Work(0, 0)
     ends = [work(costs.steps(cfg, batch, 1, past, dtype, kind, fused=True, number=number)) for past in (prompt, prompt + gen - 2)]
@@ -96,12 +96,12 @@ def decode(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str = "floa
 
 
 def work(steps: list[costs.Cost]) -> Work:
-    """The sums of steps."""
+    """The totals of some steps."""
     return Work(sum(step.flops for step in steps), sum(step.bytes for step in steps))
 
 
 def checked(cfg: OPTConfig, batch: int, prompt: int, gen: int) -> None:
-    """Raises ValueError for sizes that cannot be."""
+    """Raises ValueError for sizes that are out of range or exceed the model's positions."""
     for name, value in (("batch", batch), ("prompt", prompt), ("gen", gen)):
         if not 1 <= value <= 1_000_000:
             raise ValueError(f"{name} is {str(value)[:12]}; it is from 1 to 1000000")
@@ -112,7 +112,7 @@ def checked(cfg: OPTConfig, batch: int, prompt: int, gen: int) -> None:
 
 
 def available() -> float | None:
-    """Bytes that this machine could give to a new process now; None where the system does not say."""
+    """Bytes that this machine could give to a new process now; None if the system does not report it."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
@@ -123,7 +123,7 @@ def available() -> float | None:
 
 def report(cfg: OPTConfig, batch: int, prompt: int, gen: int, dtype: str, kind: str | None, backend: str, room: float | None, bandwidth: float,
            flops: float, where: str, cache_number: int = 4) -> str:  # fmt: skip
-    """The plan as people read it. room: bytes to fit into; bandwidth: bytes/s; flops: FLOP/s; where: whose these are."""
+    """The plan as text. room: bytes to fit into; bandwidth: bytes/s; flops: FLOP/s; where: the machine that has these."""
     m = memory(cfg, batch, prompt, gen, dtype, kind, backend, cache_number)
     first, rest = prefill(cfg, batch, prompt, dtype, kind, cache_number), decode(cfg, batch, prompt, gen, dtype, kind, cache_number)
     t_first, t_rest = first.seconds(bandwidth, flops), rest.seconds(bandwidth, flops)
@@ -154,5 +154,5 @@ def fits(m: Memory, room: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A time as text."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,6 +1,6 @@
 """Processors: functions (scores, ids) -> scores that run between the model and the choice of a token; `chain` lists them in HF's order.
 
-They see the whole row, its left padding included; only the repetition penalty skips padding (as HF 5.23). A removed token has score -inf. Equal to
+They see the whole row, its left padding included; only the repetition penalty skips padding (as in HF 5.23). A removed token has score -inf. Equal to
 HF's classes in transformers/generation/logits_process.py; where ties matter, the docstring says how they are broken.
 """
 
@@ -19,7 +19,7 @@ Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores (B, V), ids
 
 
 class Warper(partial):
-    """A processor that looks at no ids."""
+    """A processor that ignores the ids."""
 
     def __call__(self, scores: np.ndarray, _: np.ndarray) -> np.ndarray:
         return super().__call__(scores)
@@ -28,9 +28,9 @@ class Warper(partial):
 def chain(s: Settings, padding: np.ndarray, prompt: int) -> list[tuple[str, Processor]]:
     """The processors that are on, by the name of their option, in HF's order.
 
-    padding: (B)        how many ids on the left of each row are no text; `prompt`: tokens in the prompt, padding included.
+    padding: (B)        how many ids on the left of each row are padding; `prompt`: tokens in the prompt, padding included.
     """
-    least = max(len(s.eos_token_id) + 1, 2) if s.beams else 1  # a beam needs a token that is not an end; as HF, at least two are kept
+    least = max(len(s.eos_token_id) + 1, 2) if s.beams else 1  # a beam needs a token that is not an end; as in HF, at least two are kept
     words = [word for word in s.bad_words_ids if [*word] not in [[end] for end in s.eos_token_id]]  # HF's rule: an end is no bad word
     shortest = s.min_length if s.min_new_tokens is None else 0
     steps: list[tuple[str, bool, Processor]] = [
@@ -53,7 +53,7 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
     """Scores after every processor, and the best token of each row, the first of equal ones; `tap` sees the scores after each processor.
 
     scores: (B, V);  ids: (B, T)  ->  (B, V), (B)        Raises ValueError.
-    Rows come in runs of so many `beams`. Scores on a GPU (scores_cuda.py) bring some processors of their own, as `after`; the others see arrays.
+    Each prompt has `beams` rows in succession. GPU scores (scores_cuda.py) run some processors there, in `after`; the others get NumPy arrays.
     """
     for name, processor in processors:
         own = scores.after(processor) if hasattr(scores, "after") else None
@@ -63,7 +63,7 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
     tokens = scores.argmax(-1)
     best = scores.max(-1) if hasattr(scores, "after") else scores[np.arange(len(tokens)), tokens]  # argmax picks NaN if there is any
     good = np.isfinite(best)
-    good |= (best == -np.inf) & np.repeat(good.reshape(-1, beams).any(1), beams)  # a beam may have no token left, if another of its prompt has
+    good |= (best == -np.inf) & np.repeat(good.reshape(-1, beams).any(1), beams)  # a beam may have no token left, if another of its prompt has one
     if not good.all():
         raise ValueError(f"row {int((~good).argmax()) // beams} has no token to choose: the model's scores are NaN or infinite (are its weights? "
                          f"strict=True tells), or the options remove every token")  # fmt: skip
@@ -71,12 +71,12 @@ def process(processors: list[tuple[str, Processor]], scores: Any, ids: np.ndarra
 
 
 def removed(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Scores with -inf where `which` says so.  scores: (N, V);  which: (N, V)  ->  (N, V)"""
+    """Scores with -inf where `which` is true.  scores: (N, V);  which: (N, V)  ->  (N, V)"""
     return np.where(which, scores.dtype.type(-np.inf), scores)
 
 
 def repetition_penalty(scores: np.ndarray, ids: np.ndarray, padding: np.ndarray, penalty: float) -> np.ndarray:
-    """Scores of tokens already seen, divided by the penalty where positive and multiplied where negative; padding has not been seen.
+    """Scores of tokens already seen, divided by the penalty where positive and multiplied where negative; padding does not count as seen.
 
     scores: (B, V);  ids: (B, T);  padding: (B)  ->  (B, V)        Source: CTRL, arXiv:1909.05858
     """
@@ -88,7 +88,7 @@ def repetition_penalty(scores: np.ndarray, ids: np.ndarray, padding: np.ndarray,
 
 
 def no_repeat_ngram(scores: np.ndarray, ids: np.ndarray, size: int) -> np.ndarray:
-    """Removes each token that would complete a run of `size` tokens which the row has already.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    """Removes each token that would complete a run of `size` tokens that the row already contains.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
     T = ids.shape[1]
     if size > T:
         return scores
@@ -109,7 +109,7 @@ def bad_words(scores: np.ndarray, ids: np.ndarray, words: Sequence[Sequence[int]
 
 
 def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[int]) -> np.ndarray:
-    """Removes the ends while a row, padding included, is shorter.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
+    """Removes the end tokens while a row, padding included, is shorter than `length`.  scores: (B, V);  ids: (B, T)  ->  (B, V)"""
     if ids.shape[1] >= length:
         return scores
     scores = scores.copy()
@@ -131,7 +131,7 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
 def top_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
     """Removes all but the smallest set of likeliest tokens that reaches probability p (nucleus sampling, arXiv:1904.09751).
 
-    scores: (B, V)  ->  (B, V)        `least` stay. Among equal scores the lower ids go first; in HF the order of ties is not defined.
+    scores: (B, V)  ->  (B, V)        At least `least` stay. Of equal scores the lower ids are removed first; in HF the order of ties is not defined.
     """
     order = np.argsort(scores, axis=-1, kind="stable")  # ascending: the tail is cut from the front
     cut = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1) <= 1 - p
@@ -140,7 +140,7 @@ def top_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 
 
 def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
-    """Removes tokens less likely than p times the likeliest (arXiv:2407.01082); `least` stay.  scores: (B, V)  ->  (B, V)"""
+    """Removes tokens less likely than p times the likeliest (arXiv:2407.01082); at least `least` stay.  scores: (B, V)  ->  (B, V)"""
     probabilities = softmax(scores)
     cut = probabilities < scores.dtype.type(p) * probabilities.max(-1, keepdims=True)
     np.put_along_axis(cut, np.argsort(-probabilities, axis=-1, kind="stable")[:, :least], False, -1)
@@ -150,7 +150,7 @@ def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 def typical_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
     """Keeps the tokens whose surprise -log P is nearest to the entropy, until they reach probability p (arXiv:2202.00666).
 
-    scores: (B, V)  ->  (B, V)        `least` stay, and so do ties with the last one kept.
+    scores: (B, V)  ->  (B, V)        At least `least` stay, and so do ties with the last one kept.
     """
     P = softmax(scores)
     surprise = -log_softmax(scores)
@@ -166,7 +166,7 @@ def typical_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 
 
 def unsorted(cut: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """From places in the order back to token ids.  cut: (B, V);  order: (B, V)  ->  (B, V)"""
+    """Undoes a sort: a mask in sorted order becomes a mask by token id.  cut: (B, V);  order: (B, V)  ->  (B, V)"""
     back = np.empty_like(cut)
     np.put_along_axis(back, order, cut, -1)
     return back

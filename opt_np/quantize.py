@@ -1,11 +1,11 @@
-"""int8 and int4 weights: a matrix's leaf changes, and no other code. opt_np.ops.dequantized defines what they mean; opt_fast packs them.
+"""int8 and int4 weights: only a matrix's leaves in the parameter tree change. opt_np.ops.dequantized defines the formats; opt_fast packs them.
 
-A matrix (O, I) becomes `weight`, whole numbers, and `scale`, what one of them is worth: for int8 a number for each row, for int4 one for each group
-of 32 or 64 columns of a row. Numbers are rounded to the nearest, one matrix at a time; no text is needed.
+A matrix (O, I) becomes `weight`, integers, and `scale`, the factor of each: for int8 one per row, for int4 one per group of 32 or 64
+columns of a row. Values are rounded to nearest, one matrix at a time; no calibration text is needed.
 
-Columns that are much larger or smaller than the rest (OPT from 6.7b on has a few channels that are far larger than all others, in the stream, in the
-LayerNorms, or in what reads them) would take the scale away from the others, or be rounded to nothing: they are first brought to the same size, by
-powers of two, which `columns` keeps.
+Columns much larger than the rest would inflate the scale of the others, and much smaller ones would be rounded to 0. (OPT from 6.7b on has a few
+channels that are far larger than all others, in the stream, in the LayerNorms, or in the matrices that read them.) So they are first brought to the
+same size by powers of two, stored in `columns`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from opt_np.config import QUANTIZED, OPTConfig
 from opt_np.ops import dequantized
 from opt_np.tree import flatten, unflatten
 
-UNEVEN = 4.0  # columns so many times larger or smaller than the median are brought to its size
-CLIPS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)  # int4: the largest number of a group becomes -8 of a scale of its 1/7 to 1/9.5; the best of them is kept
-ROWS = 256  # quantised at a time: what is in work stays in the processor's cache
+UNEVEN = 4.0  # columns this many times larger or smaller than the median are brought to its size
+CLIPS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.5)  # int4: scales to try, a group's largest value over -7 to -9.5; the one with the least error is used
+ROWS = 256  # rows quantised at a time, so that they stay in the processor's cache
 
 
 def quantize_matrix(weight: np.ndarray, kind: str, group_size: int = 32) -> dict[str, np.ndarray]:
@@ -42,7 +42,7 @@ def quantize_matrix(weight: np.ndarray, kind: str, group_size: int = 32) -> dict
 
 
 def column_sizes(weight: np.ndarray) -> np.ndarray | None:
-    """Powers of two by which uneven columns differ from the median one, 1 for all others; None where none is uneven.  weight: (O, I)  ->  (I)"""
+    """Powers of two by which uneven columns differ from the median one, 1 for all others; None if none is uneven.  weight: (O, I)  ->  (I)"""
     squares = np.zeros(weight.shape[1], np.float64)
     for i in range(0, len(weight), ROWS):
         w = np.asarray(weight[i : i + ROWS], np.float64)
@@ -57,19 +57,19 @@ def column_sizes(weight: np.ndarray) -> np.ndarray | None:
 
 
 def int8_rows(w: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row in 127 steps to either side of 0.  w: (O, I)"""
+    """Each row quantised to 127 steps on either side of 0.  w: (O, I)"""
     scale = np.abs(w).max(1, initial=0) / np.float32(127)
     weight = np.clip(np.rint(w * inverse(scale)[:, None]), -127, 127).astype(np.int8)
     return {"weight": weight, "scale": scale}
 
 
 def int4_rows(w: np.ndarray, group_size: int) -> dict[str, np.ndarray]:
-    """Each group in steps from -8 to 7, two numbers a byte, the even column in its lower half as 0 to 15; the last group may be short.  w: (O, I)"""
+    """Each group in steps from -8 to 7, stored as 0 to 15, two a byte, the even column in its lower half; the last group may be short.  w: (O, I)"""
     O, I = w.shape
     x = np.zeros((O, math.ceil(I / group_size), group_size), np.float32)
     x.reshape(O, -1)[:, :I] = w
     low, high = x.min(-1), x.max(-1)
-    largest = np.where(high > -low, high, low)  # with its sign: it becomes -8, for there is no 8
+    largest = np.where(high > -low, high, low)  # with its sign: the scale gets the opposite one, so that this becomes about -8; there is no 8
     best, least, scale = np.zeros(x.shape, np.float32), np.full(largest.shape, np.inf, np.float32), np.zeros(largest.shape, np.float16)
     for clip in CLIPS:
         s = np.clip(largest / np.float32(-clip), -65504, 65504).astype(np.float16)
@@ -84,7 +84,7 @@ def int4_rows(w: np.ndarray, group_size: int) -> dict[str, np.ndarray]:
 
 
 def inverse(scale: np.ndarray) -> np.ndarray:
-    """1 / scale, 0 where all numbers are 0, and where they are so small that 1 / scale overflows."""
+    """1 / scale; 0 where the scale is 0, or so small that 1 / scale overflows."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
@@ -94,17 +94,17 @@ def inverse(scale: np.ndarray) -> np.ndarray:
 
 
 class Quantized(NamedTuple):
-    """A matrix's leaves on their way from a file to the tree; its shape is the matrix's own."""
+    """A quantised matrix's leaves, between file and tree; `shape` is that of the original matrix."""
 
     leaves: dict[str, np.ndarray]
     shape: tuple[int, ...]
 
 
-Quantizer = Callable[[str, np.ndarray], Quantized]  # of a tensor's name, in a checkpoint or a tree, and its numbers
+Quantizer = Callable[[str, np.ndarray], Quantized]  # (name in a checkpoint or a tree, matrix) -> Quantized
 
 
 def quantizer(kind: str, group_size: int = 32, seen: Callable[[str, float], None] | None = None) -> Quantizer:
-    """What makes a matrix int8 or int4. seen(name, error) is told the relative error of each, ‖W - Ŵ‖ / ‖W‖, which takes as long again.
+    """A function that quantises a matrix. seen(name, error), if given, gets the relative error ‖W - Ŵ‖ / ‖W‖ of each, which doubles the time.
 
     Raises ValueError, now for an unknown kind, then for weights that are NaN or infinite.
     """
@@ -129,14 +129,14 @@ def quantizer(kind: str, group_size: int = 32, seen: Callable[[str, float], None
 
 
 def quantized(params: dict, cfg: OPTConfig, kind: str, group_size: int = 32) -> tuple[dict, OPTConfig]:
-    """A tree like `params` whose matrices are int8 or int4, all but positions and classifiers' heads, and the config that says so."""
+    """A tree like `params` whose matrices are int8 or int4, all but position embeddings and classifiers' heads, and its config."""
     quantize = quantizer(kind, group_size)
     flat = {name: quantize(name, a) if is_quantized_matrix(name, a.ndim) else a for name, a in flatten(params).items()}
     return expanded(unflatten(flat)), with_kind(cfg, kind, group_size)
 
 
 def expanded(tree: Any) -> Any:
-    """The tree with the leaves of quantised matrices in the places of the matrices."""
+    """The tree with each Quantized matrix replaced by its leaves."""
     if isinstance(tree, list):
         return [expanded(child) for child in tree]
     if not isinstance(tree, dict):
@@ -148,12 +148,12 @@ def expanded(tree: Any) -> Any:
 
 
 def is_quantized_matrix(name: str, ndim: int) -> bool:
-    """Whether a tensor of this name is among those that are quantised: every matrix but positions and the heads of classifiers."""
+    """Whether a tensor of this name is quantised: every matrix is, but position embeddings and the heads of classifiers."""
     return ndim == 2 and name.endswith("weight") and not {"embed_positions", "score", "qa_outputs"} & set(name.split("."))
 
 
 def num_parameters(params: dict) -> int:
-    """Numbers of the model; scales are not counted, and int4's two in a byte are."""
+    """The number of parameters; scales are not counted, and int4's two per byte are."""
     flat = {name: a for name, a in flatten(params).items() if not name.endswith((".scale", ".columns"))}
     return sum(math.prod(a.shape) * (2 if str(a.dtype).endswith("uint8") else 1) for a in flat.values())
 
@@ -173,13 +173,13 @@ def relative_error(weight: np.ndarray, leaves: dict[str, np.ndarray]) -> float:
 
 
 def with_kind(cfg: OPTConfig, kind: str, group_size: int = 32) -> OPTConfig:
-    """The config with config.json's quantization_config."""
+    """The config with a quantization_config for config.json."""
     entry = {"quant_method": "opt-np", "kind": kind, **({"group_size": group_size} if kind == "int4" else {})}
     return dataclasses.replace(cfg, extra={**cfg.extra, "quantization_config": entry})
 
 
 def stored(tensors: dict[str, tuple[int, ...]], cfg: OPTConfig) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    """Shape, and dtype where it is not free, of each tensor as this config's checkpoint holds it; `columns` may be absent."""
+    """Shape, and dtype (None: any), of each tensor as a checkpoint of this config stores it; `columns` may be absent."""
     found: dict[str, tuple[tuple[int, ...], str | None]] = {}
     for name, shape in tensors.items():
         if cfg.quantized is None or not is_quantized_matrix(name, len(shape)):

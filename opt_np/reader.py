@@ -20,25 +20,25 @@ from opt_np.model import last_hidden_state, lm_logits
 
 
 class Reading(NamedTuple):
-    """A request to run the model on these rows, whole; the reader skips what its cache already holds."""
+    """A request to run the model on these whole rows; the reader skips what its cache already holds."""
 
     ids: np.ndarray  # (N, T)
     mask: np.ndarray  # (N, T)
     copies: int = 1  # each prompt's row appears this many times in succession; only one of them is run
     hidden: bool = False  # whether the last hidden states are wanted, too
-    likely: int = 0  # how many more greedy steps will follow, unless an end comes: a reader may run them ahead
+    likely: int = 0  # how many more greedy steps will follow, unless a row ends: a reader may run them ahead
     ends: tuple[int, ...] = ()  # ids at which those steps stop
 
 
-Answer = tuple[Any, np.ndarray]  # last hidden states of what was read now, (N / copies, T, W), if wanted, and the logits that follow, (N, V) float32
-Decoding = Generator[Any, Answer, None]  # yields Readings, and what it finds
+Answer = tuple[Any, np.ndarray]  # last hidden states of the new tokens, (N / copies, T, W), if wanted, and the logits that follow, (N, V) float32
+Decoding = Generator[Any, Answer, None]  # yields Readings and results
 
 
 @dataclass
 class Reader:
     """The model and a KV cache, for rows that grow. Past max_position_embeddings (overflow="slide") each step recomputes the last window, uncached.
 
-    `first` is the first column that is read: before it are only padding shared by all rows, and what "truncate_left" drops. `most`: the most rows
+    `first` is the first column that is read: before it is only padding common to all rows, or what "truncate_left" drops. `most`: the most rows
     and tokens to expect, for allocation.
     """
 
@@ -55,7 +55,7 @@ class Reader:
     def __call__(self, reading: Reading) -> Answer:
         ids, mask, copies, hidden, *_ = reading
         longest, start, cache = self.cfg.max_position_embeddings, self.first, self.cache
-        if ids.shape[1] - start > longest:  # as nanoGPT: the window restarts at position 0 at every step, so no cached key stays valid
+        if ids.shape[1] - start > longest:  # as in nanoGPT: the window restarts at position 0 at every step, so no cached key stays valid
             start, cache = ids.shape[1] - longest, KVCache()
         new, seen, kept = ids[::copies, start + cache.length :], mask[::copies, start:], ... if hidden else np.s_[:, -1:]
         h = last_hidden_state(self.params, new, self.cfg, cache, seen, self.ops, kept=kept)
@@ -67,7 +67,7 @@ class Reader:
         return h, logits
 
     def reorder(self, rows: np.ndarray) -> None:
-        """Makes row b go on from what was row rows[b].  rows: (N)"""
+        """Makes row b continue from what was row rows[b].  rows: (N)"""
         self.cache.reorder(rows)
 
 

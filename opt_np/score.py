@@ -1,8 +1,8 @@
-"""Numbers per token: how likely a text's own tokens were to the model, how sure it was, and whether its sureness is to be believed.
+"""Scores per token: how likely the model found a text's own tokens, how certain it was, and whether its certainty is calibrated.
 
-Entry [b, t] of each array judges token t of row b as predicted from the real tokens before it. A row's first real token has none before it: there,
-and at padding, numbers are NaN and ranks and ids -1. Logs are natural, so that surprise and entropy are in nats. Probabilities are computed in
-float64 whatever the model computes in, and the logits of a few positions exist at one time.
+Entry [b, t] of each array is about token t of row b, as predicted from the real tokens before it. A row's first real token has none before it: there,
+and at padding, values are NaN and ranks and ids -1. Logs are natural, so that surprise (-ln p) and entropy are in nats. Probabilities are computed in
+float64 whatever the model computes in, and logits for a few positions at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opt_np.model import embeddings, final, id_array, last_hidden_state, lm_logi
 from opt_np.processors import highest, log_softmax
 from opt_np.settings import whole
 
-NUMBERS = 1 << 21  # logits in work at a time: each float64 copy of them takes 16 MB
+NUMBERS = 1 << 21  # logits computed at a time: each float64 copy of them takes 16 MB
 
 
 # ---- a text's own tokens -----------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ NUMBERS = 1 << 21  # logits in work at a time: each float64 copy of them takes 1
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` found."""
+    """The result of `score`."""
 
     logprob: np.ndarray  # (B, T) of the token, in nats
     rank: np.ndarray  # (B, T) how many tokens were likelier; among equally likely ones the lower id goes first
@@ -53,17 +53,17 @@ class Scores:
         return self.rank >= 0
 
     def calibration(self, bins: int = 15) -> Calibration:
-        """Of the likeliest token in each place: the probability it was given, and whether it came."""
+        """The calibration of the likeliest token at each position: the probability it was given, against whether it came."""
         return calibration(np.exp(self.top_logprobs[..., 0][self.scored]), self.rank[self.scored] == 0, bins)
 
 
 def score(model: Any, input_ids: Any, attention_mask: Any = None, top: int = 5) -> Scores:
-    """Each token's log probability, rank, and the spread of what was expected in its place, with the `top` likeliest tokens.
+    """Each token's log probability and rank, the spread of the distribution at its position, and the `top` likeliest tokens.
 
     input_ids: (B, T);  attention_mask: (B, T)  ->  (B, T) each, and (B, T, K)
 
-    Raises ValueError as the model does, and for a `top` that the vocabulary does not have. Where nothing is predicted, OpenAI's echoed logprobs have
-    null as well.
+    Raises ValueError as the model does, and for a `top` outside 1 to vocab_size. Positions without a prediction are null in OpenAI's echoed logprobs
+    too.
     """
     if not whole(1)(top) or top > model.config.vocab_size:
         raise ValueError(f"top={top!r} must be a whole number from 1 to vocab_size={model.config.vocab_size}: how many candidates to tell")
@@ -78,19 +78,19 @@ def score(model: Any, input_ids: Any, attention_mask: Any = None, top: int = 5) 
 
 
 def hidden(model: Any, input_ids: Any, attention_mask: Any = None) -> Any:
-    """What the head reads.  input_ids: (B, T);  attention_mask: (B, T)  ->  (B, T, W)"""
+    """The last hidden states, which the head reads.  input_ids: (B, T);  attention_mask: (B, T)  ->  (B, T, W)"""
     check_head(model)
     return last_hidden_state(model.params, input_ids, model.config, attention_mask=attention_mask, ops=model.ops)
 
 
 def check_head(model: Any) -> None:
-    """Raises ValueError for a class without a language model's head."""
+    """Raises ValueError for a class without a language-model head."""
     if model.head != "lm_head":
         raise ValueError(f"tokens are scored by a language model, OPTForCausalLM, and this is {type(model).__name__}")
 
 
 def predictions(ids: np.ndarray, attention_mask: Any, V: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Every real token that has one before it, some at a time: its row, where the one before stands, and where itself.
+    """Every real token that has one before it, in blocks: its row, the column of the one before, and its own column.
 
     ids: (B, T);  attention_mask: (B, T)  ->  (N), (N), (N)
     """
@@ -102,13 +102,13 @@ def predictions(ids: np.ndarray, attention_mask: Any, V: int) -> Iterator[tuple[
 
 
 def blocks(n: int, V: int) -> Iterator[slice]:
-    """So many of n positions at a time that their logits take little memory."""
+    """Slices of n positions, each of NUMBERS logits at most (but at least one position)."""
     size = max(1, NUMBERS // V)
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
 def logits_of(model: Any, h: Any) -> np.ndarray:
-    """The head, in float64 from there on.  h: (N, W)  ->  (N, V).  Raises ValueError where they are no numbers."""
+    """The head's logits, converted to float64.  h: (N, W)  ->  (N, V).  Raises ValueError if they are NaN or infinite."""
     logits = host(lm_logits(model.params, h[None], model.ops))[0].astype(np.float64)
     if not np.isfinite(logits.max(-1)).all():
         raise ValueError("the model's logits are NaN or infinite, so that nothing has a probability; --strict or strict=True names such weights")
@@ -121,7 +121,7 @@ def judged(logits: np.ndarray, ids: np.ndarray, top: int) -> dict[str, np.ndarra
     p, at = np.exp(log_p), (np.arange(len(ids)), ids)
     own, nats = logits[at][:, None], surprise(p)
     entropy, leading = (p * nats).sum(-1), np.take_along_axis(p, best, axis=1)
-    first = np.arange(logits.shape[1]) < ids[:, None]  # ids that go before the token's own where both are equally likely
+    first = np.arange(logits.shape[1]) < ids[:, None]  # ids that rank before the token's own if both are equally likely
     return {
         "logprob": log_p[at],
         "rank": (logits > own).sum(-1) + ((logits == own) & first).sum(-1),
@@ -134,7 +134,7 @@ def judged(logits: np.ndarray, ids: np.ndarray, top: int) -> dict[str, np.ndarra
 
 
 def surprise(p: np.ndarray) -> np.ndarray:
-    """-ln p; 0 where p is 0, which adds nothing to a mean.  p: (*N)  ->  (*N)"""
+    """-ln p; 0 where p is 0, so that it adds nothing to a mean.  p: (*N)  ->  (*N)"""
     return -np.log(p, out=np.zeros_like(p), where=p > 0)
 
 
@@ -150,7 +150,7 @@ class Window(NamedTuple):
 
 
 def stride_windows(n: int, window: int, stride: int) -> Iterator[Window]:
-    """Windows that begin `stride` tokens apart; each scores what those before did not reach (HF's page "Perplexity of fixed-length models").
+    """Windows that begin `stride` tokens apart; each scores what earlier ones did not reach (HF's page "Perplexity of fixed-length models").
 
     All but the first window's tokens have at least window - stride tokens before them; with stride = window, a window's first token has none and
     is not scored. Raises ValueError.
@@ -166,13 +166,13 @@ def stride_windows(n: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def check_stride(stride: int, window: int) -> None:
-    """Raises ValueError for a stride that leaves gaps, or stands still."""
+    """Raises ValueError for a stride that leaves gaps or is less than 1."""
     if not whole(1)(stride) or stride > window:
         raise ValueError(f"stride={stride!r} must be a whole number from 1 to window={window}, so that windows leave no gap")
 
 
 def window_of(cfg: OPTConfig, window: int | None) -> int:
-    """The window asked for, or min(2048, the model's context). Raises ValueError for one that the model cannot read."""
+    """The given window, or min(2048, the model's context). Raises ValueError for one longer than the context, or below 2."""
     most = cfg.max_position_embeddings
     if window is not None and (not whole(2)(window) or window > most):
         raise ValueError(f"window={window!r} must be a whole number from 2 to max_position_embeddings={most}")
@@ -183,7 +183,7 @@ Judgement = TypeVar("Judgement")
 
 
 def in_windows(judge: Callable[[np.ndarray], Judgement], ids: Any, window: int, stride: int | None = None) -> Judgement:
-    """judge(rows) of a text of any length, each token judged once; without a stride, of a text that fits one window.
+    """The joined results of judge(rows) over a text's windows, each token once; without a stride, the text must fit one window.
 
     ids: (T)  ->  arrays (B, T), B = 1        Raises ValueError.
     """
@@ -204,32 +204,32 @@ def in_windows(judge: Callable[[np.ndarray], Judgement], ids: Any, window: int, 
     return type(results[0])(**joined)
 
 
-# ---- what several predictions disagree about ---------------------------------------------------------------------------------------------
+# ---- disagreement of several predictions ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Several predictions of each token, averaged: how unsure they are together, and how much of that is because they differ."""
+    """Several predictions of each token, averaged: how uncertain their mean is, and how much of that is because they differ."""
 
-    logprob: np.ndarray  # (B, T) ln of the token's mean probability: what all of them together predict
+    logprob: np.ndarray  # (B, T) ln of the token's mean probability
     total: np.ndarray  # (B, T) entropy of the mean distribution, in nats
-    expected: np.ndarray  # (B, T) mean of the entropies, in nats: what would be left if they agreed
+    expected: np.ndarray  # (B, T) mean of the entropies, in nats: the part that is not disagreement
     std: np.ndarray  # (B, T) standard deviation of the token's log probability
 
     @property
     def information(self) -> np.ndarray:
-        """Mutual information of token and prediction, BALD's score (arXiv:1112.5745): 0 where all agree, at most ln(predictions).  ->  (B, T)"""
+        """The mutual information of token and predictor (BALD, arXiv:1112.5745): 0 where all agree, at most ln(number of predictions).  ->  (B, T)"""
         return np.maximum(self.total - self.expected, 0)  # rounding may leave -1e-17
 
 
 def mc_dropout(
     model: Any, input_ids: Any, samples: int = 10, seed: int = 0, attention_mask: Any = None, dropout: float | None = None
 ) -> Disagreement:
-    """What passes with dropout, each with other numbers dropped, disagree about; config.json's dropout unless another is given.
+    """The disagreement of passes with dropout, each with another random mask; the rate is config.json's unless one is given.
 
     input_ids: (B, T);  attention_mask: (B, T)  ->  (B, T) each
 
-    Sample s of a seed is the same however many are drawn. Raises ValueError. Source: Gal & Ghahramani, arXiv:1506.02142.
+    Sample s of a seed does not depend on `samples`. Raises ValueError. Source: Gal & Ghahramani, arXiv:1506.02142.
     """
     check_head(model)
     if model.ops is not numpy_ops:
@@ -247,7 +247,7 @@ def mc_dropout(
 
 
 def hidden_with_dropout(params: dict, ids: np.ndarray, attention_mask: Any, cfg: OPTConfig, rng: np.random.Generator) -> np.ndarray:
-    """grad.decoder_fwd, without keeping what a backward pass needs.  ids: (B, T);  attention_mask: (B, T)  ->  (B, T, W)"""
+    """As grad.decoder_fwd, without the values that a backward pass needs.  ids: (B, T);  attention_mask: (B, T)  ->  (B, T, W)"""
     layout = make_layout(cfg, ids, attention_mask)
     x = embeddings(params, ids, layout, numpy_ops, no_tap)
     for p in params["layers"]:
@@ -256,7 +256,7 @@ def hidden_with_dropout(params: dict, ids: np.ndarray, attention_mask: Any, cfg:
 
 
 def ensemble(models: list[Any], input_ids: Any, attention_mask: Any = None) -> Disagreement:
-    """What several models of one vocabulary disagree about, each as good as the next.
+    """The disagreement of several models with the same vocabulary, all weighted equally.
 
     input_ids: (B, T);  attention_mask: (B, T)  ->  (B, T) each
 
@@ -269,7 +269,7 @@ def ensemble(models: list[Any], input_ids: Any, attention_mask: Any = None) -> D
 
 
 def disagreement(predicted: list[tuple[Any, Any]], ids: np.ndarray, attention_mask: Any) -> Disagreement:
-    """From models and what the head of each is to read: their distributions exist one at a time, and for a few positions."""
+    """The Disagreement of (model, last hidden states) pairs; distributions are computed for one model and a few positions at a time."""
     found = {f.name: np.full(ids.shape, np.nan) for f in fields(Disagreement)}
     for rows, before, at in predictions(ids, attention_mask, predicted[0][0].config.vocab_size):
         own, entropies, mean = [], [], 0.0
@@ -291,14 +291,14 @@ def log_mean_exp(x: np.ndarray) -> np.ndarray:
     return np.logaddexp.reduce(x, axis=0) - math.log(len(x))
 
 
-# ---- is its confidence to be believed? ---------------------------------------------------------------------------------------------------
+# ---- whether its confidence is calibrated ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Confidence against how often it was right, in equal bins of confidence; a bin without predictions has NaN."""
+    """Confidence against accuracy, in bins of equal width; a bin without predictions has NaN."""
 
-    edges: np.ndarray  # (bins + 1): a bin holds what is above its lower edge and not above its upper one
+    edges: np.ndarray  # (bins + 1): a bin includes its upper edge and excludes its lower one
     count: np.ndarray  # (bins)
     confidence: np.ndarray  # (bins) mean
     accuracy: np.ndarray  # (bins)
@@ -310,7 +310,7 @@ class Calibration:
 
     @property
     def ece(self) -> float:
-        """The expected calibration error: the mean gap of a prediction."""
+        """The expected calibration error: the mean gap over all predictions."""
         return float((self.count * self.gaps).sum() / self.count.sum())
 
     @property
@@ -320,7 +320,7 @@ class Calibration:
 
 
 def calibration(confidence: Any, correct: Any, bins: int = 15) -> Calibration:
-    """How far a prediction's probability is from how often such predictions are right.
+    """How the probability of predictions compares with how often they are right.
 
     confidence: (*N);  correct: (*N) bool        Raises ValueError. Source: Guo et al., arXiv:1706.04599 (equal-width bins, after Naeini et al.).
     """
@@ -332,7 +332,7 @@ def calibration(confidence: Any, correct: Any, bins: int = 15) -> Calibration:
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError(f"confidence holds {confidence.min()} to {confidence.max()}; it is a probability, 0 to 1, of each token that was scored")
     edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:], confidence.ravel())  # the first upper edge that is not below it
+    place = np.searchsorted(edges[1:], confidence.ravel())  # the first bin whose upper edge is not below it
     count = np.bincount(place, minlength=bins)
     sums = np.stack([np.bincount(place, weights=values.ravel(), minlength=bins) for values in (confidence, correct)])
     means = np.divide(sums, count, out=np.full(sums.shape, np.nan), where=count > 0)
@@ -340,7 +340,7 @@ def calibration(confidence: Any, correct: Any, bins: int = 15) -> Calibration:
 
 
 def reliability_plot(calibration: Calibration, path: str | Path) -> None:
-    """Writes accuracy by confidence as a picture, PNG or what the path's ending says. Raises ValueError without matplotlib."""
+    """Writes a plot of accuracy by confidence, as PNG or by the path's suffix. Raises ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -361,7 +361,7 @@ def reliability_plot(calibration: Calibration, path: str | Path) -> None:
 
 
 def records(scores: Scores, ids: Any, tokenizer: Any, disagreement: Disagreement | None = None) -> list[dict[str, Any]]:
-    """One object for each token of a text (row 0), fit for JSON: None where there is no number."""
+    """One JSON-ready object for each token of a text (row 0): None for NaN and infinite values."""
     found = []
     for t, i in enumerate(np.asarray(ids).tolist()):
         numbers: dict[str, Any] = {"token": tokenizer.decode([i]), "id": i, "logprob": scores.logprob[0, t]}
@@ -377,7 +377,7 @@ def records(scores: Scores, ids: Any, tokenizer: Any, disagreement: Disagreement
 
 
 def summary(scores: Scores, calibration: Calibration | None = None) -> str:
-    """What a text's tokens come to, a line each."""
+    """The totals and means over a text's tokens, one per line."""
     mean = float(scores.logprob[scores.scored].mean())
     lines = [f"tokens        {scores.rank.shape[1]}, of which {scores.scored.sum()} are scored",
              f"mean logprob  {mean:.4f} nats, {mean / math.log(2):.4f} bits",
@@ -391,7 +391,7 @@ def summary(scores: Scores, calibration: Calibration | None = None) -> str:
 
 def report(model: Any, tokenizer: Any, text: str, window: int | None = None, stride: int | None = None, top: int = 3, json: bool = False,
            reliability: str | None = None, samples: int | None = None, others: Sequence[tuple[Any, Any]] = ()) -> str:  # fmt: skip
-    """What `opt-np score` prints; `others` are further models of an ensemble, each with its tokenizer. Raises ValueError."""
+    """The output of `opt-np score`; `others` are the further models of an ensemble, each with its tokenizer. Raises ValueError."""
     ids, width = tokenizer.encode(text), window_of(model.config, window)
     if any(its.encode(text) != ids for _, its in others):
         raise ValueError("the models cut this text into different tokens; what they predict can be compared only where these are the same")
@@ -408,7 +408,7 @@ def report(model: Any, tokenizer: Any, text: str, window: int | None = None, str
 
 
 def number(x: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """The value, or None for NaN and infinity, which JSON lacks."""
     return float(x) if math.isfinite(x) else None
 
 
@@ -421,7 +421,7 @@ COLUMNS = {  # heading: key and format
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A line per token, "-" where there is no number, and at its end the likeliest tokens with their probabilities."""
+    """A line per token, with "-" for a missing value, that ends in the likeliest tokens and their probabilities."""
     shown = {heading: key for heading, key in COLUMNS.items() if key[0] in found[0]}
     cells = [[repr(r["token"]), *("-" if r[key] is None else format(r[key], form) for key, form in shown.values())] for r in found]
     widths = [max(map(len, column)) for column in zip(["token", *shown], *cells, strict=True)]

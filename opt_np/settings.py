@@ -27,7 +27,7 @@ class Settings:
     pad_token_id: int | None = None
     stop_strings: Any = ()  # one string or several; needs tokenizer=
     overflow: str = "error"  # past the model's positions: "error", "truncate_left" or "slide"
-    # what changes the scores: processors.py
+    # how scores are changed: processors.py
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: Any = ()
@@ -37,7 +37,7 @@ class Settings:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
-    # what chooses by them: generate.py, beam.py, contrastive.py
+    # how tokens are chosen by their scores: generate.py, beam.py, contrastive.py
     seed: int | None = None
     num_return_sequences: int = 1
     num_beams: int = 1
@@ -62,11 +62,11 @@ class Settings:
 
     @property
     def contrastive(self) -> bool:
-        """HF's rule for when penalty_alpha is of effect."""
+        """Whether penalty_alpha has an effect, by HF's rule."""
         return self.penalty_alpha > 0 and self.top_k > 1 and not self.do_sample and not self.beams
 
     def without_effect(self) -> dict[str, str]:
-        """Options that are set and do nothing, and what they need."""
+        """Options that are set but have no effect, and what they would need."""
         sampling = {} if self.do_sample else dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"), "do_sample=True")
         beams = {} if self.beams else dict.fromkeys(("length_penalty", "early_stopping"), "num_beams above 1")
         needs = {**sampling, **beams, "penalty_alpha": "top_k above 1, or with do_sample or beams"}
@@ -75,12 +75,12 @@ class Settings:
 
 
 def whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
-    """What says whether a value is a whole number of at least so much."""
+    """A test of whether a value is an integer from `least` to `most`."""
     return lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 def number(least: float, most: float = math.inf, or_equal: bool = False) -> Callable[[Any], bool]:
-    """What says whether a value is a number above `least`, or equal to it, and at most `most`."""
+    """A test of whether a value is a number above `least` (with or_equal, also `least` itself), and at most `most`."""
     return lambda value: isinstance(value, numbers.Real) and (least < float(value) <= most or (or_equal and value == least))
 
 
@@ -89,7 +89,7 @@ def id_lists(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(word, list | tuple) and word and all(map(whole(0), word)) for word in value)
 
 
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what each value must be, and how to say so
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # the test of each option's value, and the rule as an error states it
     "max_new_tokens": (lambda n: isinstance(n, int | np.integer), "must be a whole number"),
     "max_length": (lambda n: isinstance(n, int | np.integer), "must be a whole number"),
     "min_length": (whole(0), "must be a whole number of at least 0"),
@@ -115,7 +115,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # what each value must 
     "penalty_alpha": (number(0, 1, or_equal=True), "must be from 0 to 1 (0 turns it off)"),
 }
 
-# Keys of a generation_config.json that would change what is generated, and that are not built here: the value at which each does nothing.
+# Keys of a generation_config.json that would change the output, but are not implemented here: the value at which each has no effect.
 NOT_BUILT = {
     "begin_suppress_tokens": None, "constraints": None, "diversity_penalty": 0, "dola_layers": None, "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "exponential_decay_length_penalty": None, "force_words_ids": None,
@@ -126,17 +126,17 @@ NOT_BUILT = {
 
 
 def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, cfg: OPTConfig) -> Settings:
-    """Each option from the first that has it: the caller (None is not given), generation_config.json (config.json where there is none), HF's default.
+    """Takes each option from the caller (None: not given), else generation_config.json (config.json if there is none), else HF's default.
 
-    Keys of generation_config.json that would change the output and are not built here are named in one warning, as are options of the caller's
-    that do nothing. Raises TypeError for an option that does not exist, ValueError for a value that cannot be.
+    Keys of generation_config.json that would change the output but are not implemented here are named in one warning, and so are the caller's
+    options that have no effect. Raises TypeError for an option that does not exist, ValueError for an invalid value.
     """
     known = [f.name for f in fields(Settings)]
     unknown = options.keys() - set(known)
     if unknown:
         raise TypeError(f"generate has no option {', '.join(sorted(unknown))}; it has attention_mask, tokenizer, {', '.join(known)}")
-    ours = ("seed", "overflow")  # these are no keys of HF's files
-    ids = {"eos_token_id": cfg.eos_token_id, "pad_token_id": cfg.pad_token_id}  # HF forgets these too where generation_config.json lacks them
+    ours = ("seed", "overflow")  # not keys of HF's files
+    ids = {"eos_token_id": cfg.eos_token_id, "pad_token_id": cfg.pad_token_id}  # also used where generation_config.json lacks them; HF then has none
     stored = {**ids, **generation_config} if generation_config else cfg.to_dict()
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**{name: value for name, value in stored.items() if name in known and name not in ours and value is not None} | given)

@@ -1,4 +1,4 @@
-"""Where a row ends: at an id, or at a text that may begin and end inside tokens."""
+"""When a row ends: at an end token, or at a stop string, which may begin and end inside tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def stop_check(eos: Sequence[int], strings: Sequence[str], tokenizer: Any) -> Ca
 
     def ended(ids: np.ndarray) -> np.ndarray:
         at_string = [any(stops(row, stop, tokenizer) for stop in wanted) for row in ids]
-        return (ids[:, -1:] == ends).any(1) | np.array(at_string, bool)  # np.isin takes many times as long over so few
+        return (ids[:, -1:] == ends).any(1) | np.array(at_string, bool)  # np.isin takes many times as long for so few ids
 
     return ended
 

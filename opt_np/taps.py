@@ -1,14 +1,15 @@
-"""Names for every value on its way through the model, and two ways to use them: keep values, or replace them.
+"""Names for every activation inside the model, and two ways to use them: cache the values, or replace them.
 
-A point's name is the path of HF's module whose output it is; what has no module has its own name there: resid_pre (what enters a block), resid_mid
-(after attention was added), resid_post (after fc2 was added), attn_scores, attn_weights, attn_output. TransformerLens's names mean the same points:
-"blocks.3.attn.hook_z" is "model.decoder.layers.3.self_attn.attn_output".
+A point is a named activation, and a tap a function that the model calls at every point. A point is named by the path of the HF module whose output
+it is; those without a module have their own names: resid_pre (a block's input), resid_mid (after attention was added), resid_post (after fc2 was
+added), attn_scores, attn_weights, attn_output. TransformerLens's names work too: "blocks.3.attn.hook_z" is
+"model.decoder.layers.3.self_attn.attn_output".
 
     logits, cache = run_with_cache(model, ids)                                            # every point, by either name
     run_with_hooks(model, ids, [("blocks.3.hook_attn_out", lambda x, name: 0 * x)])       # without layer 3's attention
 
-In both norm orders resid_mid = resid_pre + self_attn, and resid_post = what entered fc1's branch + fc2. Post-norm models (opt-350m) normalise after
-each sum: what enters fc1's branch is self_attn_layer_norm(resid_mid), and the block's output final_layer_norm(resid_post).
+In both norm orders resid_mid = resid_pre + self_attn. In pre-norm models resid_post = resid_mid + fc2, the block's output. Post-norm models
+(opt-350m) normalise after each sum: resid_post = self_attn_layer_norm(resid_mid) + fc2, and the block's output is final_layer_norm(resid_post).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from opt_np.ops import LAYER_NORM_EPS
 
 DECODER, LAYER = "model.decoder", "model.decoder.layers.{i}"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "attn_scores", "attn_weights", "attn_output")
-# TransformerLens's names inside a block. q, k and v are seen there as (B, T, H, Dh).
+# TransformerLens's names inside a block. Under them, q, k and v are (B, T, H, Dh).
 BLOCK_ALIASES = {
     "hook_resid_pre": "resid_pre", "attn.hook_q": "self_attn.q_proj", "attn.hook_k": "self_attn.k_proj", "attn.hook_v": "self_attn.v_proj",
     "attn.hook_attn_scores": "self_attn.attn_scores", "attn.hook_pattern": "self_attn.attn_weights", "attn.hook_z": "self_attn.attn_output",
@@ -35,15 +36,15 @@ BLOCK_ALIASES = {
     "hook_resid_post": "resid_post", "ln1.hook_normalized": "self_attn_layer_norm", "ln2.hook_normalized": "final_layer_norm",
 }  # fmt: skip
 BY_HEADS = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
-# What is made from other points when it is asked for: the LayerNorms' denominators, and each head's part of the attention's output.
+# Names that a Cache computes from other points: the LayerNorms' denominators, and each head's part of the attention's output.
 DERIVED = re.compile(r"blocks\.(\d+)\.(ln1\.hook_scale|ln2\.hook_scale|attn\.hook_result)|ln_final\.hook_scale")
 
-Which = str | tuple | Callable[[str], bool]  # a point's name of either kind, its short form ("pattern", 3), or whether a name is meant
-Hook = Callable[[Any, str], Any]  # (value, name) -> the value to go on with, or None for the given one, which the hook may have changed in place
+Which = str | tuple | Callable[[str], bool]  # a point's name, HF's or TransformerLens's, its short form ("pattern", 3), or a filter on names
+Hook = Callable[[Any, str], Any]  # (value, name) -> the value to continue with, or None for the given one, which the hook may have changed in place
 
 
 def names(cfg: OPTConfig) -> list[str]:
-    """Every point of the language model, in the order in which they are reached."""
+    """Every point of the language model, in the order in which they are computed."""
     projected = [f"{DECODER}.project_in"] if cfg.has_projections else []
     found = [f"{DECODER}.embed_tokens", *projected, f"{DECODER}.embed_positions"]
     attention = [*(f"self_attn.{name}" for name in ATTENTION), "self_attn", "resid_mid"]
@@ -60,7 +61,7 @@ def names(cfg: OPTConfig) -> list[str]:
 
 
 def aliases(cfg: OPTConfig) -> dict[str, str]:
-    """TransformerLens's names of the points, and the points."""
+    """TransformerLens's names, each with the point it refers to."""
     embedded = f"{DECODER}.project_in" if cfg.has_projections else f"{DECODER}.embed_tokens"
     found = {"hook_embed": embedded, "hook_pos_embed": f"{DECODER}.embed_positions"}
     for i in range(cfg.num_hidden_layers):
@@ -71,7 +72,7 @@ def aliases(cfg: OPTConfig) -> dict[str, str]:
 
 
 def point(name: str, cfg: OPTConfig) -> str:
-    """The point that a name of either kind means. Raises ValueError, with the names that come near."""
+    """The point that a name refers to, HF's or TransformerLens's. Raises a ValueError that lists the closest names."""
     here, other = names(cfg), aliases(cfg)
     if derived(name):
         raise ValueError(f"{name} is made from other points when it is looked up in a cache; it cannot be replaced")
@@ -83,11 +84,11 @@ def point(name: str, cfg: OPTConfig) -> str:
 
 
 def run_with_cache(model: Any, input_ids: Any, names_filter: Which | Iterable[Which] | None = None, **inputs: Any) -> tuple[Any, Cache]:
-    """The logits, and the values of all points, of those named, or of those for whose name names_filter(name) is true; the rest goes to the model.
+    """The logits, and the values at all points, or at those that names_filter selects: a name, several, or a filter. **inputs go to the model.
 
     input_ids: (B, T)  ->  (B, T, V), values by name
 
-    Values are copies. Raises ValueError for a name or a filter that means no point. Source: TransformerLens's run_with_cache.
+    Values are copies. Raises ValueError for a name or a filter that matches no point. Source: TransformerLens's run_with_cache.
     """
     found = Cache(model)
     which = [] if names_filter is None else [names_filter] if isinstance(names_filter, str | tuple) or callable(names_filter) else list(names_filter)
@@ -103,12 +104,12 @@ def run_with_cache(model: Any, input_ids: Any, names_filter: Which | Iterable[Wh
 
 
 def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[Which, Hook]], **inputs: Any) -> Any:
-    """The logits when hooks see, and may replace, values on their way: pairs of a name, or what says whether a name is meant, and the hook.
+    """The logits of a pass with hooks, which see, and may replace, intermediate values; given as pairs of a name, or a filter on names, and a hook.
 
     input_ids: (B, T)  ->  (B, T, V)
 
-    hook(value, name) returns the value to go on with, or None for the one it was given, which it may change in place. Several at one point run in
-    their order. Raises ValueError for a name that means no point, and for a value of another shape. Source: TransformerLens's run_with_hooks.
+    hook(value, name) returns the value to continue with, or None for the one it was given, which it may change in place. Several hooks at one point
+    run in order. Raises ValueError for a name that matches no point, and a value of another shape or dtype. Source: TransformerLens's run_with_hooks.
     """
     if "labels" in inputs:
         raise ValueError("run_with_hooks returns logits; for the loss, call model(ids, labels=ids, tap=taps.hooked(hooks, model.config)).loss")
@@ -117,13 +118,13 @@ def run_with_hooks(model: Any, input_ids: Any, fwd_hooks: Iterable[tuple[Which, 
 
 
 def check_head(model: Any) -> None:
-    """Raises ValueError for a class without a language model's head."""
+    """Raises ValueError for a class without a language-model head."""
     if model.head != "lm_head":
         raise ValueError(f"{type(model).__name__} gives no logits of tokens; use OPTForCausalLM, or pass tap=taps.hooked(…) to the model's call")
 
 
 def hooked(hooks: Iterable[tuple[Which, Hook]], cfg: OPTConfig) -> Tap:
-    """The tap that runs these hooks, for a call of a model or trace.record. Raises ValueError as run_with_hooks does."""
+    """The tap that runs these hooks, to pass to a model's call or to trace.record. Raises ValueError as run_with_hooks does."""
     hooks = list(hooks.items()) if isinstance(hooks, dict) else list(hooks)
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1]) for pair in hooks):
         raise ValueError('hooks are a list of pairs, a name and a function: [("blocks.3.attn.hook_z", function)]')
@@ -139,7 +140,7 @@ def hooked(hooks: Iterable[tuple[Which, Hook]], cfg: OPTConfig) -> Tap:
 
 
 def edited(value: Any, name: str, hook: Hook, cfg: OPTConfig) -> Any:
-    """The value as a hook leaves it."""
+    """The value that a hook returns or leaves; raises ValueError for another shape or dtype."""
     given = seen_as(name, copied(value), cfg)
     result = hook(given, name)
     result = given if result is None else result
@@ -150,7 +151,7 @@ def edited(value: Any, name: str, hook: Hook, cfg: OPTConfig) -> Any:
 
 
 def meant(which: Which, cfg: OPTConfig) -> dict[str, str]:
-    """The paths of the points that a name means, or that are meant where which(name) is true, each with the name by which it was meant.
+    """The points that a name or a filter selects, each with the name that matched: the one that its hook is given.
 
     Raises ValueError if there is none.
     """
@@ -164,17 +165,17 @@ def meant(which: Which, cfg: OPTConfig) -> dict[str, str]:
 
 
 def seen_as(name: str, value: Any, cfg: OPTConfig) -> Any:
-    """A value as the name promises it: TransformerLens's q, k and v by heads.  value: (B, T, D)  ->  (B, T, H, Dh) for these"""
+    """A value in its name's shape: TransformerLens's q, k and v are split into heads.  value: (B, T, D)  ->  (B, T, H, Dh) for these"""
     return value.reshape(*value.shape[:-1], cfg.num_attention_heads, cfg.head_dim) if name.endswith(BY_HEADS) else value
 
 
 def copied(value: Any) -> Any:
-    """A copy of NumPy's arrays and torch's."""
+    """A copy of a NumPy array or a torch tensor."""
     return value.clone() if hasattr(value, "clone") else value.copy()
 
 
 class Cache(dict):
-    """Values by the paths of their points; looked up by TransformerLens's names as well, and by its short form cache["pattern", 3].
+    """Values by the paths of their points; TransformerLens's names, and its short form cache["pattern", 3], find them too.
 
     lens.residual_pieces and lens.attribution do what TransformerLens's decompose_resid and logit_attrs do.
     """
@@ -200,7 +201,7 @@ class Cache(dict):
         return self[name] if name in self else default  # noqa: SIM401  (this is get)
 
     def sources(self, which: Any) -> list[str]:
-        """The points that must be kept so that `which` can be looked up."""
+        """The points that have to be cached for `which` to be looked up."""
         name = which if callable(which) else full_name(which, self.cfg.num_hidden_layers)
         if not derived(name):
             return list(meant(name, self.cfg))
@@ -209,7 +210,7 @@ class Cache(dict):
         return [self.norm_input(name)]
 
     def derive(self, name: str, source: str) -> Any:
-        """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds, the bias aside."""
+        """hook_scale: (B, T, 1), what a LayerNorm divides by; hook_result: (B, T, H, D), what each head adds to the stream, without the bias."""
         x = host(self[source])
         if not name.endswith("hook_result"):
             return np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPS)
@@ -217,7 +218,7 @@ class Cache(dict):
         return np.stack([part for _, part in head_results(x, out_proj, self.model.ops)], axis=2)
 
     def norm_input(self, name: str) -> str:
-        """The point that a LayerNorm reads, of the name of its scale. Raises ValueError for a layer that is not there."""
+        """The point that a LayerNorm reads, from the name of its scale. Raises ValueError for a layer that does not exist."""
         pre, found = self.cfg.do_layer_norm_before, DERIVED.fullmatch(name)
         if found is None or found[1] is None:
             return point(f"blocks.{self.cfg.num_hidden_layers - 1}.hook_resid_post", self.cfg)
@@ -225,19 +226,19 @@ class Cache(dict):
         return point(f"blocks.{found[1]}.hook_resid_{first if '.ln1.' in name else second}", self.cfg)
 
     def __reduce__(self) -> tuple:
-        """A copy, or what is written to disk, is a plain dict of values by their paths."""
+        """Copied or pickled, it becomes a plain dict of values by their paths."""
         return dict, (dict(self),)
 
 
 def derived(name: Any) -> bool:
-    """Whether a name is of what is made from other points."""
+    """Whether a name's value is computed from other points."""
     return isinstance(name, str) and DERIVED.fullmatch(name) is not None
 
 
 def full_name(name: Any, layers: int) -> str:
     """("pattern", 3) -> "blocks.3.attn.hook_pattern"; ("scale", -1, "ln1") -> that of the last layer; strings stay as they are.
 
-    Raises ValueError for what is neither.
+    Raises ValueError for anything else.
     """
     if isinstance(name, str):
         return name
@@ -251,7 +252,7 @@ def full_name(name: Any, layers: int) -> str:
 
 
 def head_results(z: np.ndarray, out_proj: dict, ops: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """What each head adds to the stream, the bias of out_proj aside: out_proj of its own output, and of zeros in the others' places.
+    """What each head adds to the stream, without out_proj's bias: out_proj of its output, with the other heads' outputs set to 0.
 
     z: (B, T, H, Dh)  ->  H times (B, T, D)
     """

@@ -1,8 +1,8 @@
-"""What `train` learns from: text, labelled examples, or questions, as batches that depend on (seed, step) alone, and how each is judged.
+"""The data of `train`: text, labelled examples, or questions, as batches that depend on (seed, step) alone, and how each task is evaluated.
 
 A task has `head` (its loss, from grad.py), `batch(index) -> (input_ids, labels, attention_mask)`, `items(labels)` (what the mean loss divides
-by), `evaluate(params, cfg, ops) -> {measure: value}` and `checksum()` of its data. Batches have no state, so a run resumed at any step sees what
-it would have seen.
+by), `evaluate(params, cfg, ops) -> {measure: value}` and `checksum()` of its data. Batches have no state, so a run resumed at any step sees the
+same batches as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from opt_np.model import forward, last_hidden_state
 from opt_np.tokenizer import OPTTokenizer
 from opt_np.tree import map_leaves
 
-KINDS: dict[str, Any] = {"label": str | int | float, "answer_start": int}  # of the keys that are not text
+KINDS: dict[str, Any] = {"label": str | int | float, "answer_start": int}  # types of the keys that are not text
 
 
 class DataError(ValueError):
-    """Training data that cannot be used: names the file, the line, what was found and what was wanted."""
+    """Training data that cannot be used; the message names the file, the line, what was found and what was expected."""
 
 
 def read_texts(files: Iterable[str | Path]) -> list[str]:
@@ -95,10 +95,10 @@ def indices(n: int, batch_size: int, index: int, seed: int) -> list[tuple[int, i
 
 
 class LanguageModelling:
-    """Windows of `context` tokens from texts laid end to end, each text after its </s>.
+    """Windows of `context` tokens from the concatenated texts, each of which starts with </s>.
 
-    The windows of an epoch start at a random offset, so that their cuts fall elsewhere each time. Half of them open with </s> in place of
-    their first token: text is generated from </s>, and scored from anywhere.
+    The windows of an epoch start at a random offset, so that they are cut at other places each time. In half of them </s> replaces the
+    first token: text is generated from </s>, but scored from any token on.
     """
 
     head = staticmethod(grad.language_model_head)
@@ -140,7 +140,7 @@ def mean_scores(scores: list[tuple[float, int, int]]) -> dict[str, float]:
 
 def bits_per_byte(params: dict, cfg: OPTConfig, tokenizer: OPTTokenizer, text: str, context: int,
                   ops: ModuleType = numpy_ops) -> tuple[float, int, int]:  # fmt: skip
-    """Nats, tokens and UTF-8 bytes of a text, cut in windows that do not overlap: </s> and context - 1 tokens, every token predicted once."""
+    """Nats, tokens and UTF-8 bytes of a text, cut into windows that do not overlap: </s> and context - 1 tokens; every token is predicted once."""
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False))
     nats = 0.0
     for start in range(0, len(tokens), context - 1):
@@ -175,8 +175,8 @@ class Examples:
         return rows
 
     row: Callable[[dict], tuple[list[int], Any]]  # an example as ids and label
-    answer: Callable[..., np.ndarray]  # what the model says for each row
-    measures: Callable[[list, list], dict[str, float]]  # how good that is
+    answer: Callable[..., np.ndarray]  # the model's prediction for each row
+    measures: Callable[[list, list], dict[str, float]]  # how good the predictions are
 
     def batch(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.stack([self.rows[i] for _, i in indices(len(self.rows), self.batch_size, index, self.seed)])
@@ -194,7 +194,7 @@ class Examples:
     def evaluate(self, params: dict, cfg: OPTConfig, ops: ModuleType) -> dict[str, float]:
         """Loss and the task's measures over the evaluation rows."""
         losses, answers, wanted = [], [], []
-        head = map_leaves(host, {name: params[name] for name in HEADS if name in params})  # it is small, and NumPy computes it for every backend
+        head = map_leaves(host, {name: params[name] for name in HEADS if name in params})  # it is small: NumPy computes it for every backend
         for first in range(0, len(self.eval_rows), self.batch_size):
             ids, labels, mask = self.stack(self.eval_rows[first : first + self.batch_size])
             h = host(last_hidden_state(params, ids, cfg, attention_mask=mask, ops=ops, padding=True))
@@ -232,13 +232,13 @@ class Classification(Examples):
 
 
 class QuestionAnswering(Examples):
-    """Lines of {"question": …, "context": …, "answer": …, "answer_start": …}, as SQuAD: the answer stands in the context at that character."""
+    """Lines of {"question": …, "context": …, "answer": …, "answer_start": …}, as SQuAD: the answer starts at that character of the context."""
 
     head = staticmethod(grad.question_head)
     keys = ("question", "context", "answer", "answer_start")
 
     def rows_of(self, path: str, examples: dict[int, dict]) -> list[tuple[list[int], Any]]:
-        """Without the examples whose answer is cut off: there is nothing to learn from them."""
+        """The rows, without those whose answer is cut off, which teach nothing."""
         rows = super().rows_of(path, examples)
         whole = [row for row in rows if max(row[1]) < self.context]
         if not whole:

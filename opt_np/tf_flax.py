@@ -1,7 +1,7 @@
 """TensorFlow's and Flax's checkpoints (tf_model.h5, flax_model.msgpack and their shards), read under PyTorch's names and in PyTorch's orientation.
 
-Both store a matrix as (in, out), call it `kernel`, and keep the tied head once, as embed_tokens. HDF5 needs h5py; msgpack, a format of one page,
-is read right here: maps of names, whose leaves are the tensors' bytes. Nothing in either file is ever executed.
+Both store a matrix as (in, out), call it `kernel`, and hold the tied head once, as embed_tokens. HDF5 needs h5py; msgpack, a small format, is read
+here: maps of names, whose leaves are the tensors' bytes. Nothing in either file is ever executed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAVES = dict.fromkeys(("kernel", "weight", "embedding", "embeddings", "gamma", 
 
 
 def read_h5(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each weight of a TensorFlow file, the stored dtype kept. Raises CheckpointError for a damaged one, or without h5py."""
+    """(name, array) for each weight of a TensorFlow file, in its stored dtype. Raises CheckpointError for a damaged one, or without h5py."""
     import ml_dtypes
 
     try:
@@ -36,21 +36,21 @@ def read_h5(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
                 stored = "bfloat16" if data.dtype == "V2" else data.dtype.name  # Keras leaves a bfloat16 as two bytes of no declared meaning
                 if stored not in FLOATS or data.shape is None:
                     raise ValueError(f"it is {stored} {data.shape}; weights are {', '.join(FLOATS)}")
-                here = min(data.id.get_storage_size(), os.path.getsize(path))  # both are asked before memory is: the shape is only a claim
+                here = min(data.id.get_storage_size(), os.path.getsize(path))  # checked before allocating: the shape in the file need not be true
                 if data.chunks or data.external or data.nbytes > here:
                     raise ValueError(f"it is {data.shape}, and the file does not hold that many {stored} in one uncompressed piece")
                 array = data[()]
                 yield as_pytorch(name, array.view(ml_dtypes.bfloat16) if stored == "bfloat16" else array)
-    except Exception as error:  # HDF5's own complaints come as a dozen types
+    except Exception as error:  # HDF5 raises a dozen types of errors
         raise damaged(path, name, "HDF5", error) from None
 
 
 def read_msgpack(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for each weight of a Flax file, the stored dtype kept. Raises CheckpointError for a damaged one."""
+    """(name, array) for each weight of a Flax file, in its stored dtype. Raises CheckpointError for a damaged one."""
     name = ""
     try:
         with open(path, "rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # the tensors stay on disk until their turn
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # tensors stay on disk until they are used
         tree, end = unpack(data)
         if end != len(data):
             raise ValueError(f"{len(data) - end} bytes follow its end")
@@ -76,7 +76,7 @@ def as_pytorch(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
             raise ValueError(f"it is {array.shape}; a kernel is (in, out)")
         array = array.T
     name = ".".join([*modules, LEAVES[leaf]])
-    _, inside, rest = f".{name}".rpartition(".decoder.")  # before it: the names of the class and, twice, of its parts
+    _, inside, rest = f".{name}".rpartition(".decoder.")  # before it are the names of the class and, twice, of its parts
     return f"model.decoder.{rest}" if inside else name, np.asarray(array, array.dtype.newbyteorder("="), order="C")
 
 
@@ -109,9 +109,9 @@ def flax_array(leaf: Any) -> np.ndarray:
     return np.frombuffer(buffer, name).reshape(shape)  # ValueError unless bytes and shape agree
 
 
-# msgpack: a byte says what comes and, when small, how much of it; otherwise that is in the next 1, 2, 4 or 8 bytes, big-endian
+# msgpack: one byte (the tag) gives the kind of value and, if small, its length; otherwise the length is in the next 1, 2, 4 or 8 bytes, big-endian
 
-SMALL = ((0x80, 0x00, "int"), (0x90, 0x80, "map"), (0xA0, 0x90, "list"), (0xC0, 0xA0, "str"))  # tags below the first number, less the second
+SMALL = ((0x80, 0x00, "int"), (0x90, 0x80, "map"), (0xA0, 0x90, "list"), (0xC0, 0xA0, "str"))  # tags below the first: length = tag - second
 TAGS = {first + i: (kind, 2**i * width) for first, kind, width, sizes in
         ((0xC4, "bytes", 1, 3), (0xC7, "ext", 1, 3), (0xCC, "int", 1, 4), (0xD9, "str", 1, 3), (0xDC, "list", 2, 1), (0xDE, "map", 2, 1))
         for i in range(sizes)}  # fmt: skip
@@ -146,7 +146,7 @@ def unpack(data: memoryview, at: int = 0) -> tuple[Any, int]:
         if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
             raise ValueError(f"the map at byte {at} does not name its parts, each once")
         return dict(zip(keys, values[1::2], strict=True)), start
-    content = start + (kind == "ext")  # an extension's type stands between its length and its content
+    content = start + (kind == "ext")  # an extension's type is between its length and its content
     end = content + amount
     if end > len(data):
         raise ValueError(f"it ends at byte {len(data)}, inside a value that goes on to byte {end}")

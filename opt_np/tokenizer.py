@@ -1,6 +1,6 @@
 """OPT's tokenizer: GPT-2's byte-level BPE with OPT's ids, `</s>` (id 2) once at the start, and padding on either side.
 
-The merging is done by the `tokenizers` library; here is what is OPT's own: which ids are special, where they go, and how text streams out.
+The merging is done by the `tokenizers` library; this file adds what is OPT's own: which ids are special, where they go, and how text is streamed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class OPTTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> OPTTokenizer:
-        """Reads vocab.json and merges.txt, or tokenizer.json, of a folder or hub id, and tokenizer_config.json. Raises CheckpointError."""
+        """Reads tokenizer_config.json and either vocab.json and merges.txt or tokenizer.json of a folder or hub id. Raises CheckpointError."""
         from opt_np.hub import find
 
         return cls.from_folder(find(folder, revision, weights=False).tokenizer)
 
     @classmethod
     def from_folder(cls, folder: Path, **settings: Any) -> OPTTokenizer:
-        """The same where the folder with the files is known; `settings` go before those of its config. Raises CheckpointError."""
+        """As `from_pretrained`, from a folder already located; `settings` override those of its config. Raises CheckpointError."""
         from opt_np.checkpoint import CheckpointError, read_json
 
         vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
@@ -58,18 +58,18 @@ class OPTTokenizer:
                 _add_tokens(tokenizer, _added_tokens(folder, config), folder)
             else:
                 tokenizer = Tokenizer.from_file(str(whole))
-                config = {"add_bos_token": bool(tokenizer.encode("").ids), **config}  # the file says itself what it puts first: Galactica's nothing
+                config = {"add_bos_token": bool(tokenizer.encode("").ids), **config}  # the file defines what precedes a text (Galactica: nothing)
         except CheckpointError:
             raise
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise CheckpointError(f"{f'{vocab} with {merges.name}' if split else whole} cannot be read as a tokenizer: {error}") from None
-        tokenizer.no_truncation()  # a tokenizer.json remembers both from whoever saved it; here they are the caller's
+        tokenizer.no_truncation()  # a tokenizer.json stores both as they were when it was saved; here the caller chooses them
         tokenizer.no_padding()
         return cls(tokenizer, config | settings)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> OPTTokenizer:
-        """Learns merges from texts until there are vocab_size ids; ids 0 to 3 are OPT's specials."""
+        """Learns merges from texts until there are vocab_size ids; ids 0 to 3 are OPT's special tokens."""
         if vocab_size < 256 + len(SPECIAL_TOKENS):
             raise ValueError(
                 f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}"
@@ -84,7 +84,7 @@ class OPTTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids have a token (a model may have more rows: 50272 for 50265)."""
+        """The number of ids that have a token (a model may have more embedding rows: 50272 for 50265)."""
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
@@ -96,12 +96,12 @@ class OPTTokenizer:
         return ids
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids without </s>, and the characters [start, end) of the text that each stands for."""
+        """Ids without </s>, and for each the characters [start, end) of the text that it encodes."""
         encoding = self._encoding(text)
         return encoding.ids, encoding.offsets
 
     def _encoding(self, text: str) -> Any:
-        """Raises ValueError for what is no Unicode text: half a surrogate pair, as Python makes of undecodable bytes."""
+        """Encodes a text; raises ValueError for invalid Unicode: half a surrogate pair, which Python makes of undecodable bytes."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError:
@@ -131,7 +131,7 @@ class OPTTokenizer:
         return {"input_ids": rows[0], "attention_mask": masks[0]} if single else {"input_ids": rows, "attention_mask": masks}
 
     def pad(self, rows: Sequence[Sequence[int]], padding_side: str = "right") -> dict[str, np.ndarray]:
-        """Rows of ids to one array and its mask.  -> input_ids (B, T), attention_mask (B, T), int64"""
+        """Pads rows of ids to one array, with its mask.  -> input_ids (B, T), attention_mask (B, T), int64"""
         T = max(map(len, rows), default=0)
         ids, mask = np.full((len(rows), T), self.pad_token_id, np.int64), np.zeros((len(rows), T), np.int64)
         for b, row in enumerate(rows):
@@ -140,14 +140,14 @@ class OPTTokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """Ids to text; ids that have a row in the model but no token print nothing."""
+        """Ids to text; an id that has a row in the model but no token gives no text."""
         return "".join(self.stream_decode(np.asarray(ids).reshape(-1).tolist(), skip_special_tokens))
 
     def batch_decode(self, rows: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def stream_decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterable[str]:
-        """Text as it becomes certain, one piece per id and a last one; their sum is decode(ids)."""
+        """Yields text as it is completed, one piece per id and a last one; joined, they are decode(ids)."""
         detokenizer = self.detokenizer(skip_special_tokens)
         for i in ids:
             yield detokenizer.put(i)
@@ -168,7 +168,7 @@ class OPTTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes vocab.json, merges.txt and the two small configs: the files of facebook/opt-125m, which HF reads too.
 
-        What cuts or changes the text in another way, as a tokenizer.json may ask for, is written as tokenizer.json, in place of the first two.
+        A tokenizer whose normalizer or pre-tokenizer differs, as in some tokenizer.json, is written as tokenizer.json instead of the first two.
         """
         from opt_np.checkpoint import write_text
 
@@ -191,7 +191,7 @@ class OPTTokenizer:
         merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
         if own_way:
             write_text(folder / "tokenizer.json", self._tokenizer.to_str())
-            for name in FILES[:2]:  # of another tokenizer: they would be read first
+            for name in FILES[:2]:  # left by another tokenizer: they would be read first
                 (folder / name).unlink(missing_ok=True)
         else:
             write_text(folder / FILES[0], json.dumps(bpe["vocab"], ensure_ascii=False))
@@ -215,12 +215,12 @@ class Detokenizer:
         return "" if i in self._skipped else self._decoder.decode(self._tokenizer.token_bytes(i))
 
     def end(self) -> str:
-        """What is left, broken characters as U+FFFD."""
+        """The remaining text, with incomplete characters as U+FFFD."""
         return self._decoder.decode(b"", final=True)
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tokens that a fine-tune added to the vocabulary, by id, from whichever file tells them."""
+    """Tokens that a fine-tune added to the vocabulary, by id, from whichever file lists them."""
     from opt_np.checkpoint import read_json
 
     if "added_tokens_decoder" in config:
@@ -243,7 +243,7 @@ def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: 
 
 
 def byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
-    """Byte-level BPE, as GPT-2 and OPT have it, of these merges."""
+    """A byte-level tokenizer, as GPT-2 and OPT have it, with this BPE model."""
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -251,7 +251,7 @@ def byte_level(bpe: models.BPE, add_prefix_space: bool) -> Tokenizer:
 
 
 def _content(config: dict[str, Any], name: str, default: str) -> str:
-    """A special token's text, which the config gives alone or in an object. Raises CheckpointError."""
+    """A special token's text, which the config gives as a string or in an object. Raises CheckpointError."""
     from opt_np.checkpoint import CheckpointError
 
     token = config.get(name) or default
@@ -262,7 +262,7 @@ def _content(config: dict[str, Any], name: str, default: str) -> str:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-in character for each byte: printable ones for themselves, the rest from U+0100 on (openai/gpt-2 encoder.py)."""
+    """GPT-2's stand-in character for each byte: a printable byte for itself, the rest from U+0100 on (openai/gpt-2 encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,7 +1,7 @@
-"""Every step of a pass in order: its name, equation, shape, FLOPs, bytes, a checksum, and its values on request; and where two passes part.
+"""Every step of a forward pass in order: its name, equation, shape, FLOPs, bytes, a checksum and its values; and where two passes first differ.
 
-The steps are counted while the model runs, from the arrays that each operation is given and returns: `costs.py` says the same in closed form. A step
-is where something is computed: a value that is the step before it, as a block's input is the last one's output, is a point of taps.py only.
+Work is counted while the model runs, from the arrays that each operation takes and returns; `costs.py` has the same counts in closed form. A step
+computes something. A point of taps.py that only repeats a value, as a block's input repeats the previous block's output, is not a step.
 
     ours = record(model, ids)                            # print(table(ours)) shows it
     compare(ours, record(other, ids)).first              # the first step at which another backend, dtype or implementation differs
@@ -22,11 +22,11 @@ from opt_np import model as modelling
 from opt_np.arrays import as_kind, host, size
 from opt_np.model import Tap
 
-ALLOWED = {"float64": 1e-10, "float32": 1e-4}  # of the largest value of a step: rounding stays far below this
+ALLOWED = {"float64": 1e-10, "float32": 1e-4}  # relative to a step's largest value: rounding stays far below this
 
 
 class Step(NamedTuple):
-    """One step; FLOPs and bytes are 0 where nothing could be counted, in a pass of PyTorch."""
+    """One step; in a PyTorch pass, where nothing can be counted, FLOPs and bytes are 0."""
 
     name: str
     equation: str
@@ -49,11 +49,11 @@ class Step(NamedTuple):
 
 def record(model: Any, input_ids: Any, attention_mask: Any = None, cache: Any = None, fused: bool = False, values: bool = True,
            tap: Tap | None = None, logits_to_keep: int = 0) -> list[Step]:  # fmt: skip
-    """The steps of a language model's pass, by the unfused operations; with fused=True by those that it runs otherwise, the stream's sums left out.
+    """The steps of a language model's pass, run with unfused operations; with fused=True as it runs normally, without the residual sums.
 
     input_ids: (B, T);  attention_mask: (B, S)
 
-    values=False keeps checksums only. cache: a KVCache, which then grows. tap: sees and replaces values first, as taps.hooked. Raises ValueError.
+    values=False keeps checksums only. cache: a KVCache, which grows. tap: runs first, and may replace values (see taps.hooked). Raises ValueError.
     """
     if tap and fused:
         raise ValueError("the fused operations have nothing to tap inside; leave fused or tap out")
@@ -66,24 +66,24 @@ def record(model: Any, input_ids: Any, attention_mask: Any = None, cache: Any = 
 
 
 def fused_names(cfg: Any) -> list[str]:
-    """What each operation of an untapped pass computes, in order, under the names of taps.py."""
+    """The points that the fused operations of an untapped pass compute, in order, by their names in taps.py."""
     hidden = ("attn_scores", "attn_weights", "fc1", "activation_fn", "resid_pre", "resid_mid", "resid_post")
     layers = {taps.LAYER.format(i=i) for i in range(cfg.num_hidden_layers)}
     return [name for name in taps.names(cfg) if not name.endswith(hidden) and name not in layers]
 
 
 class Recorder:
-    """Stands before a backend, notes what each operation reads and returns, and makes a Step of it when its name is known."""
+    """Wraps a backend: counts what each operation reads and writes, and records it as a Step once the tap, or `names`, names it."""
 
     def __init__(self, ops: Any, cfg: Any, values: bool, tap: Tap | None) -> None:
         self.ops, self.cfg, self.values, self.outer = ops, cfg, values, tap
         self.steps: list[Step] = []
         self.names: list[str] | None = None  # of fused operations, in order
-        self.work: Work | None = None  # of the operation whose name comes next
-        self.latest: dict[str, Any] = {}  # by the last part of their names, the values that sums and products will read
+        self.work: Work | None = None  # of the latest operation, until the tap names it
+        self.latest: dict[str, Any] = {}  # the latest values, by the last part of their names: inputs of `sum_or_product`
 
     def __getattr__(self, name: str) -> Any:
-        if name not in WORK:  # above all the backend's own fused `decoder`, which is no one step
+        if name not in WORK:  # above all the backend's own fused `decoder`, which is many steps
             raise AttributeError(name)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ class Recorder:
         return value
 
     def sum_or_product(self, stage: str, value: Any) -> Work | None:
-        """What the model's own lines compute: residual sums, and weights times values. None for a value that was seen before."""
+        """The work that model.py does without `ops`: residual sums, and attention weights times values. None for a repeated value."""
         at = self.latest
         if stage == "attn_output":
             P, O = at["attn_weights"], value
@@ -115,7 +115,7 @@ class Recorder:
             return Work(size(value), 0, nbytes(value, at["self_attn"]), value.nbytes)
         if stage == "resid_post":
             return Work(size(value), 0, nbytes(value, at["fc2"]), value.nbytes)
-        if stage == "resid_pre" and "resid_pre" not in at:  # later ones are the output of the block before
+        if stage == "resid_pre" and "resid_pre" not in at:  # later ones repeat the previous block's output
             return Work(size(value), 0, nbytes(value, at["embed_positions"]), value.nbytes)
         return None
 
@@ -126,7 +126,7 @@ class Recorder:
 
 
 class Work(NamedTuple):
-    """What an operation does: FLOPs, and bytes of weights read, of activations read, and written."""
+    """The work of an operation: FLOPs, bytes of weights read, bytes of activations read, and bytes written."""
 
     flops: int
     weights: int
@@ -141,34 +141,34 @@ def embed_work(y: Any, ids: Any, weight: Any, scale: Any = None, columns: Any = 
 
 
 def linear_work(y: Any, x: Any, weight: Any, bias: Any = None, scale: Any = None, columns: Any = None) -> Work:
-    """A multiplication and an addition for each number of the matrix and each row of x, and the bias."""
+    """A multiplication and an addition for each element of the matrix and each row of x; the bias is one more addition per output."""
     return Work(size(y) * (2 * x.shape[-1] + (bias is not None)), nbytes(weight, bias, scale, columns), x.nbytes, y.nbytes)
 
 
 def layer_norm_work(y: Any, x: Any, weight: Any = None, bias: Any = None) -> Work:
-    """Sums, differences, squares, the quotient; weight and bias where there are any."""
+    """Sums, differences, squares and the quotient; weight and bias if there are any."""
     D = x.shape[-1]
     flops = size(x) // D * ((7 if weight is not None else 5) * D + 5)
     return Work(flops, nbytes(weight, bias), x.nbytes, y.nbytes)
 
 
 def activation_work(y: Any, x: Any, function: str) -> Work:
-    """So many FLOPs for each number as costs.ACTIVATION says."""
+    """costs.ACTIVATION gives the FLOPs per element."""
     return Work(size(x) * costs.ACTIVATION[function], 0, x.nbytes, y.nbytes)
 
 
 def scores_work(y: Any, q: Any, k: Any, scale: float, layout: Any = None) -> Work:
-    """q is scaled, and multiplied with the keys that it sees."""
+    """q is scaled, and each query is multiplied by the keys that it sees."""
     return Work(size(q) + 2 * seen_pairs(y) * q.shape[-1], 0, q.nbytes + k.nbytes, y.nbytes)
 
 
 def softmax_work(P: Any, scores: Any) -> Work:
-    """For each score that is seen: maximum, difference, exponential, sum, quotient; and two numbers for each query."""
+    """For each visible score: maximum, difference, exponential, sum, quotient; and two FLOPs for each query."""
     return Work(5 * seen_pairs(scores) + 2 * size(scores) // scores.shape[-1], 0, scores.nbytes, P.nbytes)
 
 
 def attention_work(O: Any, q: Any, k: Any, v: Any, scale: float, layout: Any = None) -> Work:
-    """The three above, without their arrays between."""
+    """Scores, softmax and weights times values as one step, without the arrays between them."""
     (B, T, H, Dh), S = q.shape, k.shape[1]
     sees = np.broadcast_to(np.tri(T, S, S - T, bool), (B, T, S))
     visible = getattr(layout, "visible", None)
@@ -191,12 +191,12 @@ WORK: dict[str, Callable[..., Work]] = {
 
 
 def seen_pairs(scores: Any) -> int:
-    """The pairs of a query and a key that it sees, counted in the scores themselves.  scores: (B, H, T, S)"""
+    """The number of pairs of a query and a key that it sees: scores that are not -inf.  scores: (B, H, T, S)"""
     return int((host(scores) != -math.inf).sum())
 
 
 def nbytes(*arrays: Any) -> int:
-    """Bytes of several arrays together, a backend's packed matrices among them; None has none."""
+    """The total bytes of several arrays, which may be a backend's packed matrices; None counts as 0."""
     return sum(int(a.nbytes) for a in arrays if a is not None)
 
 
@@ -209,7 +209,7 @@ def checksum(array: np.ndarray) -> str:
 
 
 def table(steps: list[Step]) -> str:
-    """The steps, one in a line, and their sums."""
+    """The steps, one per line, and their totals."""
     width, wide = max(len(short(step.name)) for step in steps), max(len(step.equation) for step in steps)
     form = f"{{:<{width}}}  {{:<{wide}}}  {{:<16}}  {{:<8}}  {{:>10}}  {{:>10}}  {{:>10}}  {{}}"
     lines = [form.format("step", "equation", "shape", "dtype", "MFLOP", "weights KB", "others KB", "checksum")]
@@ -220,22 +220,22 @@ def table(steps: list[Step]) -> str:
 
 
 def total(steps: list[Step]) -> str:
-    """The sums of all steps, in words."""
+    """The totals of all steps, in words."""
     flops, weights, all_bytes = (sum(column) for column in zip(*((s.flops, s.weights, s.bytes) for s in steps), strict=True))
     others = (all_bytes - weights) / 1e6
     return f"{len(steps)} steps, {flops / 1e6:.1f} MFLOP, {weights / 1e6:.2f} MB of weights read, {others:.2f} MB read and written besides"
 
 
 def short(name: str) -> str:
-    """A step's name without what all names begin with."""
+    """A step's name without the decoder's prefix."""
     return name.removeprefix(f"{taps.DECODER}.")
 
 
-# Where two traces part
+# Where two traces first differ
 
 
 class Difference(NamedTuple):
-    """How far a step is off, of its largest value; inf where shapes differ, a value is no number, or there are only checksums, and they differ."""
+    """A step's largest difference over its largest value; inf if shapes differ, unequal values are not finite, or bare checksums differ."""
 
     name: str
     error: float
@@ -244,7 +244,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The steps that both traces have, in order; the first that differs by more than is allowed; and the steps that only one of them has."""
+    """The steps that both traces have, in order; the first whose difference is more than allowed; and the steps that only one trace has."""
 
     rows: list[Difference]
     first: Difference | None
@@ -279,16 +279,16 @@ class Comparison(NamedTuple):
 
 
 def stages(names: list[str]) -> str:
-    """The steps of these names, those of all layers together."""
+    """The names for a message: a step of a layer without the layer, and each only once."""
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] if ".layers." in name else short(name) for name in names))
 
 
 def compare(a: list[Step], b: list[Step], allowed: float | None = None) -> Comparison:
-    """Two traces of the same input, step by step: two backends, dtypes, quantisations, implementations, or a run with hooks and one without.
+    """Compares two traces of one input, step by step: of two backends, dtypes, quantisations or implementations, or with and without hooks.
 
-    allowed: the difference, of a step's largest value, that is still rounding; without it, what the coarser dtype explains; 0 wants equal bits;
-    between backends int8 and int4 need 1e-3, for kernels round what they read to 16 bits.
-    Traces without values are compared by checksum. Raises ValueError for traces that share no step, or are of different inputs.
+    allowed: the difference, relative to a step's largest value, that still counts as rounding; by default ALLOWED of the coarser dtype; 0 requires
+    equality. Between backends int8 and int4 need 1e-3, because kernels round their inputs to 16 bits.
+    Traces without values are compared by checksum. Raises ValueError for traces that have no step in common, or that are of different inputs.
     """
     if not a or not b:
         raise ValueError("there is nothing to compare: a trace is empty")
@@ -307,7 +307,7 @@ def compare(a: list[Step], b: list[Step], allowed: float | None = None) -> Compa
 
 
 def record_each(model: Any, exact: Any, input_ids: Any, **how: Any) -> list[Step]:
-    """The steps of `model` when each of its blocks reads what the same block of `exact` read: what each block itself adds to a difference.
+    """The steps of `model` when each block is given the input of the same block of `exact`: shows what each block alone adds to a difference.
 
     input_ids: (B, T)        Raises ValueError.
     """
@@ -320,14 +320,14 @@ def record_each(model: Any, exact: Any, input_ids: Any, **how: Any) -> list[Step
 
 
 def difference(a: Step, b: Step) -> float:
-    """The largest difference over the largest value of `a`; equal infinities, as hidden scores have, are equal."""
+    """The largest difference over the largest finite value of `a`; equal infinities, the scores of hidden keys, count as equal."""
     if a.value is None or b.value is None:
         return 0.0 if a.checksum == b.checksum else math.inf
     x, y = a.value.astype(np.float64), b.value.astype(np.float64)
     if x.size == size(y):
-        y = y.reshape(x.shape)  # PyTorch has heads side by side
+        y = y.reshape(x.shape)  # PyTorch has the heads concatenated
     elif x.ndim != y.ndim or any(m != n and 1 not in (m, n) for m, n in zip(x.shape, y.shape, strict=True)):
-        return math.inf  # else positions, which may be looked up once for all rows
+        return math.inf  # only position embeddings may differ in shape: (1, T, D) for all rows, or (B, T, D)
     x, y = np.broadcast_arrays(x, y)
     apart = ~((x == y) | (np.isnan(x) & np.isnan(y)))
     if not apart.any():
@@ -342,7 +342,7 @@ def difference(a: Step, b: Step) -> float:
 
 
 def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> list[Step]:
-    """The steps that Hugging Face's OPTForCausalLM has a module for, by hooks on its modules; nothing is counted.
+    """The steps for which Hugging Face's OPTForCausalLM has a module, recorded by hooks; FLOPs and bytes are not counted.
 
     input_ids: (B, T);  attention_mask: (B, T)        Raises ValueError for another kind of model.
     """
@@ -351,7 +351,7 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
     steps: list[Step] = []
 
     def keep(name: str, value: Any) -> None:
-        if name.rpartition(".")[2].isdigit():  # a block: its last step is its output
+        if name.rpartition(".")[2].isdigit():  # a block: its output is that of its last step
             return
         value = value[0] if isinstance(value, tuple) else value
         array = value.detach().cpu().to(value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32).numpy().copy()
@@ -366,7 +366,7 @@ def record_torch(oracle: Any, input_ids: Any, attention_mask: Any = None) -> lis
 
 @contextmanager
 def hooks_on(oracle: Any, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """keep(name, value) at every block and module that computes a step, before the first block and before out_proj, while the context lasts."""
+    """While the context lasts, calls keep(name, value) after every block and module that is a step, and before the first block and out_proj."""
     stages = {name for name in costs.EQUATIONS if name not in ("attn_scores", "attn_weights", "attn_output", "resid_pre", "resid_mid", "resid_post")}
     first, handles = taps.LAYER.format(i=0), []
     for path, module in oracle.named_modules():

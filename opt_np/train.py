@@ -1,4 +1,4 @@
-"""The training loop: batches, gradients, AdamW, a log, checkpoints, and resuming to the same bits."""
+"""The training loop: batches, gradients, AdamW, a log, checkpoints, and resuming bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from opt_np.tasks import Classification, DataError, LanguageModelling, QuestionA
 from opt_np.tokenizer import OPTTokenizer
 from opt_np.tree import flatten, map_leaves, unflatten
 
-STATE = "train_state.safetensors"  # parameters, moments and step in one file: one rename moves the run forward
+STATE = "train_state.safetensors"  # parameters, moments and step in one file, so that one rename commits all of them
 BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
 HEAD_OF = {"lm": "lm_head", "classify": "score", "qa": "qa_outputs"}
@@ -99,7 +99,7 @@ class Options:
 
     @property
     def eval_source(self) -> str:
-        """The option that names what is evaluated on."""
+        """The option that names the evaluation data."""
         return "eval_text" if self.task == "lm" else "eval_data"
 
     @property
@@ -114,7 +114,7 @@ def flag(name: str) -> str:
 
 @dataclass
 class Run:
-    """Everything that a step changes, or needs to know."""
+    """Everything that a training step reads or changes."""
 
     params: dict
     optimizer: dict
@@ -128,14 +128,14 @@ class Run:
         return load_ops(self.backend)
 
     def own(self, function: Callable) -> Callable:
-        """The backend's own function of this name and meaning, where it has one: torch's tensors learn by autograd."""
+        """The backend's own version of this function, if it has one (torch tensors get their gradients from autograd), else the function."""
         return getattr(self.ops, function.__name__, function)
 
 
 def train(options: Options) -> dict[str, Any]:
     """Trains until options.steps and returns the log's last line. Writes OUT/log.jsonl, a checkpoint, and the state to resume from.
 
-    Raises DataError, CheckpointError and ValueError. Interrupted once (Ctrl-C), it finishes the step, saves, and returns.
+    Raises DataError, CheckpointError and ValueError. After one Ctrl-C it finishes the step, saves, and returns.
     """
     if not options.out:
         raise ValueError("--out is empty; name the folder to train into")
@@ -145,7 +145,7 @@ def train(options: Options) -> dict[str, Any]:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Holds the folder, which is made, until the end: two runs in one would write over each other's files. Raises ValueError."""
+    """Makes the folder and locks it while the body runs: two runs would overwrite each other's files. Raises ValueError."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
@@ -168,7 +168,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 def train_in(out: Path, options: Options) -> dict[str, Any]:
     """`train`, once the folder is ours."""
-    from tqdm import tqdm  # here, for every other command would wait for it
+    from tqdm import tqdm  # imported here, because it would slow the start of every other command
 
     if (out / STATE).exists() and not options.resume:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
@@ -180,7 +180,7 @@ def train_in(out: Path, options: Options) -> dict[str, Any]:
     first, line = run.optimizer["step"], {}
     found: dict[str, Any] = {}
     if first >= options.steps:
-        save(out, run, options)  # the run may have been killed between its last state and the checkpoint
+        save(out, run, options)  # the run may have been killed after writing its last state, before the checkpoint
         found = run.task.evaluate(run.params, run.cfg, run.ops) if options.evaluated else {}
     with Log(out / "log.jsonl", first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
         for step in range(first, options.steps):
@@ -199,7 +199,7 @@ def train_in(out: Path, options: Options) -> dict[str, Any]:
 
 
 def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
-    """One update from `accumulate` batches; each batch's loss is divided by the items of all of them."""
+    """One optimiser step from `accumulate` batches; each batch's loss is divided by the number of items in all of them."""
     batches = [run.task.batch(step * options.accumulate + j) for j in range(options.accumulate)]
     items = sum(run.task.items(labels) for _, labels, _ in batches)
     loss, grads = 0.0, None
@@ -217,14 +217,14 @@ def train_step(run: Run, options: Options, step: int) -> dict[str, Any]:
 
 
 def add_(total: dict, grads: dict) -> dict:
-    """Adds gradients to a sum of them, in place."""
+    """Adds gradients to a running total, in place."""
     for t, g in zip(flatten(total).values(), flatten(grads).values(), strict=True):
         t += g
     return total
 
 
 def new_run(out: Path, options: Options) -> Run:
-    """From nothing, or from the checkpoint --model; the task's head is created here, and only here."""
+    """A run from scratch, or from the checkpoint --model; the task's head is created here, and only here."""
     if options.model:
         idle = [flag(name) for name in SHAPE if getattr(options, name) != getattr(Options, name)]
         if idle:
@@ -237,7 +237,7 @@ def new_run(out: Path, options: Options) -> Run:
     task = make_task(options, tokenizer, cfg)
     if isinstance(task, Classification):
         labelled = cfg.with_labels(task.labels, problem_type="single_label_classification")
-        if "score" not in params or cfg.extra.get("id2label") != labelled.extra["id2label"]:  # a head for these very labels is trained further
+        if "score" not in params or cfg.extra.get("id2label") != labelled.extra["id2label"]:  # a head for exactly these labels is trained further
             params["score"] = init_head(cfg, "score", len(task.labels), options.seed)
         cfg = labelled
     elif isinstance(task, QuestionAnswering) and "qa_outputs" not in params:
@@ -251,12 +251,12 @@ def new_run(out: Path, options: Options) -> Run:
 
 
 def at_home(tree: dict, backend: str) -> dict:
-    """Parameters or moments where the backend learns: a GPU has them in its memory, the others as they are."""
+    """Parameters or moments where the backend trains: in the GPU's memory for CUDA, else unchanged."""
     return load_ops(backend).pack(tree) if backend == "cuda" else tree
 
 
 def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
-    """A tokenizer learnt from the training texts, and random parameters."""
+    """A tokenizer trained on the training texts, and random parameters."""
     texts = read_texts(options.text) if options.text else [str(value) for e in examples_of(options) for value in e.values()]
     tokenizer = OPTTokenizer.train(texts, options.vocab_size)
     cfg = OPTConfig(
@@ -267,7 +267,7 @@ def from_nothing(options: Options) -> tuple[dict, OPTConfig, OPTTokenizer]:
 
 
 def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
-    """The task that the options ask for, with its data. Raises DataError, ValueError."""
+    """The task that the options select, with its data. Raises DataError, ValueError."""
     if options.context > cfg.max_position_embeddings:
         raise ValueError(f"--context {options.context} is more than the model's max_position_embeddings={cfg.max_position_embeddings}; lower it")
     shape = options.context, options.batch_size, options.seed
@@ -287,12 +287,12 @@ def examples_of(options: Options) -> list[dict]:
 
 
 def kept_options(options: Options, backend: str) -> dict[str, Any]:
-    """The options that must be equal for a resumed run to draw the same curve."""
+    """The options that must not change for a resumed run to follow the same loss curve."""
     return {name: value for name, value in asdict(options).items() if name not in MAY_CHANGE} | {"backend": backend}
 
 
 def save(out: Path, run: Run, options: Options) -> None:
-    """The state to resume from, then the checkpoint; each file is replaced whole."""
+    """Writes the state to resume from, then the checkpoint; each file is replaced atomically."""
     params = map_leaves(host, run.params)
     state = flatten({"params": params, "m": map_leaves(host, run.optimizer["m"]), "v": map_leaves(host, run.optimizer["v"])})
     metadata = {
@@ -306,7 +306,7 @@ def save(out: Path, run: Run, options: Options) -> None:
 
 
 def resumed_run(out: Path, options: Options) -> Run:
-    """The run as it was when last saved; raises ValueError where its options or data were others."""
+    """The run as it was when last saved; raises ValueError if its options or data were different."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -324,7 +324,7 @@ def resumed_run(out: Path, options: Options) -> Run:
     backend = then["backend"] if options.backend == "auto" else options.backend
     now = kept_options(options, backend)
     if not options.model:
-        now.pop("model")  # it was read when the run began, and need not be there any more
+        now.pop("model")  # it was read when the run started, and need not exist any more
     changed = [f"{flag(name)} {then[name]}" for name, value in now.items() if then.get(name, value) != value]
     if changed:
         raise ValueError(f"{out} was trained with {', '.join(changed)}; resume it with the same options")
@@ -336,7 +336,7 @@ def resumed_run(out: Path, options: Options) -> Run:
 
 
 class Log:
-    """One JSON object a step; on resuming, the lines after the step resumed from are dropped, for they will be written again."""
+    """One JSON object per step; on resuming, the lines after the last saved step are dropped, because they will be written again."""
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -366,7 +366,7 @@ class Log:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second one stops at once. Other threads than the main one have no Ctrl-C."""
+    """Turns the first Ctrl-C into a request to stop after this step; the second stops at once. Threads other than the main one get no Ctrl-C."""
 
     def __enter__(self) -> Interrupt:
         self.asked, self._previous = False, None

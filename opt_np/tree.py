@@ -20,7 +20,7 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """Flat to nested; a level whose keys are all numbers becomes a list. Inverse of `flatten`."""
+    """Flat to nested; a level whose keys are all integers becomes a list. Inverse of `flatten`."""
     root: dict[str, Any] = {}
     for name, leaf in flat.items():
         node = root

@@ -1,7 +1,7 @@
-"""Proof, on the user's own machine, that this port computes the model they have.
+"""Checks, on the user's own machine, that this port computes the same as the original for their model.
 
-First against PyTorch, where it is installed: the tensors as Hugging Face loads them; then every point of the forward pass in float64, so that the
-first one to differ has a name; then the rounding of float32. Then against numbers that others published for it, in golden.json, where it is known.
+First against PyTorch, if it is installed: the tensors as Hugging Face loads them; then every point (named activation) of the forward pass in float64,
+so that the first one to differ has a name; then the rounding of float32. Then, for a known model, against published results, in golden.json.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ GOLDEN = Path(__file__).with_name("golden.json")
 PASS, FAIL, NOT_RUN = "pass", "FAIL", "not run"
 LOADING, LAYERS, WHOLE, ROUNDING, PUBLISHED = "the tensors", "layer by layer", "as it runs, untapped", "rounding", "published numbers"
 INSTALL = 'pip install "torch>=2.6" transformers==5.23.0'
-# Largest difference over the largest value of a point: in float64 rounding stays far below this, and a mistake in the formula far above.
+# Largest difference over a point's largest value: in float64 rounding errors are far smaller, and mistakes in a formula far larger.
 ALLOWED = {"float64": 1e-10, "float32": 1e-4}
-# Points that have a name on both sides; a port may tap more. attn_output is what goes into out_proj, self_attn what comes out of it.
+# Points that have a name on both sides; a port may tap more. attn_output is out_proj's input, self_attn its output.
 STAGES = ("embed_tokens", "embed_positions", "project_in", "self_attn_layer_norm", "q_proj", "k_proj", "v_proj", "attn_output", "self_attn",
           "final_layer_norm", "fc1", "activation_fn", "fc2", "project_out", "lm_head")  # fmt: skip
 FREE = ("embed_tokens", "embed_positions", "q_proj", "k_proj", "v_proj")  # these may run in any order
 LAYER_0 = "model.decoder.layers.0"
-EMBEDDED = f"{LAYER_0} (its input)"  # tokens plus positions: no module of its own
+EMBEDDED = f"{LAYER_0} (its input)"  # token plus position embeddings: no module outputs it
 LAST, LOGITS = "last hidden state", "logits"
 LAYER = re.compile(r"model\.decoder\.layers\.\d+")
 HF_READS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,7 +56,7 @@ class Check(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One batch; several chunks mean a cache, filled chunk by chunk."""
+    """One batch; if it has several chunks, they run in order with a KV cache."""
 
     name: str
     ids: np.ndarray  # (B, S)
@@ -64,30 +64,30 @@ class Case(NamedTuple):
     chunks: list[slice]
 
     def seen(self, chunk: slice) -> np.ndarray | None:
-        """The mask that goes with a chunk: past and new.  -> (B, past + T)"""
+        """The mask for a chunk: past and new tokens.  -> (B, past + T)"""
         return None if self.mask is None else self.mask[:, : chunk.stop]
 
     def real(self, chunk: slice) -> np.ndarray:
-        """Where a chunk's tokens are tokens: nothing is compared at pads.  -> (B, T) bool"""
+        """Which of a chunk's tokens are real: pads are not compared.  -> (B, T) bool"""
         return np.ones(self.ids[:, chunk].shape, bool) if self.mask is None else self.mask[:, chunk] != 0
 
 
 class Run(NamedTuple):
-    """What one engine computed for a case: per chunk the named values, in the order in which they came; and the error that ended it, if one did."""
+    """What one implementation computed for a case: for each chunk the values by name, in the order computed; and the error that ended it, if any."""
 
     points: list[dict[str, np.ndarray]]
     stopped: str = ""
 
 
 class Difference(NamedTuple):
-    """How far a point is off, and what to say of it."""
+    """How far a point is off, and a note about it."""
 
-    error: float  # of the largest value; inf: there is nothing to compare, or not a number
+    error: float  # relative to the largest value; inf: nothing to compare, or not finite
     note: str = ""
 
 
 def verify(name: str | Path, revision: str | None = None, backend: str = "numpy", golden: str | None = None) -> list[Check]:
-    """Every check of a model, a folder or a hub id; `golden` names the published model of which a folder is an unchanged copy.
+    """Every check of a model (a folder or a hub id); `golden` names the published model of which a folder is an unchanged copy.
 
     Raises CheckpointError and ValueError for what cannot be loaded at all. Sources: transformers' OPTForCausalLM; golden.json.
     """
@@ -117,13 +117,13 @@ def load(name: str | Path, revision: str | None, dtype: str, backend: str) -> OP
 
 
 def check_known_to_pytorch(name: Any, cfg: OPTConfig) -> None:
-    """Raises ValueError for weights of whole numbers."""
+    """Raises ValueError for quantised weights."""
     if cfg.quantized:
         raise ValueError(f"{name} is {cfg.quantized[0]}, a format of our own that PyTorch does not know; take the checkpoint that it was made from")
 
 
 def hint(origin: Any, known: list[str]) -> str:
-    """Why nothing published was compared. A fine-tune keeps the name of the model it came from: the name alone proves nothing."""
+    """Why no published result was compared. A fine-tune's config.json keeps the name of its original, so the name alone proves nothing."""
     if origin in known:
         return f"config.json names {origin}; for an unchanged copy of it, add --golden {origin}"
     return "none for this model; for an unchanged copy of one of Meta's, add --golden facebook/opt-…"
@@ -133,7 +133,7 @@ def hint(origin: Any, known: list[str]) -> str:
 
 
 def against_pytorch(name: str | Path, revision: str | None, backend: str, ours: OPTForCausalLM) -> Iterator[Check]:
-    """Tensors, points, logits, rounding; where PyTorch is not installed, one check that says so."""
+    """The checks of tensors, points, logits and rounding; if PyTorch is not installed, one check that reports this."""
     try:
         torch, transformers = oracle_libraries()
     except ImportError as error:
@@ -147,7 +147,7 @@ def against_pytorch(name: str | Path, revision: str | None, backend: str, ours: 
         try:
             rounded = [ends(run) for run in run_pytorch(torch, pytorch_model(torch, transformers, source.config, plain.params), inputs)]
             theirs = run_pytorch(torch, pytorch_model(torch, transformers, source.config, exact.params), inputs)
-        except Exception as error:  # whatever they raise when config.json means another model to them than to us
+        except Exception as error:  # they may raise anything, if they read config.json as another model than we do
             reason = f"transformers {transformers.__version__} cannot run config.json with our tensors: {type(error).__name__}: {first_line(error)}"
             yield Check(LAYERS, "comparison with PyTorch", None, None, FAIL, reason)
             return
@@ -159,7 +159,7 @@ def against_pytorch(name: str | Path, revision: str | None, backend: str, ours: 
 
 
 def oracle_libraries() -> tuple[Any, Any]:
-    """torch and transformers. Raises ImportError, saying what to install, where they are absent or known to be wrong."""
+    """torch and transformers. Raises ImportError with the command to install them, if they are missing or a version known to be wrong."""
     try:
         import torch
         import transformers
@@ -173,7 +173,7 @@ def oracle_libraries() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars or remarks from transformers, which would stand in the middle of the table."""
+    """Silences transformers' progress bars and messages, which would appear in the middle of the table."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -187,14 +187,14 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def loading(torch: Any, transformers: Any, source: hub.Source, params: dict) -> Check:
-    """Whether Hugging Face reads the same bits from the same files. What it does not find there it makes up: that is said, and not compared."""
+    """Whether Hugging Face reads the same bits from the same files. Tensors that it misses and initialises are noted, not compared."""
     if not any((source.weights / file).exists() for file in HF_READS):
         return Check(LOADING, "tensors", None, None, NOT_RUN, f"transformers reads none of the files in {source.weights}: not compared")
     try:
         config = transformers.OPTConfig.from_pretrained(str(source.config))
         read = transformers.OPTForCausalLM.from_pretrained
         theirs, report = read(str(source.weights), config=config, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # its trouble with a file, not ours
+    except Exception as error:  # a failure of theirs, not ours
         return Check(LOADING, "tensors", None, None, NOT_RUN, f"transformers cannot read {source.weights}: {first_line(error)}")
     made_up = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
     found = same_tensors(hf_names(params), {name: p.detach().numpy() for name, p in theirs.named_parameters() if name not in made_up})
@@ -202,7 +202,7 @@ def loading(torch: Any, transformers: Any, source: hub.Source, params: dict) -> 
 
 
 def same_tensors(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Check:
-    """The check that HF reads the same bits: how many tensors it reads otherwise."""
+    """The check that HF reads the same bits: the number of tensors that differ."""
     found = [name for name in ours if name in theirs]
     differ = [name for name in found if not same_bits(ours[name], theirs[name])]
     notes = [f"of {len(found)}"] + ([f"first: {', '.join(differ[:3])}"] if differ else [])
@@ -218,12 +218,12 @@ def hf_names(params: dict) -> dict[str, np.ndarray]:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of 32-bit numbers hold the same bits."""
+    """Whether two arrays of 32-bit values hold the same bits."""
     return a.shape == b.shape and np.array_equal(np.ascontiguousarray(a).view(np.int32), np.ascontiguousarray(b).view(np.int32))
 
 
 def pytorch_model(torch: Any, transformers: Any, folder: Path, params: dict) -> Any:
-    """Hugging Face's model of its own reading of config.json; its parameters are our arrays themselves, not copies."""
+    """Hugging Face's model, by its own reading of config.json; its parameters share our arrays' memory."""
     config = transformers.OPTConfig.from_pretrained(str(folder), attn_implementation="sdpa")  # its eager softmax is float32 even in float64
     with torch.device("meta"):
         oracle = transformers.OPTForCausalLM(config)
@@ -236,7 +236,7 @@ def pytorch_model(torch: Any, transformers: Any, folder: Path, params: dict) -> 
 
 
 def cases(cfg: Any) -> list[Case]:
-    """Small batches that reach what goes wrong: pads on either side, a hole in the mask, a cache, many positions, a second block of queries."""
+    """Small batches of what tends to go wrong: pads on either side, a hole in the mask, a cache, many positions, a second block of queries."""
     S, long = min(11, cfg.max_position_embeddings), min(QUERY_BLOCK + 3, cfg.max_position_embeddings)
     ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (3, long))
     ids[:, 0] = cfg.bos_token_id if cfg.bos_token_id in range(cfg.vocab_size) else 0
@@ -297,7 +297,7 @@ def run_tapped(tested: OPTForCausalLM, case: Case) -> Run:
 
 
 def run_whole(tested: OPTForCausalLM, case: Case) -> Run:
-    """The case as people run it, by the fused ops: what goes into each layer, and the ends."""
+    """The case as it normally runs, with fused ops: each layer's input, the last hidden state and the logits."""
 
     def chunk_points(chunk: slice, cache: KVCache | None, points: dict) -> None:
         out = tested(case.ids[:, chunk], attention_mask=case.seen(chunk), past_key_values=cache, output_hidden_states=True)
@@ -309,7 +309,7 @@ def run_whole(tested: OPTForCausalLM, case: Case) -> Run:
 
 
 def run_chunks(case: Case, chunk_points: Callable[[slice, KVCache | None, dict], None]) -> Run:
-    """Chunk after chunk, until the end or an error; what had come before an error is kept, for it tells where to look."""
+    """Runs the chunks in order, until the end or an error; values computed before an error are kept, to show where it occurred."""
     points: list[dict[str, np.ndarray]] = []
     cache = KVCache() if len(case.chunks) > 1 else None
     for chunk in case.chunks:
@@ -322,7 +322,7 @@ def run_chunks(case: Case, chunk_points: Callable[[slice, KVCache | None, dict],
 
 
 def ends(run: Run) -> Run:
-    """Of PyTorch's points, those that `run_whole` has."""
+    """Those of PyTorch's points that `run_whole` has."""
 
     def ends_of(points: dict) -> dict:
         *names, last, head = points  # the last before lm_head is the last layer, the final LayerNorm, or project_out
@@ -338,18 +338,18 @@ def stage_of(name: str) -> str:
 
 
 def layer_of(name: str) -> str:
-    """ "model.decoder.layers.3" for that layer and its points, else nothing."""
+    """ "model.decoder.layers.3" for that layer and its points, else the empty string."""
     found = LAYER.match(name)
     return found[0] if found and name != EMBEDDED else ""
 
 
 def plain_array(value: Any) -> np.ndarray:
-    """A float64 copy, of NumPy's arrays and torch's."""
+    """A float64 copy of a NumPy array or a torch tensor."""
     return np.array(value.detach().double().cpu().numpy() if hasattr(value, "detach") else value, np.float64)
 
 
 def compared(group: str, inputs: list[Case], ours: Iterable[Run], theirs: list[Run], allowed: float) -> list[Check]:
-    """A check per point, in PyTorch's order: the worst of all cases, up to the first that fails. The first failing point is where to look."""
+    """A check per point, in PyTorch's order: the worst over the cases, up to the first case that fails. Look at the first failing point."""
     worst: dict[str, Difference] = {}
     for case, our, their in zip(inputs, ours, theirs, strict=True):
         for chunk, points, wanted in zip(case.chunks, our.points, their.points, strict=False):  # ours may have stopped early
@@ -357,12 +357,12 @@ def compared(group: str, inputs: list[Case], ours: Iterable[Run], theirs: list[R
                 if name not in worst or found.error > worst[name].error:
                     worst[name] = found._replace(note=f"{found.note} ({case.name})" if found.note else "")
         if any(found.error > allowed for found in worst.values()):
-            break  # what fails in later cases would only blur where this one began
+            break  # failures of later cases would only obscure where this one began
     return [Check(group, name, d.error, allowed, PASS if d.error <= allowed else FAIL, d.note) for name, d in worst.items()]
 
 
 def differences(ours: dict, theirs: dict, real: np.ndarray, stopped: str, allowed: float) -> dict[str, Difference]:
-    """How far each point is off, in PyTorch's order; a point that only we have stands before the one that follows it here."""
+    """How far each point is off, in PyTorch's order; a point that only we have is listed before the one that follows it here."""
     found: dict[str, Difference] = {}
     extra = {name: next((n for n in list(ours)[i:] if n in theirs), None) for i, name in enumerate(ours) if name not in theirs}
     for name, wanted in theirs.items():
@@ -379,7 +379,7 @@ def differences(ours: dict, theirs: dict, real: np.ndarray, stopped: str, allowe
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray, real: np.ndarray) -> float | None:
-    """The largest difference over the largest value, at real tokens only; None for another shape, inf where it is not a number.
+    """The largest difference over the largest value, at real tokens only; None for another shape, inf if it is not finite.
 
     ours: (B, T, …) or (1, T, …);  theirs: (B, T, …) or (B·T, …);  real: (B, T)
     """
@@ -393,7 +393,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray, real: np.ndarray) -> fl
 
 
 def order(name: str, ours: dict, theirs: dict) -> str:
-    """What ran before this point on one side only, within its layer, as far as order matters there."""
+    """A note of the points that ran before this one in its layer on one side only, without those that may run in any order."""
 
     def before(points: dict) -> list[str]:
         earlier = itertools.takewhile(lambda other: other != name, points)
@@ -423,7 +423,7 @@ def rounding(inputs: list[Case], ours: list[Run], rounded: list[Run], exact: lis
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, shortened to a line."""
+    """The first line of an error's message, shortened."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -431,12 +431,12 @@ def first_line(error: Exception) -> str:
 
 
 def read_golden() -> dict[str, Any]:
-    """golden.json, which any port may use: what it holds is explained in the file."""
+    """golden.json, which any port may use; the file explains its own contents."""
     return json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 def against_golden(entry: dict[str, Any], ours: OPTForCausalLM, decoder: Callable[[], Callable | None]) -> Check:
-    """One entry of golden.json; what needs more than the weights is not run."""
+    """The check of one entry of golden.json; an entry that needs more than the weights is not run."""
     measure, allowed = MEASURES.get(entry["kind"]), float(entry["tolerance"])
     if entry["needs"] or measure is None:
         return Check(PUBLISHED, entry["id"], None, allowed, NOT_RUN, f"needs {entry['needs'] or 'code for ' + entry['kind']}")
@@ -444,7 +444,7 @@ def against_golden(entry: dict[str, Any], ours: OPTForCausalLM, decoder: Callabl
         measure = text_with(decoder)
     try:
         measured, note = measure(ours, entry["inputs"], entry["expected"])
-    except Exception as error:  # one entry that cannot be computed does not keep the others from being compared
+    except Exception as error:  # one entry that fails must not stop the others
         measured, note = math.inf, f"{type(error).__name__}: {first_line(error)}"
     if not measured <= allowed:
         note = "; ".join(filter(None, (note, f"published: {entry['sources'][0]['what']} ({entry['conditions']})")))
@@ -452,7 +452,7 @@ def against_golden(entry: dict[str, Any], ours: OPTForCausalLM, decoder: Callabl
 
 
 def decoder_of_ids(name: str | Path, revision: str | None) -> Callable | None:
-    """Ids to text by the model's own tokenizer, if it has one."""
+    """The model's own tokenizer's decode, or None if it has none."""
     from opt_np.tokenizer import OPTTokenizer
 
     try:
@@ -462,7 +462,7 @@ def decoder_of_ids(name: str | Path, revision: str | None) -> Callable | None:
 
 
 def batches(inputs: dict) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Rows that run together, their ids and mask: all where a mask is given, else each alone.  -> rows, (B, T), (B, T)"""
+    """Rows to run together, their ids and mask: all rows if a mask is given, else one at a time.  -> rows, (B, T), (B, T)"""
     if "attention_mask" in inputs:
         yield [*range(len(inputs["ids"]))], np.array(inputs["ids"]), np.array(inputs["attention_mask"])
     else:
@@ -477,7 +477,7 @@ def log_probabilities(ours: OPTForCausalLM, inputs: dict) -> list[np.ndarray]:
 
 
 def largest(pairs: Iterable[tuple[Any, Any]]) -> float:
-    """The largest difference of all; NaN counts as infinite. Raises ValueError for different shapes."""
+    """The largest difference over all pairs; NaN counts as infinite. Raises ValueError for different shapes."""
     errors = [np.abs(np.subtract(a, b)).max() for a, b in pairs]
     return float(max(errors)) if np.isfinite(errors).all() else math.inf
 
@@ -492,7 +492,7 @@ def argmax_probs(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[fl
 
 
 def last_hidden_slice(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
-    """A corner of the last hidden state against published numbers: the largest difference, and a note."""
+    """A slice of the last hidden state against published values: the largest difference, and a note."""
     ((_, ids, mask),) = batches(inputs)
     out, values = ours(ids, attention_mask=mask, output_hidden_states=True), np.array(expected["values"])
     hidden = plain_array((out.hidden_states or ())[-1])
@@ -502,7 +502,7 @@ def last_hidden_slice(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tup
 
 
 def mean_logits(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
-    """Mean logits of every position against published ones: the largest difference, and a note."""
+    """The mean logit of every position against published ones: the largest difference, and a note."""
     ((_, ids, mask),) = batches(inputs)
     means, wanted = plain_array(ours(ids, attention_mask=mask).logits).mean(-1), np.array(expected["mean"])
     real = np.ones_like(mask) if ours.ops.__name__ == "opt_np.ops" else mask  # a fast backend need not compute pads
@@ -523,13 +523,13 @@ def loss(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str
 
 
 def no_nan(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
-    """How many logits are no finite numbers, where none was published, and a note."""
+    """The number of logits that are not finite, against the published number, and a note."""
     found = sum(int((~np.isfinite(plain_array(ours(ids, attention_mask=mask).logits))).sum()) for _, ids, mask in batches(inputs))
     return abs(found - expected["not_finite"]), "run in float32"
 
 
 def text_with(decoder: Callable[[], Callable | None]) -> Callable[[OPTForCausalLM, dict, dict], tuple[float, str]]:
-    """How many rows go on otherwise: equal ids are equal text; for other ids the texts decide, where there is a tokenizer."""
+    """A measure: how many rows continue differently. Equal ids are equal text; if ids differ, the decoded texts are compared, given a tokenizer."""
 
     def text(ours: OPTForCausalLM, inputs: dict, expected: dict) -> tuple[float, str]:
         wrong, options = [], {name: inputs[name] for name in ("penalty_alpha", "top_k") if name in inputs}
@@ -557,7 +557,7 @@ MEASURES: dict[str, Callable[[OPTForCausalLM, dict, dict], tuple[float, str]]] =
 
 
 def table(found: list[Check], every_point: bool = False) -> list[str]:
-    """The lines of one group. Of the layers, the first and the first that fails are shown point by point, the others as one line each."""
+    """The lines of one group. The first layer and the first that fails are shown point by point, the other layers as one line each."""
     shown, lines = [], [f"{found[0].group:<60}  {'measured':>9}  {'allowed':>9}"]
     failing = next((layer_of(check.name) for check in found if check.verdict == FAIL), None)
     for layer, points in itertools.groupby(found, key=lambda check: layer_of(check.name)):
@@ -578,7 +578,7 @@ def folded(layer: str, points: list[Check]) -> Check:
 
 
 def number(value: float | None) -> str:
-    """A number for the table."""
+    """A value, formatted for the table."""
     if value is None or value == math.inf:
         return "-"
     return f"{value:.3g}" if value >= 0.01 or value == 0 else f"{value:.1e}"
@@ -595,7 +595,7 @@ def passed_by_pytorch(found: list[Check]) -> bool:
 
 
 def verdict(found: list[Check]) -> tuple[int, str]:
-    """The exit status and the last line. Where nothing could be compared, nothing is proved: that is no success."""
+    """The exit status and the last line. If nothing could be compared, that is not a success."""
     passed, failed, absent = (sum(check.verdict == word for check in found) for word in (PASS, FAIL, NOT_RUN))
     if first := first_failure(found):
         doubt = (

@@ -1,4 +1,4 @@
-"""What all tests share: quiet libraries, no network, a steady number of threads, Hypothesis without a clock."""
+"""Settings of all tests: quiet libraries, no network, a fixed number of threads, Hypothesis with fixed examples and no deadline."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where there is no GPU, what needs one is skipped."""
+    """Skips tests marked gpu where there is no GPU."""
     if marked := [item for item in items if item.get_closest_marker("gpu")]:
         import torch
 

@@ -1,7 +1,7 @@
-"""Runs a CUDA C++ kernel, the file that NVRTC compiles for a GPU, on a CPU: cuda_on_cpu/ holds CUDA's words and instructions in plain C++ for g++.
+"""Runs a CUDA C++ kernel on a CPU, from the file that NVRTC compiles for a GPU: cuda_on_cpu/ implements CUDA's keywords and instructions for g++.
 
-A kernel's warps and lanes run in an order drawn from a seed; what the hardware leaves undefined is an error that names the place. It proves indexing,
-masks, barriers and numbers, not speed. cuda_on_cpu.h lists what a kernel may use; sm90.cuh has the instructions of Hopper.
+A kernel's warps and lanes run in an order drawn from a seed; behaviour that the hardware leaves undefined is an error that names the line. This
+checks indexing, masks, barriers and results, not speed. cuda_on_cpu.h lists what a kernel may use; sm90.cuh has the instructions of Hopper.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
 KERNELS = HERE.parents[1] / "opt_fast" / "kernels"
-CACHE = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"  # what was compiled, by all that it depends on
-# The sanitizers' traps end in the emulator's own errors and need no library. CUDA code reads and writes the same bytes as whatever it likes.
+CACHE = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"  # compiled kernels, keyed by everything they depend on
+# The sanitizers' traps become the emulator's own errors and need no library. No strict aliasing: kernels access the same bytes as several types.
 FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-x", "c++", "-include", "cuda_on_cpu.h"),
     *("-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-threadsafe-statics", "-U_FORTIFY_SOURCE"),
@@ -46,7 +46,7 @@ SCALARS: dict[str, Any] = {
 
 
 class KernelError(RuntimeError):
-    """What a kernel did that the hardware forbids or leaves undefined."""
+    """A kernel did something that the hardware forbids or leaves undefined."""
 
 
 class Dim(ctypes.Structure):
@@ -64,7 +64,7 @@ class Launch(ctypes.Structure):
 
 
 def why_not() -> str | None:
-    """Why kernels cannot be compiled here, for a test's skip; None where they can."""
+    """Why kernels cannot be compiled here, as a reason to skip a test; None where they can."""
     if sys.platform != "linux":
         return "the emulator's memory and signals are Linux's"
     return None if shutil.which("g++") else "no g++ to compile kernels with"
@@ -76,13 +76,13 @@ def headers() -> bytes:
 
 
 def compile_for_cpu(path: str | os.PathLike, name: str, macros: Mapping[str, Any] | None = None) -> Kernel:
-    """The kernel `name` of a .cu file, a template's with its arguments; macros as -D. Raises RuntimeError with the compiler's words."""
+    """The kernel `name` of a .cu file (a template with its arguments), with macros as -D. Raises RuntimeError with the compiler's message."""
     source = SHARED.sub(shared_in_cpp, Path(path).read_text(encoding="utf-8"))
     return compiled(source, str(path), name, tuple(f"-D{key}={value}" for key, value in (macros or {}).items()))
 
 
 def shared_in_cpp(declaration: re.Match) -> str:
-    """A declaration of shared memory in C++; any other form stays, and does not compile."""
+    """Rewrites a declaration of shared memory as C++; forms that SHARED does not match stay, and do not compile."""
     extern, type_, name, sizes = declaration.groups()
     if extern:
         return f"{type_}* const {name} = reinterpret_cast<{type_}*>(cuda_on_cpu::dynamic_shared());"
@@ -97,7 +97,7 @@ def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kern
     CACHE.mkdir(parents=True, exist_ok=True)
     made = library.with_suffix(f".{os.getpid()}")  # other processes may be compiling it as well
     text = f'#line 1 "{path}"\n{source}{LAUNCHER.format(name=name)}'
-    # From standard input, so that "mma.cuh" is this folder's; other headers may stand beside the kernel.
+    # The source comes from standard input, so that "mma.cuh" is this folder's; other headers may be beside the kernel.
     command = ["g++", *FLAGS, *macros, "-I", str(HERE), "-iquote", str(Path(path).resolve().parent), "-", "-o", str(made), "-ldl"]
     result = subprocess.run(command, input=text, cwd=HERE, text=True, capture_output=True)
     if result.returncode:
@@ -107,11 +107,11 @@ def compiled(source: str, path: str, name: str, macros: tuple[str, ...]) -> Kern
 
 
 class Kernel:
-    """A compiled kernel: kernel(grid, block, shared_bytes, *arguments) runs it over the grid, block by block or, cooperative, all at once."""
+    """A compiled kernel: kernel(grid, block, shared_bytes, *arguments) runs it, block by block or, if cooperative, all concurrently."""
 
     def __init__(self, library: Path, file: str, name: str):
         self.file, self.name, self.path = file, name, library
-        self.library = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: one launch at a time
+        self.library = ctypes.PyDLL(str(library))  # PyDLL holds the interpreter's lock: one launch at a time
         self.library.cuda_on_cpu_signature.restype = self.library.cuda_on_cpu_launch.restype = ctypes.c_char_p
         self.library.cuda_on_cpu_allocate.restype = ctypes.c_void_p
         self.library.cuda_on_cpu_allocate.argtypes = (ctypes.c_size_t,)
@@ -120,12 +120,12 @@ class Kernel:
 
     def __call__(self, grid: int | Sequence[int], block: int | Sequence[int], shared_bytes: int, *arguments: Any, seed: int = 0, races: bool = True,
                  early: bool = False, cooperative: bool = False) -> None:  # fmt: skip
-        """Arguments are NumPy arrays, a Table or None for pointers, numbers, and ctypes structures, tensor_map's among them; arrays that are not
-        writeable must not be written.
+        """Arguments are, for pointers, NumPy arrays, a Table or None; and numbers, and ctypes structures such as tensor_map's. Writing to an array
+        that is not writeable is an error.
 
-        `races` also refuses an ldmatrix or cp.async that no barrier orders after another thread's, and what sm90.cuh names. What is asynchronous
-        happens when it is waited for or, `early`, when it is issued: run a kernel both ways. `cooperative`: blocks may wait for each other. Raises
-        KernelError, and TypeError for wrong arguments.
+        `races` also makes it an error if no barrier orders an ldmatrix or cp.async after another thread's, and what sm90.cuh lists. Asynchronous
+        operations happen when they are waited for or, with `early`, when they are issued: test a kernel both ways. `cooperative`: blocks may wait for
+        each other. Raises KernelError, and TypeError for wrong arguments.
         """
         if len(arguments) != len(self.types):
             raise TypeError(f"{self.name} has {len(self.types)} parameters: {', '.join(self.types)}; {len(arguments)} were given")
@@ -155,7 +155,7 @@ class Kernel:
             raise KernelError(f"{self.name}: {message.decode()}{self.line(site.value)}")
 
     def value(self, i: int, type_: str, x: Any, memories: list[Memory]) -> Any:
-        """One argument as the kernel's parameter has it."""
+        """One argument, converted to the type of the kernel's parameter."""
         if isinstance(x, TensorMap) and type_ != "struct":
             raise TypeError(f"{self.name}: argument {i} is a TensorMap; the parameter is {type_}")
         x = x.words if isinstance(x, Table) else x
@@ -175,7 +175,7 @@ class Kernel:
         return SCALARS[type_](number)
 
     def line(self, site: int | None) -> str:
-        """Where in the kernel's file an instruction stands, where addr2line can tell."""
+        """The line of an instruction in the kernel's file, if addr2line finds it, else an empty string."""
         if site is None or not shutil.which("addr2line"):
             return ""
         lines = subprocess.run(["addr2line", "-i", "-e", str(self.path), hex(site - 1)], text=True, capture_output=True).stdout.split("\n")
@@ -184,7 +184,7 @@ class Kernel:
 
 
 class Memory:
-    """A copy of an array between closed pages, so that a kernel's reach beyond its arrays is an error."""
+    """A copy of an array between inaccessible pages, so that an access beyond it is an error."""
 
     def __init__(self, library: Any, owner: np.ndarray, writeable: bool):
         self.library, self.owner, self.writeable = library, owner, writeable
@@ -195,13 +195,13 @@ class Memory:
         if not first:
             raise MemoryError(f"no {pages} bytes for a copy of an array")
         self.pages = np.ctypeslib.as_array((ctypes.c_ubyte * pages).from_address(first))
-        self.first, self.offset = first, pages - -(-self.bytes // 16) * 16  # as far behind as whole pieces of 16 bytes let it
+        self.first, self.offset = first, pages - -(-self.bytes // 16) * 16  # as close to the end as 16-byte alignment allows
         self.begin = first + self.offset
         self.pages[:] = 0xFF
         ctypes.memmove(self.begin, self.host, self.bytes)
 
     def protect(self) -> None:
-        """From here on a kernel's write to an array that is not writeable is an error."""
+        """Makes a write to an array that is not writeable an error from here on."""
         if not self.writeable:
             self.library.cuda_on_cpu_only_read(self.first, len(self.pages))
 
@@ -209,7 +209,7 @@ class Memory:
         return f"an array {self.owner.dtype}{self.owner.shape}"
 
     def close(self) -> bool:
-        """Gives back what the kernel wrote; False where it wrote beside the array."""
+        """Copies the kernel's results back, and frees the copy; returns False if the bytes around the array were written to."""
         whole = bool((self.pages[: self.offset] == 0xFF).all() and (self.pages[self.offset + self.bytes :] == 0xFF).all())
         if self.writeable:
             ctypes.memmove(self.host, self.begin, self.bytes)
@@ -219,14 +219,14 @@ class Memory:
 
 
 def owner_of(x: np.ndarray) -> np.ndarray:
-    """The array that a view is of: what a GPU's allocation would be."""
+    """The array that a view belongs to: what a GPU's allocation would be."""
     while isinstance(x.base, np.ndarray):
         x = x.base
     return x
 
 
 def owners(arguments: Sequence[Any]) -> list[tuple[np.ndarray, bool]]:
-    """Each array behind the arguments once, and whether one of them may be written."""
+    """Each array that owns an argument's memory, once, and whether any argument in it is writeable."""
     found: dict[int, tuple[np.ndarray, bool]] = {}
     for x in (x for argument in arguments for x in arrays_of(argument)):
         owner = owner_of(x)
@@ -244,7 +244,7 @@ def address_of(x: np.ndarray, memories: list[Memory]) -> int:
 
 
 def regions(arguments: Sequence[Any], memories: list[Memory]) -> Any:
-    """What cp.async may read."""
+    """The memory that cp.async may read."""
     found = [(memory_of(x, memories), i) for i, argument in enumerate(arguments) for x in arrays_of(argument)]
     return (Region * len(found))(*(Region(memory.begin, memory.begin + memory.bytes, i) for memory, i in found))
 
@@ -265,7 +265,7 @@ class TensorMap:
 
 
 def tensor_map(array: np.ndarray, box: Sequence[int]) -> TensorMap:
-    """An array (c3, c2, c1, c0) of 16-bit numbers in boxes (c0, c1, c2, c3), c0 first as in CUDA, with a 128-byte swizzle.
+    """A map of an array (c3, c2, c1, c0) of 16-bit elements, copied in boxes (c0, c1, c2, c3), c0 first as in CUDA, with a 128-byte swizzle.
 
     Raises ValueError for what cuTensorMapEncodeTiled would refuse.
     """
@@ -281,7 +281,7 @@ def tensor_map(array: np.ndarray, box: Sequence[int]) -> TensorMap:
 
 
 class Table:
-    """Rows of 64-bit words for a kernel that finds its operands there: numbers, and arrays, which stand for their addresses."""
+    """Rows of 64-bit words from which a kernel reads its operands: numbers, and arrays, in place of which the kernel sees their addresses."""
 
     def __init__(self, rows: Sequence[Sequence[int | np.ndarray]]):
         self.rows = rows
@@ -289,19 +289,19 @@ class Table:
         self.words.flags.writeable = False
 
     def write(self, memories: list[Memory]) -> None:
-        """Puts the addresses of this launch's copies into the table's own."""
+        """Writes the addresses of this launch's copies of the arrays into the copy of the table."""
         memory = memory_of(self.words, memories)
         words = np.array([address_of(x, memories) if isinstance(x, np.ndarray) else x for row in self.rows for x in row], np.int64)
         ctypes.memmove(memory.begin, words.ctypes.data, memory.bytes)
 
 
 def arrays_of(x: Any) -> list[np.ndarray]:
-    """The arrays that an argument lets a kernel reach."""
+    """The arrays that a kernel can access through an argument."""
     if isinstance(x, Table):
         return [x.words, *(word for row in x.rows for word in row if isinstance(word, np.ndarray))]
     return [x.array] if isinstance(x, TensorMap) else [x] if isinstance(x, np.ndarray) else []
 
 
 def three(n: int | Sequence[int]) -> Dim:
-    """As <<< >>> takes it: missing dimensions are 1."""
+    """Dimensions as in <<< >>>: missing ones are 1."""
     return Dim(*(([n] if isinstance(n, int) else [*n]) + [1, 1])[:3])

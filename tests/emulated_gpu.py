@@ -1,9 +1,9 @@
-"""A GPU where there is none: python -m pytest -p emulated_gpu -m "gpu and not large", with this folder on PYTHONPATH.
+"""An emulated GPU, as a pytest plugin: python -m pytest -p emulated_gpu -m "gpu and not large", with this folder on PYTHONPATH.
 
-torch's CPU build then has a device "cuda", which lies in the host's memory (cuda_on_cpu/gpu.cpp). As on a GPU, NumPy cannot read its tensors, and no
-operation takes them together with a CPU's; fresh memory is NaN; what is copied without waiting is not there before somebody waits; what a graph
-captures happens when it is replayed. Kernels of CUDA C++ are launched through cuda.core, and run in cuda_emulator.py. Numba's have a simulator of
-their own, which other tests use: here plain torch stands in for them.
+It gives torch's CPU build a device "cuda" whose memory is the host's (cuda_on_cpu/gpu.cpp). As on a GPU, NumPy cannot read its tensors, and no
+operation mixes them with CPU tensors; fresh memory is garbage (NaN); a non-blocking copy arrives only when something waits for it; operations that
+a graph captures happen when it is replayed. CUDA C++ kernels are launched through cuda.core and run by cuda_emulator.py. Numba's kernels have their
+own simulator, which other tests use: here plain torch replaces them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import torch
 
 from opt_fast import attention_cuda, nvrtc
 
-INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # which take indices from the CPU as well
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # these take indices from the CPU as well
 FRESH = ("aten::empty", "aten::empty_strided")
-WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")  # for a number that decides how the host goes on
-MULTIPROCESSORS, LAUNCH_FAILED = 16, 719  # of the driver's numbers
+WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select")  # the host needs their result to continue
+MULTIPROCESSORS, LAUNCH_FAILED = 16, 719  # constants of the driver's API: a device attribute, an error
 LIBRARY = torch.ops.emulated_gpu
 
 
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def build(folder: Path) -> Path:
-    """gpu.cpp, compiled under a driver's name: whoever wants to load a driver finds that one is loaded."""
+    """gpu.cpp, compiled under the driver library's name: code that then loads the driver gets this one."""
     source, root = cuda_emulator.HERE / "gpu.cpp", Path(torch.__file__).parent
     library = folder / hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16] / "libcuda.so.1"
     if not library.exists():
@@ -58,7 +58,7 @@ def build(folder: Path) -> Path:
 
 
 def begin(library: Path) -> None:
-    """From here on this process has a GPU."""
+    """Gives this process the emulated GPU."""
     torch.cuda._lazy_init = lambda: None
     torch.ops.load_library(library)
     for name, value in vars(Cuda).items():
@@ -68,7 +68,7 @@ def begin(library: Path) -> None:
     every.fallback(compute, "CUDA")
     some.impl("copy_", copy, "CUDA")
     KEPT.extend((every, some))
-    copied = torch.Tensor.__deepcopy__  # which asks for storage of a kind that this build of torch does not know; so does unpickling
+    copied = torch.Tensor.__deepcopy__  # replaced, as is pickling: they need a storage type that this build of torch lacks
     torch.Tensor.__deepcopy__ = lambda a, memo: a.detach().clone() if a.is_cuda else copied(a, memo)  # type: ignore[method-assign]
     reduced = torch.Tensor.__reduce_ex__
     torch.Tensor.__reduce_ex__ = lambda a, protocol: (torch.Tensor.cuda, (a.cpu(),)) if a.is_cuda else reduced(a, protocol)  # type: ignore
@@ -76,14 +76,14 @@ def begin(library: Path) -> None:
     stand_in_for_numba()
 
 
-KEPT: list[Any] = []  # what must not be collected
+KEPT: list[Any] = []  # objects that must not be garbage-collected
 
 
 # ---- operations --------------------------------------------------------------------------------------------------------------------------
 
 
 def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """The operation on a CPU's tensors; what it gives is on the GPU if it is asked to be, or what it is given is."""
+    """Runs an operation on CPU twins of its tensors; the result is on the GPU if `device` is, or else if an argument is."""
     name, given = operation._schema.name, tensors((args, kwargs))
     refuse_a_mixture(name, args, given)
     if name in WAITING:
@@ -105,7 +105,7 @@ def compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_numbers(operation: Any, args: tuple, given: list[torch.Tensor]) -> tuple:
-    """Numbers as tensors where the operation takes tensors: the dispatcher has made numbers of them on their way to Python."""
+    """Turns numbers into tensors where the operation takes tensors: the dispatcher passes such tensors to Python as numbers."""
     floats = torch.float64 if any(a.dtype == torch.float64 for a in given) else torch.float32
     return tuple(torch.tensor(a, dtype=floats if isinstance(a, float) else None) if wanted and isinstance(a, (bool, int, float)) else a
                  for a, wanted in zip(args, tensors_wanted(operation), strict=False))  # fmt: skip
@@ -117,7 +117,7 @@ def tensors_wanted(operation: Any) -> list[bool]:
 
 
 def tensors(x: Any) -> list[torch.Tensor]:
-    """Those in lists and the like; torch's own functions for trees take longer than the operations."""
+    """All tensors in nested lists, tuples and dicts; torch's own functions for trees take longer than the operations."""
     found: list[torch.Tensor] = []
     changed(found.append, x)
     return found
@@ -132,7 +132,7 @@ def changed(change: Callable[[torch.Tensor], Any], x: Any) -> Any:
 
 
 class Twins:
-    """The tensors of one operation, on the GPU and as a CPU sees them."""
+    """The tensors of one operation, each on the GPU and as a CPU tensor over the same memory."""
 
     def __init__(self) -> None:
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -147,7 +147,7 @@ class Twins:
     def on_gpu(self, found: torch.Tensor) -> torch.Tensor:
         for cpu, gpu in self.pairs:
             if cpu is found:
-                if cpu.shape != gpu.shape:  # it had no numbers, and was given some
+                if cpu.shape != gpu.shape:  # it was empty, and has been resized
                     LIBRARY.become(gpu, LIBRARY.on_gpu(cpu))
                 return gpu
             if cpu.untyped_storage()._cdata == found.untyped_storage()._cdata:
@@ -156,14 +156,14 @@ class Twins:
 
 
 def refill(results: Any, found: Any) -> None:
-    """The numbers that an operation has found this time, to where they were the first time."""
+    """Copies an operation's new results to the memory of its first ones."""
     for there, new in zip(tensors(results), tensors(found), strict=True):
         if there.data_ptr() != new.data_ptr():
             LIBRARY.on_cpu(there).untyped_storage().copy_(new.untyped_storage())
 
 
 def refuse_a_mixture(name: str, args: tuple, given: list[torch.Tensor]) -> None:
-    """Raises RuntimeError, as torch, for tensors of two devices; numbers without axes and indices may be a CPU's."""
+    """Raises RuntimeError, as torch does, for tensors of two devices; only 0-d tensors and indices may be on the CPU."""
     free = args[1] if name in INDEXING else ()
     others = [a for a in given if not a.is_cuda and a.dim() and not any(a is b for b in free)]
     if others and any(a.is_cuda for a in given):
@@ -171,7 +171,7 @@ def refuse_a_mixture(name: str, args: tuple, given: list[torch.Tensor]) -> None:
 
 
 def copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """aten::copy_; what comes from the GPU without waiting is NaN, or some such, until somebody waits."""
+    """aten::copy_; the target of a non-blocking copy from the GPU is NaN, or -1, until something waits for it."""
     twins = Twins()
     cpu, numbers = map(twins.on_cpu, (to, source))
     if to.is_cuda and source.is_cuda:
@@ -193,12 +193,12 @@ def copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> 
 # ---- time --------------------------------------------------------------------------------------------------------------------------------
 
 counted = itertools.count()
-under_way: dict[int, Callable[[], Any]] = {}  # copies that nobody has waited for, by when they began
+under_way: dict[int, Callable[[], Any]] = {}  # copies that have not been waited for, by the time at which they began
 
 
 @torch.inference_mode()
 def wait(what: str, until: float = float("inf")) -> None:
-    """The host waits for all that began before `until`."""
+    """The host waits for all copies that began before `until`."""
     wait_not_while_capturing(what)
     for number in [number for number in list(under_way) if number < until]:
         if arrived := under_way.pop(number, None):
@@ -211,10 +211,10 @@ def wait_not_while_capturing(what: str) -> None:
 
 
 class Here(threading.local):
-    """What belongs to a thread."""
+    """State of one thread."""
 
     def __init__(self) -> None:
-        self.graph: Graph | None = None  # that it is capturing
+        self.graph: Graph | None = None  # being captured
         self.streams = [Stream(0)]
 
 
@@ -246,7 +246,7 @@ class Event:
 
 
 class Graph:
-    """What was computed while it was captured is undone, and happens at each replay."""
+    """A captured graph: capturing computes, and then undoes it; each replay computes again."""
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], Any]] = []
@@ -294,7 +294,7 @@ PROPERTIES = SimpleNamespace(name="an emulated GPU", major=9, minor=0, total_mem
 
 
 class Cuda:
-    """What torch.cuda has then."""
+    """The replacements for members of torch.cuda."""
 
     Stream, Event, CUDAGraph, graph, stream, device = Stream, Event, Graph, staticmethod(capture), staticmethod(on_stream), nullcontext
     is_available = is_initialized = staticmethod(lambda: True)
@@ -315,7 +315,7 @@ RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.PO
 
 
 def begin_driver(library: ctypes.CDLL) -> None:
-    """Machine code is then the name of a file and its macros, from which the driver's kernels are compiled for the CPU."""
+    """Makes nvrtc's "machine code" a file's name and macros, from which `run`, called by the driver, compiles the kernel for the CPU."""
 
     def cubin(file: str, arch: str, **macros: int) -> bytes:
         assert arch == "sm_90a"
@@ -333,7 +333,7 @@ def begin_driver(library: ctypes.CDLL) -> None:
 
             assert stream == here.streams[-1].cuda_stream, "launched on another stream than torch's current one"
             here.graph.add(step) if here.graph else step()
-        except BaseException:  # which must not go on through the driver
+        except BaseException:  # must not propagate through the driver's C++
             traceback.print_exc()
             return LAUNCH_FAILED
         return 0
@@ -347,21 +347,21 @@ def begin_driver(library: ctypes.CDLL) -> None:
 
 
 def value(type_: str, at: int) -> Any:
-    """A parameter where the driver was told that it lies, as the kernel takes it."""
+    """A kernel's parameter, read from the address that the driver was given."""
     kinds = {"struct": ctypes.c_uint64 * 16, **cuda_emulator.SCALARS}
     return (ctypes.c_void_p if type_.endswith("*") else kinds[type_]).from_buffer_copy(ctypes.string_at(at, 128 if type_ == "struct" else 8))
 
 
 def allocated(library: ctypes.CDLL) -> Any:
-    """What a kernel may read."""
-    room = library.emulated_gpu_allocated(None, 0) + 1000  # for what other threads allocate meanwhile
+    """The memory that a kernel may read."""
+    room = library.emulated_gpu_allocated(None, 0) + 1000  # other threads may allocate meanwhile
     found = ((ctypes.c_uint64 * 2) * room)()
     count = library.emulated_gpu_allocated(found, room)
     return (cuda_emulator.Region * count)(*(cuda_emulator.Region(begin, end, 0) for begin, end in found[:count]))
 
 
 def stand_in_for_numba() -> None:
-    """Plain torch for Numba's kernels; what they do not look at may be NaN."""
+    """Replaces Numba's kernels by plain torch; hidden keys and values, which the kernels do not read, may be NaN."""
     from opt_fast import attention_numba
 
     def shown(k: torch.Tensor, v: torch.Tensor, visible: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: the routes that huggingface_hub asks, and the layouts of the real OPT repositories with tiny random weights."""
+"""A Hugging Face hub on loopback: the routes that huggingface_hub requests, and the layouts of the real OPT repositories with tiny random weights."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Random checkpoints of any size, written a layer at a time, and what runs under a limit of memory."""
+"""Random checkpoints of any size, written a layer at a time, and processes that run under a memory limit."""
 
 import json
 import os

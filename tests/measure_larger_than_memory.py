@@ -1,7 +1,7 @@
 """Scoring and generating with a model that does not fit in memory, measured: python tests/measure_larger_than_memory.py 1.3b 1.5
 
-The shape and a limit in GB: of addresses, beside those of Python and its libraries. The weights are stored in float16, random, and before each pass
-over them the system's own copy is thrown away, so that every byte comes from the disk, as when it does not fit there either.
+The arguments are a model size and a limit in GB, of address space beyond that of Python and its libraries. The weights are random, in float16, and
+before each pass over them they are dropped from the system's page cache, so that every byte comes from the disk, as if the cache were too small too.
 """
 
 import sys

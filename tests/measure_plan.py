@@ -1,7 +1,7 @@
-"""`opt-np plan` against what a process really takes: python tests/measure_plan.py [sizes] (1.3b: about 8 GB of memory and 3 GB of disk)
+"""`opt-np plan` against the memory that a process really uses: python tests/measure_plan.py [sizes] (1.3b: about 8 GB of memory and 3 GB of disk)
 
-Each case loads a random checkpoint of the real shape in a process of its own, everything imported before, generates, and looks at its resident
-memory, that of mapped files apart, every 2 ms; the plan's peak is the sum of what it lists.
+Each case loads a random checkpoint of the real shape in its own process, after all imports, generates, and samples its resident memory, without that
+of mapped files, every 2 ms; the plan's peak is the sum of what it lists.
 """
 
 import subprocess

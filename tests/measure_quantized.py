@@ -1,7 +1,7 @@
 """What int8 and int4 cost in quality: python tests/measure_quantized.py TEXT [MODEL]
 
-Of the model (the shipped one) as it is, and with six channels made 60 times as large without changing what it computes: how far the logits are from
-float32's, ‖difference‖ / ‖logits‖, and by how much perplexity grows, for each kind of weights and each way of rounding what they are multiplied with.
+For the model (by default the shipped one) as it is, and with six channels made 60 times as large without changing its output: how far the logits are
+from float32's, ‖difference‖ / ‖logits‖, and by how much perplexity grows, for each type of weights and each way of rounding the activations.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The oracle: HF transformers' OPT on torch, in float64, with random weights that leave no bias at 0 and no LayerNorm at 1."""
+"""The reference of the tests: HF transformers' OPT on torch, in float64, with random weights, so that no bias is 0 and no LayerNorm weight is 1."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ import transformers
 from opt_np.config import OPTConfig
 from opt_np.tree import unflatten
 
-# transformers 4.52.0 to 4.52.2 scale q twice in OPT (huggingface/transformers#38277): no oracle.
+# transformers 4.52.0 to 4.52.2 scale q twice in OPT (huggingface/transformers#38277), so they cannot be the reference.
 version = tuple(int(part) for part in transformers.__version__.split(".")[:3])
 assert not (4, 52, 0) <= version <= (4, 52, 2), f"transformers {transformers.__version__} computes OPT wrongly; install the version in setup.cfg"
 
@@ -38,7 +38,7 @@ CLASSES = {
 
 @lru_cache(maxsize=64)
 def build(variant: str, task: str = "lm", dtype: str = "float64", attention: str = "sdpa", scale: float = 0.1, **changes):
-    """An HF model in eval mode, our config, and our parameters: views of HF's arrays, so that both always hold the same numbers."""
+    """An HF model in eval mode, our config, and our parameters: views of HF's arrays, so that both always have the same values."""
     keys = {**SMALL, **VARIANTS[variant], "dropout": 0.0, **changes}
     torch.manual_seed(0)
     hf = CLASSES[task](transformers.OPTConfig(**keys, attn_implementation=attention)).double().eval()
@@ -50,7 +50,7 @@ def build(variant: str, task: str = "lm", dtype: str = "float64", attention: str
 
 
 def decoder_names(named: dict) -> dict:
-    """HF's names, rooted at the decoder."""
+    """HF's names without the prefix of the decoder."""
     return {name.removeprefix("model.").removeprefix("decoder."): value for name, value in named.items()}
 
 

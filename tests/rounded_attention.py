@@ -1,4 +1,4 @@
-"""What attention in bfloat16, and in float32 by parts, has to do, whichever instructions compute it: for tests that run in a process of their own."""
+"""Checks of attention in bfloat16, and in float32 by parts, whichever instructions compute it: for tests that run in their own process."""
 
 import numba
 import numpy as np

@@ -18,13 +18,13 @@ TRICKY = "naïve café — 日本語のテキスト, emoji 🙂👩‍👩‍�
 
 
 def config(**changes: Any) -> OPTConfig:
-    """Two layers of width 16; 308 rows for a tokenizer of 300 ids, as OPT has spare rows."""
+    """Two layers of width 16; 308 embedding rows for a tokenizer of 300 ids, because OPT has spare rows too."""
     small = {"vocab_size": 308, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24, "max_position_embeddings": 32}
     return OPTConfig(**{**small, **changes})
 
 
 def params(cfg: OPTConfig, seed: int = 0, dtype: str = "float32") -> dict:
-    """Every tensor random, so that no bias is 0 and no LayerNorm 1: a test would not see them."""
+    """Every tensor random, because tests would not notice an ignored bias of 0 or LayerNorm weight of 1."""
     rng = np.random.default_rng(seed)
     return unflatten({name: rng.normal(0.1, 0.4, shape).astype(dtype) for name, shape in parameter_shapes(cfg).items()})
 
@@ -38,7 +38,7 @@ def tokenizer() -> OPTTokenizer:
 
 
 def folder(path: Path, cfg: OPTConfig | None = None, with_tokenizer: bool = True) -> Path:
-    """A whole checkpoint, as save_pretrained leaves it."""
+    """A complete checkpoint folder, as save_pretrained writes it."""
     cfg = cfg or config()
     checkpoint.save(path, params(cfg), cfg)
     if with_tokenizer:
@@ -47,7 +47,7 @@ def folder(path: Path, cfg: OPTConfig | None = None, with_tokenizer: bool = True
 
 
 def write(path: Path, tensors: dict[str, np.ndarray], cfg: OPTConfig, file: str = "model.safetensors", **metadata: str) -> Path:
-    """A folder with these tensors under these very names."""
+    """A checkpoint folder with these tensors under exactly these names."""
     path.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, path / file, {"format": "pt", **metadata})
     checkpoint.write_text(path / "config.json", json.dumps(cfg.to_dict()))
@@ -55,7 +55,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], cfg: OPTConfig, file: str 
 
 
 def named(cfg: OPTConfig, prefix: str = "model.decoder.", seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors under a checkpoint's names: the decoder's after the prefix, the head's beside."""
+    """Random tensors under a checkpoint's names: the decoder's with the prefix, lm_head's outside the decoder."""
     flat = flatten(params(cfg, seed))
     outer = prefix.removesuffix("decoder.").removesuffix("model.")
     return {outer + name if name.startswith("lm_head") else prefix + name: a for name, a in flat.items()}
@@ -75,7 +75,7 @@ def cast(tree: Any, dtype: str) -> Any:
 
 
 def writes_without_a_task(program: Any) -> bool:
-    """Whether a kernel of opt_fast's program writes to a thread's memory where others have taken all tasks: it may be theirs."""
+    """Whether a kernel of opt_fast's program writes to a thread's scratch memory when no task is left: others may be using that memory."""
     from opt_fast.kernel import MEMORY, TASKS, address
 
     for memory in program.memory:

@@ -1,8 +1,8 @@
-"""The Numba kernels under Numba's simulator, against opt_np/flash.py in float64; what ptxas says of them; and on a GPU where there is one.
+"""The Numba kernels under Numba's simulator, against opt_np/flash.py in float64; ptxas's report on them; and the kernels on a GPU where there is one.
 
-The simulator must be asked for before Numba is imported, so this file is also a program: a server, started once, that runs calls under it.
-It runs a block's threads one after another from barrier to barrier, first to last or last to first, and new arrays hold NaN: a missing barrier or
-a number that nobody wrote then shows in the result, where real threads in a simulator would mostly get away with it.
+The simulator must be enabled before Numba is imported, so this file is also a program: a server, started once, that runs calls under it.
+It runs a block's threads in order from barrier to barrier, first to last or last to first, and new arrays hold NaN: a missing barrier or an element
+that was never written then shows in the result, which the simulator's usual concurrent threads would mostly hide.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ MASKS = None, "left", "right", "holes", "nothing visible"
 
 
 def among_nan(array):
-    """The same numbers as every second one, along each axis, of a larger array of NaN; hidden and visible keys among ones."""
+    """The same values as every second element, along each axis, of a larger array of NaN (for masks, of ones)."""
     if not isinstance(array, np.ndarray):
         return array
     room = np.full([2 * n for n in array.shape], np.nan if array.dtype.kind == "f" else 1).astype(array.dtype)
@@ -168,7 +168,7 @@ def gradients(dO, q, k, v, O, L, scale, visible):
 
 
 def close(ours, exact, roundings=32.0):
-    """Within so many roundings of the largest number; a float16 result has a rounding of its own."""
+    """Checks an error in units of rounding of the largest value; a float16 result is rounded once more."""
     assert np.isfinite(ours).all()
     own = np.finfo(np.float16).eps if ours.dtype == np.float16 else 0
     assert np.abs(ours - exact).max(initial=0) <= (roundings * EPS + own) * max(np.abs(exact).max(initial=0), 1)

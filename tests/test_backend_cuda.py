@@ -1,4 +1,4 @@
-"""Every public feature with backend="cuda" says what NumPy says, and never mixes the two: on a GPU, or an emulated one."""
+"""Every public feature with backend="cuda" gives NumPy's results, and never mixes the two: on a GPU, or an emulated one."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def same(ours, theirs, where="here", tolerance=1e-4):
 
 
 def same_words(ours, theirs, tolerance=2e-3):
-    """Two printed texts, of which the numbers may be rounded apart."""
+    """Compares two printed texts, whose numbers may differ by rounding."""
     number = r"-?\d+\.\d+(?:e-?\d+)?"
     words = [re.sub(r"\s+", " ", re.sub(number, "#", text)) for text in (ours, theirs)]
     assert words[0] == words[1]

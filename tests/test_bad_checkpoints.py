@@ -1,6 +1,6 @@
-"""Checkpoints as they are met: every layout of the same weights gives the same bits, and what is damaged, forged or not OPT gives one clear line.
+"""Checkpoints as found in practice: every layout of the same weights gives the same bits, and damaged, forged or foreign files one clear error.
 
-tests/test_checkpoint.py has the common cases; here are the formats side by side, the hostile files, and the official reader as referee.
+tests/test_checkpoint.py has the common cases; here are the formats side by side, the hostile files, and a comparison with the official reader.
 """
 
 import json

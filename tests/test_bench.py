@@ -1,4 +1,4 @@
-"""opt-np bench: what is compared and told, on made-up numbers, and one small run of all that is installed. No time is judged."""
+"""opt-np bench: its comparisons and its output, on made-up timings, and one small run of everything installed. No timing is tested."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""opt-np bench attention: what is held against the rule, timed and told, with made-up lanes, a made-up GPU, and one small run on the CPU.
+"""opt-np bench attention: its checks of precision, timing and output, with made-up lanes (columns), a made-up GPU, and one small run on the CPU.
 
-No time is judged.
+No timing is tested.
 """
 
 import json

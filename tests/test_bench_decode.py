@@ -1,4 +1,4 @@
-"""opt-np bench decode: what is checked, timed and told, on tiny models on the CPU. No time is judged."""
+"""opt-np bench decode: its checks, timing and output, on tiny models on the CPU. No timing is tested."""
 
 import json
 from types import SimpleNamespace

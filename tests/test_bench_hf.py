@@ -1,4 +1,4 @@
-"""opt-np bench hf-tables: what is checked, timed and told, on tiny models, with a made-up GPU, and one small run on the CPU. No time is judged."""
+"""opt-np bench hf-tables: its checks, timing and output, on tiny models, with a made-up GPU, and one small run on the CPU. No timing is tested."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Contrastive search against a slow one that reads every candidate's whole text anew; transformers 5 has none in its core."""
+"""Contrastive search against a slow one that reads every candidate's whole text anew; transformers 5 no longer has it built in."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The machine that runs CUDA kernels on a CPU: every instruction against NumPy, and every rule by breaking it."""
+"""The emulator that runs CUDA kernels on a CPU: every instruction against NumPy, and every rule by breaking it."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The core needs NumPy alone, shown in a process of its own; and nothing imports torch behind the user's back."""
+"""The core needs only NumPy, checked in a separate process; and running and training import no torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The documents keep what they promise: links lead somewhere, code runs, line counts are near, no blank is left to fill."""
+"""The documents are consistent: links have targets, code runs, line counts are about right, and no placeholder is left."""
 
 import re
 import shlex

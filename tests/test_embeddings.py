@@ -1,4 +1,4 @@
-"""Embeddings equal HF's hidden states pooled by torch, whatever stands at the padding; and a sweep over layers finds what a plain search finds."""
+"""Embeddings equal HF's hidden states pooled by torch, whatever the padding contains; and a sweep over layers finds what a plain search finds."""
 
 import json
 

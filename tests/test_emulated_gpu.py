@@ -1,4 +1,4 @@
-"""The emulated GPU (emulated_gpu.py) does what a GPU does where a program could take one for the other; on a real one there is nothing to test."""
+"""The emulated GPU (emulated_gpu.py) behaves like a real one wherever programs depend on it; skipped on a real GPU."""
 
 import emulated_gpu
 import numpy as np

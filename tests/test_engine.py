@@ -1,4 +1,4 @@
-"""The engine: pages that rows share and none leaks, and requests that say to the last bit what they say alone, whatever else is going on."""
+"""The engine: rows share pages and none leaks, and a request's output has the same bits as alone, whatever else is running."""
 
 import bisect
 import dataclasses

@@ -1,4 +1,4 @@
-"""The page of opt-np explore: its data are the model's own numbers, and a browser without a network shows them, by mouse, finger and keyboard."""
+"""The page of opt-np explore: its data are the model's own values, and a browser without a network shows them, by mouse, touch and keyboard."""
 
 import base64
 import io

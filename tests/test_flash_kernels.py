@@ -179,7 +179,7 @@ def test_what_cp_async_cannot_read_is_copied():
 @each_kernel
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 200.0), (torch.bfloat16, 1e4), (torch.float16, 1e-4)])
 def test_huge_and_tiny_scores(kernel, dtype, size):
-    """Scores of some 1e6 (one key takes all), 1e10, and nearly equal ones: finite, and as the formula says."""
+    """Scores of about 1e6 (one key gets all the weight), 1e10, and nearly equal ones: results are finite, and those of the formula."""
     q, k, v = inputs(1, 90, 90, 1, 64, dtype)
     q, k = q * size, k * size
     O, L = emulated(kernel, q, k, v, 0.125)
@@ -280,7 +280,7 @@ def launches_of_mma_bwd(made, given, results, tensors, scale, ranges):
 
 
 def launches_of_sm90_bwd(made, given, results, tensors, scale, ranges):
-    """As sm90_bwd launches its kernels; what its copy engine is told, the emulator's is."""
+    """As sm90_bwd launches its kernels, with the emulator's tensor maps."""
     _, q, k, *_, dq, dk, _ = tensors
     where, (T, S, scale_) = None if ranges is None else ranges.numpy(), sizes(q, k, scale)
     maps = [tensor_map(array, (64, 1, rows, 1)) for array, rows in zip(given[:4], (made.Br, made.Br, made.Bc, made.Bc), strict=True)]
@@ -369,7 +369,7 @@ def test_hidden_keys_have_no_gradient_and_give_none(kernel, T, past, Dh, seed):
 @each_backward
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 def test_gradients_of_rows_packed_end_to_end(kernel, Dh):
-    """Each row's are those of a call of its own; what stands between the rows is NaN, and theirs is not touched."""
+    """Each row's gradients equal those of a separate call; memory between the rows is NaN, and its gradients are not written."""
     lengths, gap = [(40, 40), (1, 90), (129, 160)], 3
     queries, keys = (np.cumsum([0, *(pair[i] + gap for pair in lengths)]) for i in (0, 1))
     ranges = torch.tensor([[queries[b], T, keys[b], S, S - T] for b, (T, S) in enumerate(lengths)], dtype=torch.int32)
@@ -393,7 +393,7 @@ def test_gradients_of_rows_packed_end_to_end(kernel, Dh):
 @needs_compiler
 @each_backward
 def test_gradients_where_all_scores_are_low_and_keys_end_early(kernel):
-    """exp(0 - L) of a key that is not there would be infinite; the last queries' tiles are off the diagonal."""
+    """exp(0 - L) of a key past the end would be infinite; the last queries' tiles are off the diagonal."""
     q, k, v = inputs(1, 200, 200, 1, 64, torch.float16)
     q, k, dO = q.abs() + 1, -k.abs() - 8, v.clone()  # scores of about -1800
     visible = np.arange(200)[None] < 20
@@ -414,7 +414,7 @@ def test_gradients_where_all_scores_are_low_and_keys_end_early(kernel):
     *(("flash_decode_mma.cu", 2, arch) for arch in TARGETS), ("flash_fwd_sm90.cu", 1, "sm_90a"), ("flash_bwd_sm90.cu", 2, "sm_90a"),
 ])  # fmt: skip
 def test_it_compiles_without_spills(file, kernels, arch, Dh, bf16):
-    """C75… are ptxas's words for wgmma that waits where it should run on."""
+    """ptxas's messages C75… report wgmma that it serialises instead of running asynchronously."""
     code, said = nvrtc.compile(file, arch, DH=Dh, BF16=bf16, **(STEPS(Dh).macros if bf16 and "fwd_sm90" in file else {}))
     assert code[:4] == b"\x7fELF"
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels
@@ -489,7 +489,7 @@ def test_no_queries_or_no_keys_have_gradients_of_zero(backward, T, S):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["attention_lse", "mma", "sm90", "mma_bwd", "sm90_bwd"])
 def test_a_thread_whose_first_work_is_a_kernel(name):
-    """It has no context as yet, which a launch needs, and so do the tensor maps of sm90."""
+    """A new thread has no CUDA context, which a launch needs, and so do the tensor maps of sm90."""
     q, k, v = (a.cuda() for a in inputs(1, 9, 30, 2, 64, torch.float16))
     if "sm90" in name and (reason := attention_cuda.RUNGS["sm90"].refuses(q)):
         pytest.skip(reason)
@@ -598,7 +598,7 @@ def test_both_backward_kernels(name, T, S, Dh, dtype):
 @pytest.mark.large
 @pytest.mark.parametrize("Dh", HEAD_DIMS)
 def test_hoppers_gradients_see_no_padding_and_repeat(Dh):
-    """Hidden keys are NaN. dk and dv have the same bits each time, dq but for the order of its sums; where they are to be the same, all have."""
+    """Hidden keys are NaN. dk and dv have the same bits each time, dq up to the order of its sums; with `deterministic`, all have."""
     visible = np.array([(np.arange(500) >= a) & (np.arange(500) < b) for a, b in ((0, 500), (9, 500), (0, 400), (450, 460))])
     q, k, v = (a.cuda() for a in inputs(4, 500, 500, 3, Dh, torch.float16))
     dO = inputs(4, 500, 1, 3, Dh, torch.float16, seed=9)[0].cuda()

@@ -1,4 +1,4 @@
-"""Products and attention in Intel's tiles: on processors that have them by themselves, and everywhere by an emulation of what the manual says."""
+"""Products and attention with Intel's AMX tiles: on processors that have them, and everywhere by an emulation that follows the manual."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Decoding: token for token as HF where nothing is random, the same distribution where it is, and rows that do not notice each other."""
+"""Decoding: token for token as HF where nothing is random, the same distribution where it is, and rows that do not affect each other."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""HF's own OPT with our attention: the numbers, tokens and gradients that it has with torch's, and a word where it cannot have them."""
+"""HF's own OPT with our attention: the same outputs, tokens and gradients as with torch's, and an error where that is impossible."""
 
 import importlib
 import sys
@@ -54,7 +54,7 @@ def build(variant: str, attention: str, dtype: str = "float32"):
 
 
 def assert_as_near(compute, real=None):
-    """compute(attention, dtype) with ours is as near to float64 as with torch's, or so near that float32 can hardly tell."""
+    """compute(attention, dtype) with ours is as close to float64 as with torch's, or within float32's rounding."""
     truth = compute("sdpa", "float64")
     ours, theirs = (reference.worst(compute(name, "float32").detach(), truth, real) for name in ("opt_fast", "sdpa"))
     assert ours <= max(2 * theirs, 1e-5), f"ours is off by {ours:.1e}, torch's by {theirs:.1e}"

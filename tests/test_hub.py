@@ -1,4 +1,4 @@
-"""The first run on a hub id, against a hub on loopback that serves the layouts of the real repositories; each run is a process of its own."""
+"""The first run on a hub id, against a hub on loopback that serves the layouts of the real repositories; each run is its own process."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""KVCache: whatever is done to it, and however much room it has, it holds what a plain list of arrays would."""
+"""KVCache: after any sequence of operations, at any capacity, it has the same contents as a plain list of arrays."""
 
 import numpy as np
 import pytest

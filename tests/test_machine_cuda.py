@@ -1,4 +1,4 @@
-"""Decoding over pages with backend="cuda": tokens are NumPy's. On torch's CPU tensors, without graphs, all that Python does is the same."""
+"""Decoding over pages with backend="cuda": the tokens equal NumPy's. On torch's CPU tensors there are no graphs, but the Python code is the same."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ def device(request, monkeypatch):
 
 
 def talkative(cfg):
-    """Parameters that do not say the same token all the time."""
+    """Parameters with which the model does not repeat one token."""
     rng = np.random.default_rng(0)
     return unflatten(
         {name: rng.normal(0, 0.02 if name.endswith("bias") else 0.7, shape).astype(np.float32) for name, shape in parameter_shapes(cfg).items()}
@@ -154,7 +154,7 @@ def test_16_bits(dtype):
 
 
 def test_greedy_search_only_says_where_it_begins_and_which_page_is_next(monkeypatch):
-    """All other tokens are computed before they are asked for."""
+    """All other tokens are computed before Python needs them."""
     ours, numpys = both()
     put, start, ids = counted(monkeypatch, "put"), counted(monkeypatch, "start"), prompt(5)
     found = ours.generate(ids, max_new_tokens=2 * PAGE, **NO_EOS)
@@ -172,7 +172,7 @@ def test_who_draws_tokens_by_lot_is_not_answered_ahead(monkeypatch):
 
 
 def test_what_was_begun_is_dropped_when_something_else_is_asked_for():
-    """Rows that go on otherwise, fork, come in another order, or are read from their beginning again."""
+    """Rows that continue with other tokens, fork, come in another order, or are read from their beginning again."""
     ours, numpys = both()
     machine = ops_cuda.machine(ours.params, CFG, 20)
     reader, text = Reader(machine, 0), np.concatenate([prompt(6), prompt(6, seed=1)])
@@ -265,7 +265,7 @@ def test_two_threads_do_not_share_a_machine():
 
 
 def test_training_changes_what_is_said_next():
-    """Parameters change in place, and no key of before is seen."""
+    """Parameters change in place, and no key computed before is seen."""
     ours, numpys = both()
     ours.generate(prompt(5), max_new_tokens=3, **NO_EOS)
     with torch.no_grad():
@@ -282,7 +282,7 @@ MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "autocast"
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_modes_of_the_caller_change_nothing(mode):
-    """Not even where a stream that has begun in one goes on outside."""
+    """Not even where a stream of tokens that was started inside one continues outside."""
     ours, numpys = both()
     expected = numpys.generate(prompt(5), max_new_tokens=9, **NO_EOS)
     with mode():
@@ -329,7 +329,7 @@ def test_a_machine_whose_pass_was_broken_off_serves_nobody_else(monkeypatch):
 
 
 def test_a_capture_that_is_broken_off_leaves_no_graph(monkeypatch):
-    """With a torch.cuda made up of nothing."""
+    """With a torch.cuda of empty stand-ins."""
     ours, _ = both()
     program = Program(ours.params, CFG, ops_cuda.machine(ours.params, CFG, 2).pool, 1, 2)
     stream = SimpleNamespace(wait_stream=lambda _: None)

@@ -1,4 +1,4 @@
-"""The notebooks run, read well, and are in step with their sources; and what they share tells learners the truth."""
+"""The notebooks run, are legible, and match their sources; and the code that they share gives learners correct feedback."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""backend="cuda": every operation against opt_np.ops, whole models against HF, and autograd against the backward pass by hand.
+"""backend="cuda": every operation against opt_np.ops, whole models against HF, and autograd against the explicit backward pass.
 
 All of it runs on torch's CPU tensors; where there is a GPU, on that as well, and then through the kernels.
 """
@@ -154,7 +154,7 @@ def test_arguments_that_fit_no_kernel_are_named():
 
 @given(B=st.integers(1, 4), T=st.integers(1, 6), past=st.integers(0, 6), seed=st.integers(0, 200))
 def test_a_mask_without_holes_is_five_numbers_a_row(B, T, past, seed):
-    """What the kernels read says the same as the mask: query t of a row, of the keys from `first` on, sees those up to before + t."""
+    """The ranges that kernels read are equivalent to the mask: query t of a row sees the keys from `first` on, up to key before + t of these."""
     rng = np.random.default_rng(seed)
     visible = rng.random((B, T + past)) > rng.choice([0.2, 0.5, 0.9])
     if rng.random() < 0.7:  # left and right padding alone
@@ -171,7 +171,7 @@ def test_a_mask_without_holes_is_five_numbers_a_row(B, T, past, seed):
 
 
 def test_a_changed_mask_is_seen():
-    """The last mask is kept for the next layer; another one, or the same array with other numbers, is another mask."""
+    """The last mask is cached for the next layer; another array, or the same one with other values, is another mask."""
     q, visible = torch.ones(1, 2, 1, 2), np.ones((1, 2), bool)
     v = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
     first = ops_cuda.attention(q, q, v, 1.0, SimpleNamespace(visible=visible))
@@ -181,7 +181,7 @@ def test_a_changed_mask_is_seen():
 
 
 def test_threads_are_given_their_own_masks(device):
-    """The last mask is kept for all threads: none may be given what another has just put there."""
+    """The cached mask is shared by all threads: none may get the one that another has just stored."""
     wrong, seen, stop = [], [0] * 3, time.monotonic() + 1.0
 
     def ask(i):
@@ -562,7 +562,7 @@ def test_unit_vectors_of_large_numbers_have_length_1(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_command_sums_probabilities_in_more_than_16_bits(dtype, device, run, tmp_path):
-    """Of 4096 nearly equal ones: in float16 their sum stands still long before 1."""
+    """Of 4096 nearly equal ones: summed in float16 they stop growing long before 1."""
     cfg = small.config(vocab_size=4096)
     params = map_leaves(lambda a: a / 20, small.params(cfg))
     OPTForCausalLM(params, cfg).save_pretrained(tmp_path)

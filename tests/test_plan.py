@@ -1,4 +1,4 @@
-"""The plan: its parts are the model's own numbers, it says what fits, and its command tells every mistake in a line."""
+"""The plan: its parts are the model's own sizes, it reports what fits, and its command reports every mistake in one line."""
 
 import re
 

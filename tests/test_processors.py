@@ -1,4 +1,4 @@
-"""Every processor against HF's class on random scores, HF's own chain against ours, and what ties and padding mean."""
+"""Every processor against HF's class on random scores, HF's own chain against ours, and the handling of ties and padding."""
 
 import dataclasses
 

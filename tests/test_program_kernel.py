@@ -1,4 +1,4 @@
-"""kernels/program.cu without a GPU: operations and whole models run on the CPU, all blocks at once (cuda_emulator.py); it compiles for each GPU."""
+"""kernels/program.cu without a GPU: operations and models run on the CPU, blocks concurrently (cuda_emulator.py); it compiles for each GPU."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ LIMIT = 227 * 1024  # bytes of shared memory of a block on an H200
 
 
 class Machine:
-    """B rows with places in a cache of pages, and a GPU of `grid` multiprocessors for them."""
+    """B rows with a paged cache, and a GPU of `grid` multiprocessors for them."""
 
     def __init__(self, B, Dh=64, bf16=0, grid=3, H=2, lengths=None, most=2, widest=2048):
         depth = DEPTHS[Dh, bf16]
@@ -39,7 +39,7 @@ class Machine:
         self.kernel = compile_for_cpu(nvrtc.KERNELS / "program.cu", "program", self.fit.macros)
 
     def run(self, lines, begin=0, end=None, **how):
-        """Lines of a table whose addresses are arrays, in one launch."""
+        """Runs lines, with arrays in place of addresses, in one launch."""
         rows = [*map(len, lines)]
         assert set(rows) == {cpp.WORDS}, rows
         end = len(lines) if end is None else end
@@ -47,7 +47,7 @@ class Machine:
         self.kernel(self.fit.grid, cpp.THREADS, self.fit.shared, *given, cooperative=end - begin > 1, **how)
 
     def halves(self, *shape, size=1.0):
-        """Random numbers that may not be written."""
+        """A random array that the kernel must not write to."""
         return only_read((self.rng.normal(size=shape) * size).astype(self.half))
 
     def bytes(self, *shape):
@@ -57,7 +57,7 @@ class Machine:
         return only_read(self.rng.uniform(0.5, 2, n).astype(np.float32) / 100)
 
     def poison(self, *shape):
-        """What has to be written."""
+        """An array of NaN that the kernel has to fill."""
         return np.full(shape, np.nan, self.half)
 
     def of_rounded(self, h, W):
@@ -126,7 +126,7 @@ def test_norm(B, D, grid, bf16):
 
 @needs_compiler
 def test_norm_of_what_lies_far_from_zero():
-    """Where the mean of squares has no room for the variance."""
+    """Rows with a mean so large that the mean of squares less the squared mean would lose the variance."""
     m = Machine(2)
     x = only_read((20000 + 16 * m.rng.integers(-2, 3, (2, 64))).astype(np.float16))
     y, h, z = m.poison(2, 64), m.poison(2, 64), m.poison(2, 8)
@@ -193,7 +193,7 @@ def test_bytes_of_every_value_are_exact():
 @needs_compiler
 @pytest.mark.parametrize("grid", [1, 3, 5])
 def test_lines_share_blocks_and_rows_and_write_into_pages(grid):
-    """q, k and v as a layer has them, and an output in the middle: each block goes on by itself where it need not wait."""
+    """q, k and v as in a layer, and outputs that start at a middle block: each block continues by itself where it need not wait."""
     lengths, D, O = [70, -1, 0, 63, 64], 72, 48
     m = Machine(5, grid=grid, lengths=lengths)
     x, norm, h = m.halves(5, D), (m.halves(D), None), m.poison(5, D)

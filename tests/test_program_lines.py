@@ -1,4 +1,4 @@
-"""OPT as lines of kernels/program.cu: run on the CPU by the emulator, they find what model.py finds, for every variant, token after token."""
+"""OPT as lines of kernels/program.cu: run on the CPU by the emulator, they compute what model.py computes, for every variant, token after token."""
 
 from types import SimpleNamespace
 
@@ -102,7 +102,7 @@ def put(program, ids, lengths, pages):
 
 
 def compared(cfg, params, dtype, B=3, steps=2, seed=0, **how):
-    """Whether tokens one after the other are the same by the lines and by model.py, from the same pages."""
+    """Checks that the lines and model.py compute the same, token by token, from the same pages."""
     lengths, pages = [5, PAGE - 1, 2 * PAGE + 3][:B], np.array([[0, 1, 2], [5, 4, 6], [8, 3, 7]])[:B]
     ours = Emulated(params, cfg, pool_of(cfg, 9, dtype), B, **how)
     exact = Program(wide(params), cfg, widened(pool_of(cfg, 9, dtype)), B, 3)
@@ -123,7 +123,7 @@ def compared(cfg, params, dtype, B=3, steps=2, seed=0, **how):
 
 
 def wide(tree):
-    """Leaves in float64; int8's stay whole numbers."""
+    """Leaves in float64; int8 ones stay integers."""
     if isinstance(tree, dict):
         return {name: leaf if "scale" in tree and name in ("weight", "scale") else wide(leaf) for name, leaf in tree.items()}
     return [wide(item) for item in tree] if isinstance(tree, list) else tree.double()

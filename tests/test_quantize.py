@@ -1,4 +1,4 @@
-"""int8 and int4: what they mean, how far they are from the weights, the packed kernels against their meaning, and models made of them."""
+"""int8 and int4: their definition, their distance from the weights, the packed kernels against the definition, and models that use them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Scores equal torch's in float64 on HF's logits, wherever padding stands; windows, disagreement and calibration are what they say they are."""
+"""Scores equal torch's in float64 on HF's logits, wherever the padding is; windows, disagreement and calibration follow their definitions."""
 
 import json
 import math

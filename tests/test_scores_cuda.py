@@ -1,4 +1,4 @@
-"""Scores that stay on a GPU, here on torch's CPU tensors: what they say is what opt_np.processors and opt_np.generate say of the array."""
+"""Scores that stay on a GPU, here on torch's CPU tensors: results equal those of opt_np.processors and opt_np.generate on the array."""
 
 from functools import partial
 

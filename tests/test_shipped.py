@@ -1,4 +1,4 @@
-"""The model in the box: it is OPT's own format, HF computes the same from it, and it has learnt what weights/README.md says."""
+"""The shipped model: it has OPT's own format, HF computes the same from it, and it has learnt what weights/README.md claims."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Points, hooks, lens and attribution: every name is reached, in both vocabularies; sums are what the model adds; edits arrive where they should."""
+"""Points, hooks, lens and attribution: both vocabularies reach every name, sums are what the model adds, and edits take effect where they should."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """TensorFlow's and Flax's files: every layout that transformers 4.20 to 4.44 wrote reads to the same bits, and damage is named, never guessed away.
 
-The writers here repeat what those versions wrote, seen in files that they made; neither TensorFlow nor Flax is needed.
+The writers here reproduce the files of those versions, from examples that they wrote; neither TensorFlow nor Flax is needed.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Traces and costs: every step counted while it runs equals its closed form; every operation really does as many FLOPs as its rule says; and a
+"""Traces and costs: every step counted while it runs equals its closed form; every operation really does as many FLOPs as its formula gives; and a
 planted change is found at its step."""
 
 import json

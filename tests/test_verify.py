@@ -1,4 +1,4 @@
-"""opt-np verify passes for what is right, finds planted mistakes and says where they are, and never passes what it did not compare."""
+"""opt-np verify passes correct implementations, finds planted mistakes and names their place, and never passes what it did not compare."""
 
 import inspect
 import json

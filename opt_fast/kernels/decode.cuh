@@ -1,12 +1,12 @@
-// What the kernels of decoding share: a warp's walk over its own tiles of 16 keys, and the weighing of what warps, or splits, have found by exp(L),
-// always in the same order. The 16 rows of a product are the queries; those that are not there cost nothing but tensor cores' time.
+// Shared by the decoding kernels: a warp's walk over its own tiles of 16 keys, and the combination of the partial results of warps, or of splits,
+// weighted by exp(L) and always in the same order. The 16 rows of a product are the queries; missing ones cost only tensor-core time.
 #pragma once
 #include "tiles.cuh"
 
 constexpr int ROWS = 16, Bc = 16;      // queries of a product; keys of a warp's tile
-constexpr int PLACE = 2 * Bc * PITCH;  // numbers of a tile of K and one of V
+constexpr int PLACE = 2 * Bc * PITCH;  // elements of a stage (called a place): a tile of K and one of V
 
-struct Found {  // what a warp has found
+struct Found {  // a warp's partial result: acc and l under its own maximum m
   float acc[ROWS][Dh], m[ROWS], l[ROWS];
 };
 static_assert(sizeof(Found) <= 2 * 2 * PLACE, "it is left where two of the warp's tiles were");
@@ -15,7 +15,7 @@ struct Weighed {
   float value, lse;
 };
 
-// A warp's tile of keys, or of values, on its way; rows past `real` become zeros.
+// Starts copying a warp's tile of K or of V to shared memory; rows from `real` on become zeros.
 __device__ __forceinline__ void load_keys(half_t* tile, const half_t* rows, int stride, int real) {
 #pragma unroll
   for (int c = threadIdx.x % 32; c < Bc * (Dh / 8); c += 32) {
@@ -24,9 +24,9 @@ __device__ __forceinline__ void load_keys(half_t* tile, const half_t* rows, int 
   }
 }
 
-// A warp looks at the keys from `first` on, every WARPS-th tile before `end`, through its `places`, with STAGES - 1 tiles on their way; the queries
-// must be on their way to tile_q, query t standing at key past + t. `where(place, j, real)` fetches the rows of K and V from key j on. What it finds
-// it leaves in place of the tiles; a barrier must follow.
+// Attention of a warp over every WARPS-th tile of keys from `first` to `end`, through its own STAGES `places`, with STAGES - 1 tiles prefetched. The
+// queries must be under way to tile_q; query t is at key past + t. `where(place, j, real)` starts the copies of K's and V's rows from key j on. The
+// partial result (Found) overwrites the tiles; a barrier must follow before other warps read it.
 template <int STAGES, class Where>
 __device__ __forceinline__ void walk(const half_t* tile_q, half_t* places, int first, int end, int past, float scale, Where where) {
   const int lane = threadIdx.x % 32;
@@ -34,20 +34,20 @@ __device__ __forceinline__ void walk(const half_t* tile_q, half_t* places, int f
   auto place_of = [&](int j) { return places + (j - first) / (WARPS * Bc) % STAGES * PLACE; };
   auto load = [&](int j) {
     if (j < end) where(place_of(j), j, end - j);
-    cp_async_commit();  // of nothing, past the end: groups are counted
+    cp_async_commit();  // past the end an empty group, because waits count groups
   };
 #pragma unroll
   for (int n = 0; n < STAGES - 1; n++) load(first + n * WARPS * Bc);
   cp_async_wait<STAGES - 1>();
-  __syncthreads();  // the queries are here
+  __syncthreads();  // the queries have arrived
 
   for (int j = first; j < end; j += WARPS * Bc) {
     cp_async_wait<STAGES - 2>();
-    __syncwarp();  // this tile is here, and every lane is done with the one before, whose place is filled again
+    __syncwarp();  // this tile has arrived, and every lane is done with the one before, whose place is now refilled
     load(j + (STAGES - 1) * WARPS * Bc);
     float scores[1][Bc / 8][4] = {};
     multiply<1, Bc>(scores, tile_q, place_of(j));
-    if (j + Bc - 1 > min(past, end - 1)) {  // the tile meets the diagonal, or the end of these keys
+    if (j + Bc - 1 > min(past, end - 1)) {  // the tile crosses the diagonal, or the end of these keys
 #pragma unroll
       for (int n = 0; n < Bc / 8; n++)
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void walk(const half_t* tile_q, half_t* places, int f
   }
 }
 
-// Number d of query t, and L, from what the block's warps have left in `places`, `stride` numbers apart.
+// Element d of query t's output, and L, from the partial results that the block's warps have left in `places`, `stride` elements apart.
 __device__ __forceinline__ Weighed weigh(const half_t* places, int stride, int t, int d, float scale) {
   auto found = [&](int w) -> const Found& { return *(const Found*)(places + w * stride); };
   float top = -INFINITY, total = 0, value = 0;

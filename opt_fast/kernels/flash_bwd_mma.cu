@@ -1,14 +1,14 @@
 // FlashAttention-2's backward pass on tensor cores, by mma.sync (sm_80 and later): `attention_bwd` of opt_np/flash.py, with its symbols.
 //
-// Two kernels that walk over the same tiles: of_keys owns 64 keys and walks over the queries that see them, for dK and dV; of_queries owns 64 queries and
-// walks over their keys, for dQ. The scores are made twice, seven products instead of five; for that nothing is added up between blocks, the bits are
-// the same every time, and P and dscores go from product to product in registers. A warp owns 16 rows.
+// Two kernels over the same tiles: a block of flash_bwd_keys owns 64 keys and loops over the queries that see them, for dK and dV; a block of
+// flash_bwd_queries owns 64 queries and loops over their keys, for dQ. The scores are computed twice, seven products instead of five; but no sum runs
+// across blocks, the bits are the same every time, and P and dscores pass from product to product in registers. A warp owns 16 rows.
 #include "tiles.cuh"
 
-constexpr int OWN = 16 * WARPS, OTHER = Dh > 80 ? 32 : 64;  // rows that a block owns, and of a tile that it walks over: as registers allow
+constexpr int OWN = 16 * WARPS, OTHER = Dh > 80 ? 32 : 64;  // rows that a block owns, and rows of a tile that it loops over: as registers allow
 
-// P and dscores / scale of a tile, from its scores and dP: weights are made again from L, and dscores = P (dP - D). Rows are queries here.
-// `reach` is the last key that this lane's first row sees, `column` its first key of the tile.
+// Turns a tile's scores into P, recomputed from L, and its dP into dscores / scale = P (dP - D). Rows are queries here; L is multiplied by log2(e).
+// `reach` is the last key that this lane's first row sees, `column` this lane's first key in the tile.
 __device__ __forceinline__ void weigh(float (&P)[1][OTHER / 8][4], float (&dP)[1][OTHER / 8][4], const float (&L)[2], const float (&D)[2],
                                       float log2_scale, int reach, int column, int keys) {
 #pragma unroll
@@ -21,7 +21,7 @@ __device__ __forceinline__ void weigh(float (&P)[1][OTHER / 8][4], float (&dP)[1
     }
 }
 
-// The same with keys as rows: L and D go by columns, `queries` of which are there. `first` is the query before which this lane's first key is not seen.
+// The same with keys as rows: L and D belong to columns, of which `queries` exist. `first` is the first query that sees this lane's first key.
 __device__ __forceinline__ void weigh_transposed(float (&P)[1][OTHER / 8][4], float (&dP)[1][OTHER / 8][4], const float* L, const float* D,
                                                  float log2_scale, int first, int column, int queries) {
 #pragma unroll
@@ -68,7 +68,7 @@ flash_bwd_keys(const half_t* dO, const half_t* Q, const half_t* K, const half_t*
   for (int i = begin; i < queries; i += OTHER) {
     const int here = (i - begin) / OTHER % 2 * OTHER * PITCH, next = OTHER * PITCH - here;
     cp_async_wait<0>();
-    __syncthreads();  // this tile is here, and everyone is done with the one before, whose place the next one takes
+    __syncthreads();  // this tile has arrived, and all warps are done with the one before, which the next one overwrites
     if (i + OTHER < queries) {
       load_tile<OTHER>(tile_q + next, Q += OTHER * q_token, q_token, queries - i - OTHER);
       load_tile<OTHER>(tile_do + next, dO += OTHER * do_token, do_token, queries - i - OTHER);
@@ -86,7 +86,7 @@ flash_bwd_keys(const half_t* dO, const half_t* Q, const half_t* K, const half_t*
   const int first = j + 16 * warp;
   dK = at(dK, row, d_batch, first_key + first, d_token, head, d_head);
   dV = at(dV, row, d_batch, first_key + first, d_token, head, d_head);
-  store_rows<1>(tile_k + 16 * warp * PITCH, dK, d_token, keys - first, acc_k, scales);  // over K and V, whose rows nobody but this warp has read
+  store_rows<1>(tile_k + 16 * warp * PITCH, dK, d_token, keys - first, acc_k, scales);  // staged over K's and V's rows, which only this warp has read
   store_rows<1>(tile_v + 16 * warp * PITCH, dV, d_token, keys - first, acc_v, ones);
 }
 
@@ -100,7 +100,7 @@ flash_bwd_queries(const half_t* dO, const half_t* Q, const half_t* K, const half
   half_t *tile_q = shared, *tile_do = tile_q + OWN * PITCH, *tile_k = tile_do + OWN * PITCH, *tile_v = tile_k + 2 * OTHER * PITCH;
 
   const int row = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int i = (gridDim.x - 1 - blockIdx.x) * OWN;  // the last queries see the most keys: they begin first
+  const int i = (gridDim.x - 1 - blockIdx.x) * OWN;  // the last queries see the most keys: they start first
   const auto [first_query, queries, first_key, keys, past] = range_of(ranges, row, T, S);
   if (i >= queries) return;
   const int first = i + 16 * warp, seen = min(past + min(i + OWN, queries), keys);

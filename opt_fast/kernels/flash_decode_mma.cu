@@ -1,11 +1,11 @@
 // Attention of up to 16 queries over many keys, for decoding, on tensor cores (sm_80 and later), with the symbols of opt_np/flash.py.
 //
-// There are too few queries to fill a GPU, and every key is read once: it is the memory that has to be kept busy. The keys of a head are split over
-// blocks, and those of a block over its four warps, each of which walks over its own, 16 at a time, with the next tiles on their way, and waits for
-// nobody. What warps and blocks have found they weigh by exp(L) in the end, always in the same order.
+// There are too few queries to fill a GPU, and every key is read once, so memory has to be kept busy. The keys of a head are split over blocks, and
+// those of a block over its four warps, each of which loops over its own, 16 at a time, with the next tiles prefetched, and waits for no other warp.
+// The partial results of warps and of blocks are combined at the end, weighted by exp(L), always in the same order.
 #include "decode.cuh"
 
-constexpr int STAGES = 3;  // places for tiles
+constexpr int STAGES = 3;  // tiles of K and V that a warp has room for
 
 // Q: (B, T, H, Dh);  K: (B, S, H, Dh);  V: (B, S, H, Dh)  ->  with one split O: (B, T, H, Dh), L: (B, H, T);
 // with more O_part: (splits, B, T, H, Dh), L_part: (splits, B, H, T), for flash_combine.  Grid: (splits of `share` keys, H, B).
@@ -16,7 +16,7 @@ flash_decode(const half_t* Q, const half_t* K, const half_t* V, half_t* O, float
   extern __shared__ __align__(16) half_t shared[];
   const int row = blockIdx.z, head = blockIdx.y, H = gridDim.y, warp = threadIdx.x / 32;
   const auto [first_query, queries, first_key, keys, past] = range_of(ranges, row, T, S);
-  const int begin = blockIdx.x * share, end = min(min(begin + share, keys), past + queries);  // of the keys that this block looks at
+  const int begin = blockIdx.x * share, end = min(min(begin + share, keys), past + queries);  // the keys of this block's split
   half_t *tile_q = shared, *places = tile_q + ROWS * PITCH;
   Q = at(Q, row, q_batch, first_query, q_token, head, q_head);
   K = at(K, row, k_batch, first_key, k_token, head, k_head);
@@ -44,7 +44,7 @@ flash_decode(const half_t* Q, const half_t* K, const half_t* V, half_t* O, float
   }
 }
 
-// O = Σ exp(L_part - L) O_part over the splits, with L = log Σ exp(L_part).  Grid: (T, H, B), a thread for each number and whole warps.
+// O = Σ exp(L_part - L) O_part over the splits, with L = log Σ exp(L_part).  Grid: (T, H, B), a thread for each element, rounded up to whole warps.
 extern "C" __global__ void __launch_bounds__((Dh + 31) / 32 * 32)
 flash_combine(const float* O_part, const float* L_part, half_t* O, float* L, int splits, long long o_batch, int o_token, int o_head) {
   const int t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, T = gridDim.x, H = gridDim.y, d = threadIdx.x;

@@ -1,19 +1,19 @@
-// FlashAttention's forward pass for Hopper (sm_90a): `attention` of opt_np/flash.py with its symbols, as flash_fwd_mma.cu, and three ideas more.
+// FlashAttention's forward pass for Hopper (sm_90a): `attention` of opt_np/flash.py with its symbols; flash_fwd_mma.cu plus three ideas.
 //
-// The copy engine brings tiles of K and V (TMA), asked by one thread of a warpgroup that does nothing else, as far ahead as there are places. Each other
-// warpgroup owns 64 queries, and has its products done by wgmma, which reads shared memory itself: Q Kᵀ of a tile and P V of the tile before run at the
-// same time, and while they run, the softmax of the tile between is computed. The warpgroups take turns in asking for products, so that one's softmax
-// falls into another's products.
-// DH (head_dim) and BF16 are set when this is compiled, and POLYNOMIAL: every so many-th exponential is computed by multiply-adds, for the unit that is
-// made for exponentials limits heads of 64; 0 for none. It takes registers that three warpgroups do not have.
+// 1. The copy engine (TMA) loads tiles of K and V; one thread of a warpgroup that does nothing else (the producer) starts the copies, as far ahead as
+// there are stages. 2. Each other warpgroup (a consumer) owns 64 queries and computes products by wgmma, which runs asynchronously and reads shared
+// memory itself: Q Kᵀ of one tile and P V of the tile before run at the same time, and the softmax starts while P V still runs. 3. The consumers take
+// turns in issuing products, so that the softmax of one overlaps with the products of another.
+// DH (head_dim) and BF16 are set when this is compiled, as is POLYNOMIAL = n: of each lane's pairs of exponentials, every n-th is computed by
+// multiply-adds, because at heads of 64 the exponential unit is the limit; 0 for none. That takes registers which three consumers do not leave.
 #include "sm90.cuh"
 
 #ifndef POLYNOMIAL
 #define POLYNOMIAL 0
 #endif
 constexpr int Dh = DH, Bc = 128, CONSUMERS = Dh > 64 || POLYNOMIAL ? 2 : 3, STAGES = Dh > 64 ? 2 : 4, Br = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
-constexpr int SLABS = (Dh + 63) / 64;            // tiles of 64 columns that a head is made of; what a head of 80 lacks, the copy engine fills with zeros
-constexpr int SLAB_Q = Br * 64, SLAB = Bc * 64;  // numbers of one
+constexpr int SLABS = (Dh + 63) / 64;            // a head is split into slabs of 64 columns; the copy engine fills up a head of 80 with zeros
+constexpr int SLAB_Q = Br * 64, SLAB = Bc * 64;  // elements of a slab
 static_assert(Dh % 16 == 0 && Dh <= 128, "heads are made of pieces of 16 numbers, and O has to fit into registers");
 
 struct Shared {
@@ -22,13 +22,13 @@ struct Shared {
   mbarrier_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
 
-// One of the rows' tiles, slab by slab, on its way.
+// Starts copying a tile, slab by slab; `full` completes when all its bytes have arrived.
 __device__ __forceinline__ void load(half_t* tile, int slab, const TensorMap& map, mbarrier_t* full, int token, int head, int row) {
   mbarrier_arrive_expect(full, 2 * SLABS * slab);
   for (int s = 0; s < SLABS; s++) tma_load_4d(tile + s * slab, map, full, 64 * s, head, token, row);
 }
 
-// The warpgroup that brings tiles: a place is filled again once its consumers have left it.
+// The producer: starts the copies of all tiles; a stage is refilled once all consumers have released it.
 __device__ __forceinline__ void produce(Shared& shared, const TensorMap& map_q, const TensorMap& map_k, const TensorMap& map_v, int row, int head,
                                         int first_query, int first_key, int seen) {
   load(shared.Q, SLAB_Q, map_q, &shared.q_full, first_query, head, row);
@@ -41,7 +41,7 @@ __device__ __forceinline__ void produce(Shared& shared, const TensorMap& map_q, 
   }
 }
 
-// scores (64 x Bc) = Q (64 x Dh) Kᵀ: asked for, to be waited for.
+// Issues scores (64 x Bc) = Q (64 x Dh) Kᵀ; the caller waits for it.
 __device__ __forceinline__ void query_key(float (&scores)[Bc / 2], const half_t* Q, const half_t* K) {
   wgmma_fence();
 #pragma unroll
@@ -50,7 +50,7 @@ __device__ __forceinline__ void query_key(float (&scores)[Bc / 2], const half_t*
   wgmma_commit();
 }
 
-// acc (64 x Dh) += P (64 x Bc) V: asked for, to be waited for.
+// Issues acc (64 x Dh) += P (64 x Bc) V; the caller waits for it.
 __device__ __forceinline__ void probs_value(float (&acc)[Dh / 2], const unsigned (&P)[Bc / 16][4], const half_t* V) {
   wgmma_fence();
 #pragma unroll
@@ -58,15 +58,15 @@ __device__ __forceinline__ void probs_value(float (&acc)[Dh / 2], const unsigned
   wgmma_commit();
 }
 
-// 2^x by multiply-adds: a polynomial for what x has beside a whole number, which is added to the exponent. Off by 7.5e-5, less than P's rounding to come.
+// 2^x by multiply-adds: a polynomial of x's fraction; its integer part is added to the exponent. Error 7.5e-5, less than P's later rounding.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-  const float shifted = x + 12582912.f;  // 1.5 · 2^23: the nearest whole number is in the last bits
+  const float shifted = x + 12582912.f;  // 1.5 · 2^23: the last bits now hold the nearest integer
   const float f = x - (shifted - 12582912.f);
   const float p = ((0.0551716685f * f + 0.242611125f) * f + 0.693260968f) * f + 0.999928057f;
   return x < -126.f ? 0.f : __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
 }
 
-// scores become weights under the new maximum; `shrink` is what sums under the old one are to be multiplied by.
+// Turns scores into P under the new maximum; `shrink` is the factor for the sums made under the old one.
 __device__ __forceinline__ void online_softmax(float (&scores)[Bc / 2], float (&m)[2], float (&l)[2], float (&shrink)[2], float log2_scale) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {  // this lane's two rows
@@ -75,7 +75,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[Bc / 2], float (&
     for (int n = 0; n < Bc / 8; n++) m_new = fmaxf(m_new, fmaxf(scores[4 * n + 2 * r], scores[4 * n + 2 * r + 1]));
     m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 1));  // four lanes hold a row
     m_new = fmaxf(m_new, __shfl_xor_sync(0xffffffff, m_new, 2));
-    const float safe = m_new == -INFINITY ? 0.f : m_new * log2_scale;  // nothing seen yet: -inf - 0, where -inf - -inf would be NaN
+    const float safe = m_new == -INFINITY ? 0.f : m_new * log2_scale;  // no key seen yet: -inf - 0, where -inf - -inf would be NaN
     shrink[r] = exp2_approx(m[r] * log2_scale - safe);
     float sum = l[r] * shrink[r];
 #pragma unroll
@@ -89,7 +89,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[Bc / 2], float (&
   }
 }
 
-// P in 16 bits, as the second product takes it from registers: the layout of scores is that of its left factor.
+// P in 16 bits, as P V takes it from registers: the layout of scores is also that of a left factor.
 __device__ __forceinline__ void pack(unsigned (&P)[Bc / 16][4], const float (&scores)[Bc / 2]) {
 #pragma unroll
   for (int n = 0; n < Bc / 16; n++)
@@ -97,7 +97,7 @@ __device__ __forceinline__ void pack(unsigned (&P)[Bc / 16][4], const float (&sc
     for (int i = 0; i < 4; i++) P[n][i] = pack2(scores[8 * n + 2 * i], scores[8 * n + 2 * i + 1]);
 }
 
-// -inf where a key is in the query's future, or past the last one. `first` is the key that this lane's first row still sees.
+// Sets scores to -inf where the key is in the query's future, or past the last one. `first` is the last key that this lane's first row sees.
 __device__ __forceinline__ void mask(float (&scores)[Bc / 2], int j, int first, int keys) {
   const int column = j + (int)(threadIdx.x % 4) * 2;
 #pragma unroll
@@ -105,20 +105,20 @@ __device__ __forceinline__ void mask(float (&scores)[Bc / 2], int j, int first, 
     if (column + i / 4 * 8 + i % 2 > min(first + i / 2 % 2 * 8, keys - 1)) scores[i] = -INFINITY;
 }
 
-// Rows of V from the end of the keys on become zeros: what stands there may be NaN, and the weight 0 would not hide it.
+// Zeros V's rows past the last key: they may hold NaN, and 0 · NaN is NaN.
 __device__ __forceinline__ void clear_rows(half_t* V, int first, int group) {
   for (int i = threadIdx.x % 128; i < (Bc - first) * SLABS * 8; i += 128)
     *(uint4*)(V + i % SLABS * SLAB + (first + i / SLABS / 8) * 64 + i / SLABS % 8 * 8) = make_uint4(0, 0, 0, 0);
   async_proxy_fence();
-  named_barrier_sync(1 + CONSUMERS + group, 128);  // each group clears them for itself
+  named_barrier_sync(1 + CONSUMERS + group, 128);  // the groups do not wait for each other: each zeros the rows itself
 }
 
-// A warpgroup that computes 64 queries, of which `queries` are there; `reach` is the last key that the first of them sees.
+// A consumer: computes 64 queries, of which `queries` exist; `reach` is the last key that the first of them sees.
 __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, float* L, int o_token, int queries, int reach, int keys, int seen,
                                         float scale) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, first = reach + 16 * warp + lane / 4;
   const float log2_scale = scale * 1.4426950408889634f;
-  const int turn = 1 + group, next_turn = 1 + (group + 1) % CONSUMERS;  // 0 is __syncthreads
+  const int turn = 1 + group, next_turn = 1 + (group + 1) % CONSUMERS;  // named barriers; 0 is __syncthreads'
   float acc[Dh / 2] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {}, shrink[2];
   const half_t* Q = shared.Q + group * 64 * 64;
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
       mbarrier_wait(&shared.v_full[stage], tile / STAGES % 2);
       probs_value(acc, P, shared.V[stage]);
       named_barrier_arrive(next_turn, 256);
-      wgmma_wait<1>();  // scores are here; P V of the tile before goes on
+      wgmma_wait<1>();  // scores are complete; P V of the tile before still runs
       if (lane == 0) mbarrier_arrive(&shared.k_empty[next]);
       if (j + Bc - 1 > min(reach, keys - 1)) mask(scores, j, first, keys);
       online_softmax(scores, m, l, shrink, log2_scale);
@@ -159,11 +159,11 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
     if (keys < (tile + 1) * Bc) clear_rows(shared.V[tile % STAGES], keys - tile * Bc, group);
     probs_value(acc, P, shared.V[tile % STAGES]);
     wgmma_wait<0>();
-    if (group == 0) named_barrier_sync(1, 256);  // the turn that nobody took
+    if (group == 0) named_barrier_sync(1, 256);  // takes the last turn, which is left over
     named_barrier_sync(1 + CONSUMERS + group, 128);  // the products of all four warps have read Q
   }
 
-  // O leaves by way of Q's place, each warp's by way of its own rows, swizzled as it lies there, 16 bytes at a time.
+  // O is staged in Q's memory, each warp's rows over its own, with the same swizzle, and then written 16 bytes at a time.
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int t = 16 * warp + lane / 4 + 8 * r;
@@ -187,20 +187,20 @@ __device__ __forceinline__ void consume(Shared& shared, int group, half_t* O, fl
 }
 
 // Q: (B, T, H, Dh);  K: (B, S, H, Dh);  V: (B, S, H, Dh)  ->  O: (B, T, H, Dh), L: (B, H, T).  Grid: tiles of Br queries · H · B. `together` heads
-// begin side by side, all of them with the tiles that see the most keys: as many as have their K and V in the second-level cache.
-// `ranges` as in flash_fwd_mma.cu. The maps' boxes are (1, Br or Bc, 1, 64), swizzled by 128 bytes.
+// run side by side, as many as have their K and V in the L2 cache together; all of them start with the tiles that see the most keys.
+// `ranges` as in tiles.cuh. The maps' boxes are (1, Br or Bc, 1, 64), swizzled by 128 bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_fwd_sm90(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v, half_t* O,
                float* L, const int* ranges, int T, int S, float scale, long long o_batch, int o_token, int o_head, int H, int together) {
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *(Shared*)memory;
-  const int group = threadIdx.x / 128, block = blockIdx.x, tiles = (T + Br - 1) / Br, heads = gridDim.x / tiles;  // of all rows
+  const int group = threadIdx.x / 128, block = blockIdx.x, tiles = (T + Br - 1) / Br, heads = gridDim.x / tiles;  // of all rows of the batch
   const int first = block / (tiles * together) * together, some = min(together, heads - first), place = block - first * tiles;
   const int row = (first + place % some) / H, head = (first + place % some) % H;
-  const int i = (tiles - 1 - place / some) * Br;  // the last queries see the most keys: they begin first
+  const int i = (tiles - 1 - place / some) * Br;  // the last queries see the most keys: they start first
   const int* range = ranges + 5 * row;
   const int first_query = ranges ? range[0] : 0, queries = ranges ? range[1] : T;
-  const int first_key = ranges ? range[2] : 0, keys = ranges ? range[3] : S, past = ranges ? range[4] : S - T;  // query t stands at key past + t
+  const int first_key = ranges ? range[2] : 0, keys = ranges ? range[3] : S, past = ranges ? range[4] : S - T;  // query t is at key past + t
   if (i >= queries) return;
   const int seen = min(past + min(i + Br, queries), keys);  // keys that the block's last query sees
 

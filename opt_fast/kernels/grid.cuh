@@ -1,8 +1,8 @@
 // A barrier for all blocks of a launch, all of which must be on the GPU at once (a cooperative launch).
 #pragma once
 
-// What any thread has written before it, every thread sees after it. `state`: a word, 0 before the first launch; its upper bit turns over when all
-// have come, and the rest is 0 again: block 0 adds what the others lack. So the next barrier, and the next launch, find it ready.
+// Writes of any thread before it are visible to every thread after it. `state` is one word, 0 before the first launch. Block 0 adds 2^31 less the
+// number of other blocks, which add 1 each: once all have arrived, the upper bit has flipped and the rest is 0, ready for the next barrier or launch.
 __device__ __forceinline__ void grid_barrier(unsigned* state) {
   __syncthreads();
   if (threadIdx.x == 0) {

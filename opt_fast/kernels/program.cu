@@ -1,11 +1,12 @@
-// A token of OPT for each row of a batch in one kernel (sm_80 and later): a table of operations, through which all blocks go together.
+// One token of OPT for each row of a batch in one kernel (sm_80 and later), which executes a table of lines (operations), each by all blocks.
 //
-// One block for each multiprocessor, 8 warps. The weights are all that a GPU has to read, and they depend on nothing: so all matrices of the table are
-// one stream, from which each warp has the next DEPTH steps on their way to shared memory, whatever line the block is at. The memory goes on working
-// while blocks wait for each other, normalise, or attend.
+// One block for each multiprocessor, 8 warps. Nearly all that a GPU has to read is weights, and their addresses depend on no result: so all matrices
+// of the table form one stream, of which each warp prefetches the next DEPTH steps into shared memory, whatever line the block is at. Memory stays
+// busy while blocks wait for each other, compute LayerNorm, or attend.
 //
-// A line has WORDS numbers of 64 bits: an operation, flags, operands; pointers are addresses, 0 where there is nothing. Numbers of 16 bits are float16
-// or bfloat16, those of the kernel; int8 matrices have a float32 factor for each output, and may have one for each column, a power of two. opt_fast/program_cpp.py writes lines.
+// A line is WORDS 64-bit integers: an operation, flags, operands; pointers are addresses, or 0 for none. 16-bit values are float16, or bfloat16 where
+// the kernel is compiled for it; int8 matrices have a float32 factor for each output, and may have one for each column, a power of two.
+// opt_fast/program_cpp.py writes lines.
 //
 //   word    EMBED              NORM             LINEAR                                        ATTEND
 //   2       y (B, W)           y (B, D)         y (B, O), 16 bits; FLOAT: float32; PAGED      O (B, H, Dh)
@@ -22,29 +23,29 @@
 //   14                                          the block that takes the first 8 outputs
 //   15                                          columns (I)
 //
-//   EMBED   y = table[ids] + positions[lengths + 2], either of them alone too; 0 for a row that is not in use
+//   EMBED   y = table[ids] + positions[lengths + 2], or only one of the two; 0 for a row that is not in use
 //   NORM    y = LayerNorm(x)
-//   LINEAR  y = activation(x weightᵀ + bias) + residual. STAGED: x is copied to shared memory first; NORMED: and normalised; KEPT: it is there from
-//           the line before, unless this is the first of a launch. PAGED: y is a pool of pages (64, O), and row b goes to its place lengths[b].
-//   ATTEND  each row's query over the lengths[b] + 1 keys in its pages; keys are split over blocks where there are more blocks than heads. A barrier
-//           has to stand between two of them
-//   WAIT    the line needs what lines before it wrote: a barrier of the grid stands before it. The first line of a launch never waits.
+//   LINEAR  y = activation(x weightᵀ + bias) + residual. STAGED: x is first copied to shared memory; NORMED: and normalised there; KEPT: it is there
+//           from the line before, unless this line is a launch's first. PAGED: y is a pool of pages (64, O); row b is written at position lengths[b].
+//   ATTEND  each row's query over the lengths[b] + 1 keys in its pages; keys are split over blocks where there are at least two blocks for each row
+//           and head. Two ATTEND lines need a barrier between them
+//   WAIT    the line reads what earlier lines wrote: a barrier of the whole grid precedes it. The first line of a launch never waits.
 //
-// lengths[b] tokens of row b stand in the cache before this one; below 0, the row is not in use: it is written to no page, and O is 0.
-// Sums and LayerNorm are in float32, rounded once, at the end of a line. No number depends on the order in which blocks run. B is at most 16 MT, D and
-// I are multiples of 8 (int8: 16), and addresses of 16. DH, BF16, MT and DEPTH are set when the kernel is compiled.
+// The cache holds lengths[b] tokens of row b before this one; below 0, the row is not in use: it is written to no page, and O is 0.
+// Sums and LayerNorm are in float32, rounded once, at the end of a line. No result depends on the order in which blocks run. B is at most 16 MT, D
+// and I are multiples of 8 (int8: 16), and addresses of 16. DH, BF16, MT and DEPTH are set when the kernel is compiled.
 #define BLOCK_WARPS 8
 #include "decode.cuh"
-#include <grid.cuh>  // not by quotes: the tests put another grid.cuh in front
+#include <grid.cuh>  // not in quotes: the tests put their own grid.cuh first on the include path
 
 constexpr int WORDS = 16, PAGE = 64, POSITION_OFFSET = 2;
 constexpr float EPS = 1e-5f;                      // LayerNorm's
 constexpr int M = MT, OUTPUTS = 8;                // tiles of 16 rows of x; outputs of a tile of weights
-constexpr int CHAINS = MT == 1 ? 2 : 1;           // sums at a time: one product would wait for the other
-constexpr int SPAN = 256, SLOT = OUTPUTS * SPAN;  // bytes of a row, and of all 8, of a warp's step
+constexpr int CHAINS = MT == 1 ? 2 : 1;           // independent sums: in a single one each product would wait for the one before
+constexpr int SPAN = 256, SLOT = OUTPUTS * SPAN;  // bytes of each row, and of all 8 rows, in a step of a warp
 constexpr int SUM = 16 * M * OUTPUTS;             // sums of a tile
-constexpr int PLACES = 2;                         // of a warp, for tiles of keys
-// Bytes of shared memory, one after the other: weights on their way; two lines; then either two tiles' sums of each warp, and rows of x, or what
+constexpr int PLACES = 2;                         // stages of keys and values of a warp
+// Bytes of shared memory, in order: prefetched weights; copies of two lines; then either each warp's sums of two tiles, and rows of x, or what
 // attention needs.
 constexpr int RING = DEPTH * WARPS * SLOT, COPIES = 2 * WORDS * 8, SUMS = 2 * WARPS * SUM * sizeof(float);
 enum Operation { EMBED, NORM, LINEAR, ATTEND };
@@ -55,7 +56,7 @@ struct Rows {  // of the batch
   const int *lengths, *pages;
   int most;  // pages of a row
 
-  // Where token j of a row stands in a layer's pool, in tokens.
+  // The position of a row's token j in a layer's pool, in tokens.
   __device__ __forceinline__ long long place(int row, int j) const { return pages[(long long)row * most + j / PAGE] * (long long)PAGE + j % PAGE; }
 };
 
@@ -64,8 +65,8 @@ __device__ __forceinline__ int pitch(int width) { return (2 * width + 127) / 128
 __device__ __forceinline__ int first_tile(const long long* line) { return (blockIdx.x + gridDim.x - (int)line[14] % gridDim.x) % gridDim.x; }
 __device__ __forceinline__ int row_bytes(const long long* line) { return (int)line[5] * (line[1] & INT8 ? 1 : 2); }
 
-// A warp's steps through the weights of all LINEAR lines: in each, every gridDim.x-th tile of 8 outputs, and every WARPS-th 256 bytes of their rows.
-// A lane fetches what it will use itself, 16 bytes of row lane / 4 four times, so no barrier is needed.
+// A warp's steps through the weights of all LINEAR lines: the block has every gridDim.x-th tile of 8 outputs, the warp every WARPS-th 256 bytes of
+// its rows. A lane fetches only what it will use itself, four times 16 bytes of row lane / 4, so no barrier is needed.
 struct Stream {
   const long long *line, *end;  // of the next step to fetch
   const char* weights;
@@ -89,7 +90,7 @@ struct Stream {
     }
   }
 
-  // The next step's weights, on their way to the slot that was taken last; zeros outside.
+  // Starts copying the next step's weights to the slot that was used last; zeros outside the matrix.
   __device__ __forceinline__ void fetch() {
     if (line < end) {
       const int lane = threadIdx.x % 32, row = tile * OUTPUTS + lane / 4, column = step * SPAN + lane % 4 * 16;
@@ -105,18 +106,18 @@ struct Stream {
         if (tile * OUTPUTS >= outputs) line += WORDS, find();
       }
     }
-    cp_async_commit();  // of nothing, after the last: groups are counted
+    cp_async_commit();  // after the last step an empty group, because waits count groups
     slot = (slot + 1) % DEPTH;
   }
 
-  // The oldest of the steps that were fetched is here once this returns; `fetch` must follow, when its pieces have been used.
+  // Waits for the oldest step that was fetched; when its pieces have been used, `fetch` must follow.
   __device__ __forceinline__ void wait() const { cp_async_wait<DEPTH - 1>(); }
   __device__ __forceinline__ uint4 piece(int c) const { return *(const uint4*)(slots + slot * SLOT + 512 * c); }
 };
 
 // ---- LayerNorm ----------------------------------------------------------------------------------------------------------------------------
 
-// The sum over the `team` warps of a row. `sums`: 2 * WARPS numbers, used in turns.
+// The sum over the `team` warps of a row. `sums`: WARPS floats, which must not be those of the call before.
 __device__ __forceinline__ float team_sum(float x, int team, float* sums) {
   const int warp = threadIdx.x / 32;
 #pragma unroll
@@ -139,7 +140,7 @@ __device__ __forceinline__ Eight unpack8(uint4 x) {
   return y;
 }
 
-// Rows to shared memory, and back.
+// Copy rows to shared memory, and back.
 __device__ __forceinline__ void stage(char* rows, const half_t* x, int B, int width) {
   for (int i = threadIdx.x; i < B * (width / 8); i += THREADS) {
     const int row = i / (width / 8), c = i % (width / 8);
@@ -154,13 +155,13 @@ __device__ __forceinline__ void write_back(half_t* y, const char* rows, int B, i
   }
 }
 
-// LayerNorm in shared memory: 8 rows at a time, or fewer with several warps each.
+// LayerNorm in shared memory: 8 rows at a time, a warp each, or fewer with several warps each.
 __device__ __forceinline__ void normalize(char* rows, int B, int width, const half_t* weight, const half_t* bias, float* sums) {
   const int team = B == 1 ? 8 : B == 2 ? 4 : B <= 4 ? 2 : 1, warp = threadIdx.x / 32, first = warp % team * 32 + threadIdx.x % 32;
   for (int begin = 0; begin < B; begin += WARPS / team) {
     const int row = begin + warp / team, pieces = row < B ? width / 8 : 0;  // of 8 numbers
     auto of = [&](const half_t* vector, int c) { return vector && c < pieces ? ((const uint4*)vector)[c] : make_uint4(0, 0, 0, 0); };
-    uint4 *x = (uint4*)(rows + row * pitch(width)), w = of(weight, first), b = of(bias, first);  // the vectors are asked for early
+    uint4 *x = (uint4*)(rows + row * pitch(width)), w = of(weight, first), b = of(bias, first);  // weight and bias are loaded early
     float sum = 0, squares = 0;
     for (int c = first; c < pieces; c += 32 * team) {
       const Eight numbers = unpack8(x[c]);
@@ -186,9 +187,9 @@ __device__ __forceinline__ void normalize(char* rows, int B, int width, const ha
   __syncthreads();
 }
 
-// Rows in shared memory times what an int8 matrix has taken out of its columns.
+// Multiplies rows in shared memory by an int8 matrix's column factors.
 __device__ __forceinline__ void scale_columns(char* rows, int B, int width, const float* columns) {
-  __syncthreads();  // a block may be writing the rows back
+  __syncthreads();  // other threads may still be writing the rows back
   for (int i = threadIdx.x; i < B * (width / 8); i += THREADS) {
     const int row = i / (width / 8), c = i % (width / 8);
     uint4* place = (uint4*)(rows + row * pitch(width)) + c;
@@ -208,7 +209,7 @@ __device__ __forceinline__ void norm(const long long* line, int B, char* memory)
     stage(memory + SUMS, x + (long long)row * width, 1, width);
     normalize(memory + SUMS, 1, width, (const half_t*)line[5], (const half_t*)line[6], (float*)memory);
     write_back(y + (long long)row * width, memory + SUMS, 1, width);
-    __syncthreads();  // before the next row takes its place
+    __syncthreads();  // before the next row overwrites it
   }
 }
 
@@ -233,15 +234,15 @@ __device__ __forceinline__ void embed(const long long* line, Rows rows) {
 
 // ---- products -----------------------------------------------------------------------------------------------------------------------------
 
-// 8 numbers of a row of x; zeros where there is no such row or column.
+// 8 elements of a row of x; zeros where there is no such row or column.
 __device__ __forceinline__ uint4 piece(const char* x, int step, int row, int k, int B, int width) {
   return row < B && k < width ? *(const uint4*)(x + row * (long long)step + 2 * k) : make_uint4(0, 0, 0, 0);
 }
 
-// Four signed bytes as four numbers of 16 bits, exactly: written into the last bits of a power of two, which is then taken away.
+// Converts four signed bytes to 16-bit floats, exactly: each is written into the last bits of a power of two, which is then subtracted.
 __device__ __forceinline__ void unpack_bytes(unsigned (&y)[2], unsigned bytes) {
-  bytes ^= 0x80808080;  // 0 to 255, 128 too many
-#if BF16                // 8 bits do not fit below a power of two: by way of float32
+  bytes ^= 0x80808080;  // 0 to 255: each is 128 too large
+#if BF16                // its mantissa of 7 bits cannot hold 8: through float32
   float x[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(bytes, 0x4B000000, 0x7440 + i)) - 8388736.f;
@@ -252,8 +253,8 @@ __device__ __forceinline__ void unpack_bytes(unsigned (&y)[2], unsigned bytes) {
 #endif
 }
 
-// sums += x Wᵀ for the 8 columns of x from k on. Which number of a sum is called the first does not matter, so the columns of mma's two factors are
-// those that each lane has in one piece: 16 bytes of a row of W, and of two rows of x.
+// sums += x Wᵀ over the 32 columns of which this lane has the 8 from k on. The order of the terms of a sum does not matter, so mma's columns are
+// permuted: those of a lane are contiguous in memory, 16 bytes of a row of W, and of two rows of x.
 __device__ __forceinline__ void multiply_8(float (&sums)[CHAINS][M][4], const char* x, int step, int k, int B, int width, const unsigned (&w)[4]) {
 #pragma unroll
   for (int m = 0; m < M; m++) {
@@ -272,7 +273,7 @@ __device__ __forceinline__ float activate(float x, int function) {
   return x;
 }
 
-// Where number `column` of a row's result goes.
+// Writes element `column` of a row's result.
 __device__ __forceinline__ void store(const long long* line, const Rows& rows, int row, int column, float x) {
   const int flags = (int)line[1], outputs = (int)line[3];
   if (flags & FLOAT) ((float*)line[2])[(long long)row * outputs + column] = x;
@@ -280,7 +281,7 @@ __device__ __forceinline__ void store(const long long* line, const Rows& rows, i
   else if (const int length = rows.lengths[row]; length >= 0) ((half_t*)line[2])[rows.place(row, length) * outputs + column] = pack(x);
 }
 
-// The block's tiles of 8 outputs, one after the other; its warps share a tile's columns of x, rows of which are `step` bytes apart.
+// The block's tiles of 8 outputs, in order; its warps divide a tile's columns of x, rows of which are `step` bytes apart.
 template <bool BYTES>
 __device__ __forceinline__ void tiles(const long long* line, const Rows& rows, Stream& stream, const char* x, int step, float* sums) {
   const int outputs = (int)line[3], width = (int)line[5], bytes = row_bytes(line), function = (int)line[10], B = rows.B;
@@ -288,9 +289,9 @@ __device__ __forceinline__ void tiles(const long long* line, const Rows& rows, S
   const float* factors = (const float*)line[7];
   const half_t *bias = (const half_t*)line[8], *residual = (const half_t*)line[9];
   constexpr int EACH = (SUM + THREADS - 1) / THREADS;  // results of a thread
-  int turn = 0;  // tiles of two turns are in shared memory at a time, and another warp has the first results
+  int turn = 0;  // shared memory has the sums of two turns, and each turn gives the first results to another warp
   for (int tile = first_tile(line); tile * OUTPUTS < outputs; tile += gridDim.x, turn++) {
-    float factor[EACH] = {};  // asked for early: they take their time
+    float factor[EACH] = {};  // loaded early, because of their latency
     half_t added[EACH] = {}, more[EACH] = {};
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
@@ -362,7 +363,7 @@ __device__ __forceinline__ void linear(const long long* line, const Rows& rows, 
 // ---- attention ----------------------------------------------------------------------------------------------------------------------------
 
 // A task is a row, a head and a split of its keys. `counts`: how many splits of each row and head are done, 0 between lines; the block that finishes
-// the last one weighs them. `parts`: (B, H, splits, Dh + 1), O and L of each.
+// the last one combines them. `parts`: (B, H, splits, Dh + 1), O and L of each.
 __device__ __forceinline__ void attend(const long long* line, const Rows& rows, unsigned* counts, float* parts, half_t* memory) {
   half_t *O = (half_t*)line[2], *tile_q = memory, *places = tile_q + ROWS * PITCH;
   const half_t *Q = (const half_t*)line[4], *K = (const half_t*)line[5], *V = (const half_t*)line[6];
@@ -376,7 +377,7 @@ __device__ __forceinline__ void attend(const long long* line, const Rows& rows, 
     load_tile<ROWS>(tile_q, Q + (long long)pair * Dh, Dh, 1);
     cp_async_commit();
     walk<PLACES>(tile_q, places + warp * PLACES * PLACE, begin + warp * Bc, end, keys - 1, scale, [&](half_t* place, int j, int real) {
-      const long long from = (rows.place(row, j) * H + head) * Dh;  // a tile lies within a page
+      const long long from = (rows.place(row, j) * H + head) * Dh;  // a tile never crosses pages
       load_keys(place, K + from, H * Dh, real);
       load_keys(place + Bc * PITCH, V + from, H * Dh, real);
     });
@@ -395,7 +396,7 @@ __device__ __forceinline__ void attend(const long long* line, const Rows& rows, 
       int* last = (int*)tile_q;
       __syncthreads();
       if (threadIdx.x == 0) {
-        __threadfence();  // for what all threads have written
+        __threadfence();  // releases what all of the block's threads have written
         *last = atomicAdd(counts + pair, 1u) == splits - 1u;
         if (*last) counts[pair] = 0;
         __threadfence();
@@ -406,11 +407,11 @@ __device__ __forceinline__ void attend(const long long* line, const Rows& rows, 
         O[(long long)pair * Dh + threadIdx.x] = pack(combine(splits, lse, [&](int n) { return part[n * (Dh + 1) + threadIdx.x]; }).value);
       }
     }
-    __syncthreads();  // before the next task takes this one's places
+    __syncthreads();  // before the next task overwrites this one's shared memory
   }
 }
 
-// What a line reads besides activations and matrices, on its way into the common cache before the barrier; blocks share the work.
+// Prefetches into the L2 cache, before the barrier, the vectors that a line reads (factors, biases, norms); the blocks share the work.
 __device__ __forceinline__ void prefetch(const long long* line) {
   const int operation = (int)line[0], i = (blockIdx.x * THREADS + threadIdx.x) * 128;  // bytes
   auto vector = [&](int word, long long bytes) {
@@ -429,7 +430,7 @@ program(const long long* lines, int begin, int end, int B, const int* lengths, c
 #pragma unroll 1
   for (int i = begin; i < end; i++) {
     const long long* next = lines + (long long)i * WORDS;
-    long long* line = (long long*)(memory + RING) + i % 2 * WORDS;  // a copy, which is there when the barrier opens
+    long long* line = (long long*)(memory + RING) + i % 2 * WORDS;  // a copy, complete when the barrier opens
     if (threadIdx.x < WORDS) line[threadIdx.x] = next[threadIdx.x];
     prefetch(next);
     if (i > begin && next[1] & WAIT) grid_barrier(state);

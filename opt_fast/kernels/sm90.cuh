@@ -1,25 +1,25 @@
-// Hopper's own instructions (sm_90a), each under what PTX calls it: asynchronous barriers, the copy engine (TMA), products of a warpgroup (wgmma).
-// A tile in shared memory is rows of 128 bytes, 64 numbers, whose 16-byte pieces are swizzled: piece c of row r lies at c XOR r % 8. Tiles begin at
-// multiples of 1024 bytes. A head of more than 64 numbers is two such tiles, one behind the other.
+// Hopper's own instructions (sm_90a) as functions with PTX's names: asynchronous barriers, the copy engine (TMA), products of a warpgroup (wgmma).
+// A tile in shared memory has rows of 128 bytes, 64 elements, whose 16-byte pieces are swizzled: piece c of row r is stored at c XOR r % 8. Tiles
+// start at multiples of 1024 bytes. A head of more than 64 elements is two such tiles, one after the other.
 #pragma once
 #include <mma.cuh>
 
-struct __align__(64) TensorMap {  // what the copy engine knows of a tensor: address, sizes, strides, box, swizzle; made by the driver
+struct __align__(64) TensorMap {  // describes a tensor to the copy engine: address, sizes, strides, box, swizzle; made by the driver
   unsigned long long opaque[16];
 };
-typedef unsigned long long mbarrier_t;  // counts arrivals and bytes; each time both are complete, a phase ends: 0, 1, 0, 1 …
+typedef unsigned long long mbarrier_t;  // counts arrivals and bytes; when both are complete, its phase ends; phases have parity 0, 1, 0, 1 …
 
 // ---- barriers
 
 __device__ __forceinline__ void mbarrier_init(mbarrier_t* b, unsigned arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers known to the copy engine; a __syncthreads must follow.
+// Makes initialised barriers visible to the copy engine; a __syncthreads must follow.
 __device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void mbarrier_arrive(mbarrier_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
-// Arrives, and asks the phase to wait for so many bytes.
+// Arrives, and adds `bytes` to what must be copied before the phase can end.
 __device__ __forceinline__ void mbarrier_arrive_expect(mbarrier_t* b, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
@@ -31,7 +31,7 @@ __device__ __forceinline__ void mbarrier_wait(mbarrier_t* b, unsigned parity) {
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
-// What x needs is computed before the next wait for products: else ptxas moves that wait up to the last branch, and nothing runs beside them. x >= 0.
+// Forces x to be computed before the next wgmma_wait: else ptxas moves that wait up to the last branch, and nothing overlaps the products. x >= 0.
 __device__ __forceinline__ void before_waiting(float x) {
   if (__any_sync(0xffffffff, x < 0.f)) __nanosleep(1);
 }
@@ -41,17 +41,17 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm 
 
 // ---- the copy engine
 
-// A box of a tensor on its way to shared memory, asked for by one thread; numbers outside the tensor become zeros. The barrier counts the bytes.
+// Starts copying a box of a tensor to shared memory; one thread calls it. Elements outside the tensor become zeros. The barrier counts the bytes.
 __device__ __forceinline__ void tma_load_4d(void* shared, const TensorMap& map, mbarrier_t* b, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                ::"r"(shared_address(shared)), "l"(&map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
-// What this thread has written to shared memory is seen by the copy engine and by wgmma from here on.
+// Makes this thread's writes to shared memory visible to the copy engine and to wgmma.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- sums in global memory
 
-// Four numbers are added to those at p, a multiple of 16 bytes, whoever else adds to them at the same time.
+// Atomically adds four values to those at p, a multiple of 16 bytes.
 __device__ __forceinline__ void reduce_add_v4(float* p, float x, float y, float z, float w) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");
@@ -62,15 +62,15 @@ __device__ __forceinline__ void reduce_add_v4(float* p, float x, float y, float 
 template <int R> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R)); }
 template <int R> __device__ __forceinline__ void registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R)); }
 
-// ---- products of a warpgroup (four warps): 64 rows, N columns, 16 steps of the sum. Number 4 j + 2 r + c of lane 4 g + t of warp w is at row
-// 16 w + g + 8 r, column 8 j + 2 t + c. They run on while the warps do other things; nobody may touch what they read or write until they are waited for.
+// ---- products of a warpgroup (four warps): 64 rows, N columns, 16 terms of the sum. Element 4 j + 2 r + c of lane 4 g + t of warp w is at row
+// 16 w + g + 8 r, column 8 j + 2 t + c. They run asynchronously: nothing that they read or write may be touched until they have been waited for.
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // registers written before are theirs
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // products see registers written before
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
-// Where a swizzled tile lies. Products that sum along the 128-byte rows (Q and K): stride_bytes from 8 rows to the next 8. Products that sum from row to
-// row (V, both factors of wgmma_tt): stride_bytes likewise, leading_bytes from one tile of 64 columns to the next.
+// Describes a swizzled tile to wgmma. stride_bytes: from 8 rows to the next 8. leading_bytes matters only to factors that are summed from row to row
+// (V, and both factors of wgmma_tt), not to those summed along the 128-byte rows (Q and K): from one tile of 64 columns to the next.
 __device__ __forceinline__ unsigned long long descriptor(const void* tile, unsigned leading_bytes, unsigned stride_bytes) {
   return (unsigned long long)((shared_address(tile) & 0x3FFFF) >> 4) | (unsigned long long)(leading_bytes >> 4) << 16 |
          (unsigned long long)(stride_bytes >> 4) << 32 | 1ull << 62;
@@ -82,11 +82,11 @@ __device__ __forceinline__ unsigned long long descriptor(const void* tile, unsig
 #define WGMMA_TYPES ".f32.f16.f16 "
 #endif
 
-// d (64 x N) = A (64 x 16) B + (add ? d : 0); A and B in shared memory, B with N rows of which 16 numbers are summed along.
+// d (64 x N) = A (64 x 16) Bᵀ + (add ? d : 0); A and B in shared memory; B has N rows, and the sum runs along 16 elements of them.
 template <int N> __device__ __forceinline__ void wgmma_ss(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add);
-// The same, summing from row to row: A with 16 rows of 64 numbers, B with 16 rows of N.
+// d = Aᵀ B + (add ? d : 0), summed from row to row: A has 16 rows of 64 elements, B 16 rows of N.
 template <int N> __device__ __forceinline__ void wgmma_tt(float (&d)[N / 2], unsigned long long a, unsigned long long b, bool add);
-// With A in registers, as mma_m16n8k16 has it, and B with 16 rows of N numbers.
+// d = A B + (add ? d : 0), with A in registers, in mma_m16n8k16's layout, and B of 16 rows of N elements.
 template <int N> __device__ __forceinline__ void wgmma_rs(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, bool add);
 
 template <> __device__ __forceinline__ void wgmma_ss<64>(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {

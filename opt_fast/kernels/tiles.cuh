@@ -1,18 +1,18 @@
-// What the mma.sync kernels share: tiles of rows of one head in shared memory, and their two products. A block has four warps, or BLOCK_WARPS; each
-// owns 16 M rows of a product, in registers, as mma_m16n8k16 leaves them: number 2 r + c of piece n is at row lane / 4 + 8 r, column
-// 8 n + lane % 4 * 2 + c of 16 rows. DH (head_dim) and BF16 are set when a kernel is compiled.
+// Shared by the mma.sync kernels: tiles of rows of one head in shared memory, and attention's two products. A block has four warps, or BLOCK_WARPS;
+// each owns 16 M rows of a product, in registers, in mma_m16n8k16's layout: element 2 r + c of piece n is at row lane / 4 + 8 r of its 16 rows, and
+// column 8 n + lane % 4 * 2 + c. DH (head_dim) and BF16 are set when a kernel is compiled.
 #pragma once
-#include <mma.cuh>  // not by quotes: the tests put another mma.cuh in front
+#include <mma.cuh>  // not in quotes: the tests put their own mma.cuh first on the include path
 
 #ifndef BLOCK_WARPS
 #define BLOCK_WARPS 4
 #endif
 constexpr int Dh = DH, WARPS = BLOCK_WARPS, THREADS = 32 * WARPS;
-constexpr int PITCH = Dh + 8;  // numbers from row to row of a tile: 16 bytes more than a row has, so that ldmatrix meets 8 rows in 8 different banks
+constexpr int PITCH = Dh + 8;  // elements from row to row of a tile, padded by 16 bytes so that the 8 rows that ldmatrix reads are in different banks
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(Dh % 16 == 0, "heads are made of pieces of 16 numbers");
 
-// A tile of rows of one head on its way to shared memory; rows past `real` become zeros.
+// Starts copying a tile of rows of one head to shared memory; rows from `real` on become zeros.
 template <int ROWS> __device__ __forceinline__ void load_tile(half_t* tile, const half_t* rows, int stride, int real) {
 #pragma unroll
   for (int i = threadIdx.x; i < ROWS * (Dh / 8); i += THREADS) {
@@ -24,7 +24,7 @@ template <int ROWS> __device__ __forceinline__ void load_tile(half_t* tile, cons
 // scores (16 M x N) = A (16 M x Dh) Bᵀ.  B: (N, Dh)
 template <int M, int N> __device__ __forceinline__ void multiply(float (&scores)[M][N / 8][4], const half_t* A, const half_t* B) {
   const int lane = threadIdx.x % 32;
-  const unsigned left = shared_address(A + lane % 16 * PITCH + lane / 16 * 8);  // lanes 0 to 15 address 16 rows, 16 to 31 the same rows 8 columns on
+  const unsigned left = shared_address(A + lane % 16 * PITCH + lane / 16 * 8);  // lanes 0 to 15: 16 rows; 16 to 31: the same rows, 8 columns later
   const unsigned right = shared_address(B + (lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8);
 #pragma unroll
   for (int d = 0; d < Dh; d += 16) {
@@ -43,7 +43,7 @@ template <int M, int N> __device__ __forceinline__ void multiply(float (&scores)
   }
 }
 
-// acc (16 M x Dh) += P (16 M x N) B, P rounded to 16 bits: the layout in which mma leaves scores is the one in which it takes P.  B: (N, Dh)
+// acc (16 M x Dh) += P (16 M x N) B, P rounded to 16 bits: mma's output layout (scores) is also that of its left factor (P).  B: (N, Dh)
 template <int M, int N>
 __device__ __forceinline__ void accumulate(float (&acc)[M][Dh / 8][4], const float (&P)[M][N / 8][4], const half_t* B) {
   const int lane = threadIdx.x % 32;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[M][Dh / 8][4], const flo
   }
 }
 
-// The largest, or the sum, of the four lanes that hold a row.
+// The maximum, or the sum, over the four lanes that hold a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
@@ -79,8 +79,8 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// scores become P under the new maximum; what was summed under the old one shrinks. `log2_scale` is scale · log2(e), for exp2 is what the GPU has.
-// l holds this lane's part of each row's sum.
+// Turns scores into P under the new maximum m, and rescales acc and l, which were summed under the old one. `log2_scale` is scale · log2(e), because
+// the GPU's instruction is exp2. l holds this lane's part of each row's sum.
 template <int M, int N>
 __device__ __forceinline__ void online_softmax(float (&scores)[M][N / 8][4], float (&acc)[M][Dh / 8][4], float (&m)[M][2], float (&l)[M][2],
                                                float log2_scale) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[M][N / 8][4], flo
 #pragma unroll
       for (int n = 0; n < N / 8; n++) m_new = fmaxf(m_new, fmaxf(scores[half][n][2 * r], scores[half][n][2 * r + 1]));
       m_new = row_max(m_new);
-      const float safe = m_new == -INFINITY ? 0.f : m_new * log2_scale;  // nothing seen yet: -inf - 0, where -inf - -inf would be NaN
+      const float safe = m_new == -INFINITY ? 0.f : m_new * log2_scale;  // no key seen yet: -inf - 0, where -inf - -inf would be NaN
       const float shrink = exp2_approx(m[half][r] * log2_scale - safe);
       float sum = l[half][r] * shrink;
 #pragma unroll
@@ -105,8 +105,8 @@ __device__ __forceinline__ void online_softmax(float (&scores)[M][N / 8][4], flo
     }
 }
 
-// A warp's rows leave by way of shared memory, so that they are written 16 bytes at a time: `tile` is a place of 16 M rows that only this warp uses,
-// `rows` where the first goes, of which `real` are there. Row lane / 4 + 8 r of 16 is multiplied by factor[half][r].
+// Writes a warp's rows to global memory, through shared memory, so that each store has 16 bytes: `tile` has room for 16 M rows and is used by this
+// warp only, `rows` is where the first row goes, and `real` of them exist. Row lane / 4 + 8 r of each 16 is multiplied by factor[half][r].
 template <int M>
 __device__ __forceinline__ void store_rows(half_t* tile, half_t* rows, int stride, int real, const float (&acc)[M][Dh / 8][4],
                                            const float (&factor)[M][2]) {
@@ -127,10 +127,10 @@ __device__ __forceinline__ void store_rows(half_t* tile, half_t* rows, int strid
   }
 }
 
-// What a row of the batch reads and writes: `ranges`, where it is not null, gives each row five numbers: its first query, its queries, its first key,
-// its keys, and the key before which its first query stands. Queries outside are not written; keys outside are hidden.
+// The queries and keys of a row of the batch. `ranges`, if not null, has five numbers for each row: its first query, its number of queries, its first
+// key, its number of keys, and its past. Queries outside are not written; keys outside are hidden.
 struct Range {
-  int first_query, queries, first_key, keys, past;  // query t stands at key past + t
+  int first_query, queries, first_key, keys, past;  // query t of these is at key past + t of these, and sees the keys up to that one
 };
 __device__ __forceinline__ Range range_of(const int* ranges, int row, int T, int S) {
   if (!ranges) return {0, T, 0, S, S - T};
@@ -138,7 +138,7 @@ __device__ __forceinline__ Range range_of(const int* ranges, int row, int T, int
   return {ranges[0], ranges[1], ranges[2], ranges[3], ranges[4]};
 }
 
-// Where a head of a row of the batch begins, at a token.
+// The address of a head's vector at a token of a row of the batch.
 template <class Pointer>
 __device__ __forceinline__ Pointer at(Pointer first, int row, long long batch, int token, int token_stride, int head, int head_stride) {
   return first + row * batch + token * (long long)token_stride + head * (long long)head_stride;

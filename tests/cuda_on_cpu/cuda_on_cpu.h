@@ -1,18 +1,17 @@
-// CUDA C++ for g++: a block's threads as fibres, so that a kernel's own source runs on a CPU, warp by warp. ../cuda_emulator.py compiles it.
-//
-// What a kernel may use; anything else does not compile:
+// CUDA C++ for g++: a block's threads are fibres (threads that switch on request), so that a kernel's own source runs on a CPU, warp by warp.
+// ../cuda_emulator.py compiles it. A kernel may use the following; anything else does not compile:
 //   __global__ __device__ __host__ __forceinline__ __restrict__ __align__(n); __launch_bounds__ __grid_constant__ #pragma unroll do nothing here
 //   extern __shared__ __align__(16) T name[];    any T and name, in a function or outside
 //   __shared__ T name[n];                        in a function, one name; cuda_emulator.py rewrites these two forms of __shared__
 //   threadIdx blockIdx blockDim gridDim; uint2 uint3 uint4 int2 int4 float2 float4 dim3 and their make_…
-//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __threadfence __ldg; what mma.cuh, sm90.cuh and grid.cuh have
+//   __syncthreads __syncwarp __shfl_sync __shfl_xor_sync (all 32 lanes) atomicAdd __threadfence __ldg; mma.cuh, sm90.cuh and grid.cuh
 //   fmaxf fminf fabsf fmaf expf exp2f logf log2f sqrtf erff tanhf, __expf __logf __log2f __fdividef rsqrtf, min, max, INFINITY,
 //   __float_as_int __int_as_float __float_as_uint __uint_as_float __byte_perm
 //
-// The rules of the machine, each with its error: every lane of a warp meets the same warp-wide instruction, and no lane has left; all threads of a
-// block meet at __syncthreads; pointers are aligned and inside the caller's arrays or the shared memory; an index stays inside its array.
-// Which warp and which lane runs next is drawn from a seed, and shared memory begins as NaN: a barrier left out shows in the results.
-// Blocks run one after the other, or, in a cooperative launch, all at once, some of them far ahead of others.
+// Its rules, each with an error message: all lanes of a warp reach the same warp-wide instruction, and none has exited; all threads of a block reach
+// __syncthreads; pointers are aligned and inside the caller's arrays or shared memory; an index stays inside its array.
+// Which warp and which lane runs next is drawn from a seed, and shared memory starts as NaN, so a missing barrier shows in the results.
+// Blocks run one by one in a random order, or, in a cooperative launch, interleaved, some of them far ahead of others.
 #pragma once
 
 #include <cfloat>
@@ -30,7 +29,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-extern "C" {  // what of <cmath> a kernel may call; the header itself and <vector> would take half of the time of compiling one
+extern "C" {  // the functions of <cmath> that a kernel may call; that header and <vector> would take half of a kernel's compilation time
 float expf(float), exp2f(float), logf(float), log2f(float), sqrtf(float), fabsf(float);
 float fminf(float, float), fmaxf(float, float), fmaf(float, float, float), erff(float), tanhf(float);
 double fabs(double), ldexp(double, int), nearbyint(double);
@@ -38,7 +37,7 @@ int ilogb(double);
 }
 #define INFINITY __builtin_inff()
 
-#define __global__ inline  // so that only the kernel that is asked for is compiled
+#define __global__ inline  // so that only the requested kernel is compiled
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -69,14 +68,14 @@ static uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_cpu {
 
 constexpr unsigned WARP = 32, GROUP = 128, MOST_THREADS = 1024;  // threads of a warp, of a warpgroup, of a block
-constexpr unsigned SHARED_BASE = 1024;  // where dynamic shared memory begins for PTX: an address of 0 is nobody's
+constexpr unsigned SHARED_BASE = 1024;  // the PTX address of dynamic shared memory: not 0, so that address 0 is invalid
 constexpr unsigned SHARED_MOST = 227 * 1024, FIXED_MOST = 48 * 1024;  // bytes of a block on compute capability 9.0
 constexpr size_t PAGE = 4096, STACK = 64 * 1024, GUARD = 1 << 20;
 
-using Perform = void (*)(void* const* operands);  // one instruction of a warp or a warpgroup, given its lanes' operands
+using Perform = void (*)(void* const* operands);  // executes one instruction of a warp or warpgroup on its lanes' operands
 
 template <class T>
-struct Array {  // the little of std::vector that is needed, for plain structures
+struct Array {  // a minimal std::vector for plain structures
   T* items;
   size_t count, room;
 
@@ -97,7 +96,7 @@ struct Array {  // the little of std::vector that is needed, for plain structure
   T* end() { return items + count; }
 };
 
-struct Copy {  // a cp.async that has not landed yet
+struct Copy {  // a cp.async that has not arrived yet
   unsigned shared;
   const void* global;
   bool real;
@@ -106,26 +105,26 @@ struct Copy {  // a cp.async that has not landed yet
 
 struct Thread;
 
-struct Event {  // what a single thread may wait for
+struct Event {  // a condition that a single thread waits for
   bool (*happened)(const Thread&);
-  void (*tell)(const Thread&, char* text, size_t size);  // what is still missing
+  void (*tell)(const Thread&, char* text, size_t size);  // describes what is still missing
 };
 
 struct Thread {
   void* stack_pointer;
-  ucontext_t context;  // where the processor is not x86-64
+  ucontext_t context;  // used where the processor is not x86-64
   uint3 index;
   unsigned id;
   bool exited;
   const char* waits_at;  // nullptr while it can run
   Perform perform;       // nullptr at __syncthreads
-  bool whole_group;      // its warpgroup's four warps stop there, not only its own,
-  Perform first;         // and the first of them does this, or nothing
+  bool whole_group;      // all four warps of its warpgroup stop there, not only its own,
+  Perform first;         // and the first of them to arrive does this, or nothing
   void* operands;
-  const Event* event;  // what it waits for by itself, or nullptr
-  unsigned place;      // which one,
+  const Event* event;  // that it waits for by itself, or nullptr
+  unsigned place;      // which instance of it (which barrier),
   uint64_t phase;      // and which of its phases
-  const void* site;  // the code that asked for the instruction
+  const void* site;  // the code address of the instruction
   unsigned groups;   // committed so far
   Array<Copy> copies;
 };
@@ -134,7 +133,7 @@ struct Access {
   unsigned thread, barriers, warp_barriers;
 };
 
-struct Chunk {  // what 16 bytes of shared memory have seen of cp.async and ldmatrix
+struct Chunk {  // the accesses to 16 bytes of shared memory by cp.async and ldmatrix
   bool written;
   int landing;  // the thread whose cp.async has not been waited for, or -1
   Access writer;
@@ -146,16 +145,16 @@ struct Region {  // one for each array
   unsigned argument;
 };
 
-struct Engine {  // what works beside the threads: sm90.cuh's
+struct Engine {  // hooks for hardware that works beside the threads: sm90.cuh's
   void (*begin)();  // a block begins
   void (*step)();   // a warp is about to run
-  bool (*idle)();   // none can run: does something about it, or says false
+  bool (*idle)();   // no warp can run: makes progress, or returns false
   void (*end)();    // all threads have exited
 };
 
 enum Warp { RUNS, ALONE, AT_BARRIER, AT_GROUP, GONE };  // ALONE: some lanes wait for an event
 
-struct Block {  // what each block has of its own; while it runs, the variables of the same names below are these
+struct Block {  // the state of a block; while it runs, the variables of the same names below hold it
   Thread threads[MOST_THREADS];
   Warp warps[MOST_THREADS / WARP];
   unsigned barriers, warp_barriers[MOST_THREADS / WARP];
@@ -166,14 +165,14 @@ struct Block {  // what each block has of its own; while it runs, the variables 
 };
 
 static Array<Block*> blocks;  // one, or in a cooperative launch all of the grid
-static Block* block;          // that runs
+static Block* block;          // the running one
 static Thread *threads, scheduler, *current;
 static Warp* warps;
 static Engine engine;
 static unsigned count, shared_bytes, barriers, *warp_barriers;
 static char *stacks, *shared_memory, *fixed_memory;
-static size_t fixed_bytes;  // of __shared__ T name[n], as far as the kernel has met them
-static bool fixed_place;    // extern __shared__ stands outside a function
+static size_t fixed_bytes;  // allocated to __shared__ T name[n] declarations so far
+static bool fixed_place;    // extern __shared__ is declared outside a function
 static Array<Chunk> chunks;
 static bool races, early, cooperative;
 static const Region* regions;
@@ -184,14 +183,14 @@ static sigjmp_buf escape;
 static char message[4096];
 static const void* failed_at;
 
-inline unsigned drawn(unsigned n) {  // splitmix64: below n
+inline unsigned drawn(unsigned n) {  // a random number below n (splitmix64)
   uint64_t z = state += 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return unsigned((z ^ (z >> 31)) >> 33) % n;
 }
 
-// The one way out, from a fibre, from the scheduler or from a signal: nothing on any stack needs to be taken down.
+// Ends a launch with an error, from a fibre, the scheduler or a signal handler; longjmp is safe, since no stack holds anything to destroy.
 [[noreturn]] __attribute__((noinline, format(printf, 3, 4))) inline void fail(const Thread& t, const void* site, const char* format, ...) {
   int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread (%u, %u, %u), warp %u, lane %u: ", blockIdx.x, blockIdx.y, blockIdx.z,
                    t.index.x, t.index.y, t.index.z, t.id / WARP, t.id % WARP);
@@ -232,7 +231,7 @@ cuda_on_cpu_switch:
 .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
 )");
 inline void switch_to(Thread& from, Thread& to) { cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer); }
-#else  // some 10 times slower: swapcontext asks the operating system for the signal mask each time
+#else  // some 10 times slower: each swapcontext is a system call, for the signal mask
 inline void switch_to(Thread& from, Thread& to) { swapcontext(&from.context, &to.context); }
 #endif
 
@@ -245,7 +244,7 @@ inline void fibre() {
 inline void start(Thread& t) {
   char* stack = stacks + t.id * STACK;
 #if defined(CUDA_ON_CPU_SWITCH)
-  void** top = reinterpret_cast<void**>(stack + STACK) - 2;  // a function finds its stack 8 bytes off a multiple of 16
+  void** top = reinterpret_cast<void**>(stack + STACK) - 2;  // at its entry a function's stack is 8 bytes off a multiple of 16
   *top = reinterpret_cast<void*>(fibre);
   t.stack_pointer = top - 6;
 #else
@@ -261,7 +260,7 @@ inline void start(Thread& t) {
   t.copies.count = 0;
 }
 
-// Stops here until all lanes of the warp or the warpgroup (perform) or all threads of the block (nullptr) stop at the same instruction.
+// Stops until all lanes of the warp or warpgroup (perform), or all threads of the block (nullptr), have stopped at the same instruction.
 __attribute__((noinline)) inline void together(const char* name, Perform perform, void* operands, bool whole_group = false, Perform first = nullptr) {
   current->waits_at = name;
   current->perform = perform;
@@ -272,7 +271,7 @@ __attribute__((noinline)) inline void together(const char* name, Perform perform
   switch_to(*current, scheduler);
 }
 
-// Stops this thread, and no other, until an event has happened.
+// Stops only this thread, until an event has happened.
 inline void alone(const char* name, const void* site, const Event& event, unsigned place, uint64_t phase) {
   current->waits_at = name;
   current->site = site;
@@ -293,7 +292,7 @@ inline bool can_run(unsigned warp) {
   return false;
 }
 
-inline void run_lanes(Thread* lanes) {  // each up to where it stops next, in an order of the seed's
+inline void run_lanes(Thread* lanes) {  // runs each to where it next stops, in a random order
   unsigned first = drawn(WARP), step = 2 * drawn(WARP / 2) + 1;
   for (unsigned i = 0; i < WARP; ++i) {
     Thread& t = lanes[(first + i * step) % WARP];
@@ -311,7 +310,7 @@ inline void let_go(unsigned warp) {
   warps[warp] = RUNS;
 }
 
-// A warp stands at its warpgroup's instruction: the last of the four to come does it for all.
+// A warp has reached an instruction of its warpgroup: the last of the four to arrive executes it for all.
 inline Warp meet(Thread& t) {
   unsigned first = t.id / GROUP * GROUP, here = 0;
   if (first + GROUP > count) fail(t, t.site, "waits at %s; the block has %u threads, and so no whole warpgroup here", t.waits_at, count);
@@ -332,7 +331,7 @@ inline Warp meet(Thread& t) {
   return RUNS;
 }
 
-// All lanes have stopped: they do together what they all stopped at, or it is an error.
+// All lanes have stopped: executes the instruction if they have all stopped at the same one, else fails.
 inline Warp settle(Thread* lanes) {
   Thread *waits = nullptr, *other = nullptr, *gone = nullptr;
   bool some_alone = false;
@@ -355,7 +354,7 @@ inline Warp settle(Thread* lanes) {
   return RUNS;
 }
 
-// A warp runs for a while, 1 to 1024 instructions, so that warps drift apart as far as barriers let them.
+// Runs a warp for 1 to 1024 instructions, so that warps drift apart as far as barriers let them.
 inline void run_for_a_while(unsigned warp) {
   for (unsigned n = 1u << drawn(11); n > 0 && can_run(warp); --n) {
     run_lanes(threads + warp * WARP);
@@ -363,7 +362,7 @@ inline void run_for_a_while(unsigned warp) {
   }
 }
 
-// What a warp waits for, in words.
+// Writes a description of what a warp waits for.
 inline const Thread& tell_wait(unsigned warp, char* text, size_t size) {
   const Thread* waits = nullptr;
   for (unsigned i = 0; i < WARP; ++i) {
@@ -394,7 +393,7 @@ inline const Thread& tell_wait(unsigned warp, char* text, size_t size) {
     const Thread& t = tell_wait(w, waits[w], sizeof waits[w]);
     if (!first) first = &t;
   }
-  for (unsigned w = 0; w < n; ++w) {  // those that wait for the same together
+  for (unsigned w = 0; w < n; ++w) {  // warps that wait for the same thing are listed together
     if (!*waits[w]) continue;
     used += size_t(snprintf(text + used, sizeof text - used, "; warp %u", w));
     for (unsigned i = w + 1; i < n; ++i)
@@ -405,8 +404,7 @@ inline const Thread& tell_wait(unsigned warp, char* text, size_t size) {
   fail(*first, first->site, "deadlock: nothing can happen any more%s", text);
 }
 
-// No warp can run: a barrier that all have reached opens, or the machine beside the threads goes on, or only another block can help, or it is an
-// error.
+// No warp can run: opens a barrier that all have reached, or lets the engine continue, or returns false where only another block can help, or fails.
 inline bool resolve(unsigned n) {
   unsigned at_barrier = 0, gone = 0;
   for (unsigned w = 0; w < n; ++w) at_barrier += warps[w] == AT_BARRIER, gone += warps[w] == GONE;
@@ -420,7 +418,7 @@ inline bool resolve(unsigned n) {
   return true;
 }
 
-// Runs the block until it is done or waits for another one, or for so many turns of its warps; false if nothing happened in it.
+// Runs the block until it is done or waits for another one, for at most `turns` turns of its warps; returns whether anything happened.
 inline bool run_block(unsigned turns) {
   unsigned n = count / WARP, stuck = 0;
   bool moved = false;
@@ -430,7 +428,7 @@ inline bool run_block(unsigned turns) {
     if (can_run(w)) {
       run_for_a_while(w);
       stuck = 0, moved = true;
-    } else if (++stuck > n) {  // perhaps all of them: look
+    } else if (++stuck > n) {  // perhaps no warp can run: check all
       bool some = false;
       for (unsigned i = 0; i < n; ++i) some |= can_run(i), gone += warps[i] == GONE;
       if (gone == n) return block->done = true;
@@ -448,7 +446,7 @@ inline char* reserve(size_t bytes) {
   return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
 }
 
-// The variables are this block's from now on.
+// Loads this block's state into the variables above.
 inline void enter(Block* b) {
   if (block) block->barriers = barriers, block->chunks = chunks;
   block = b, threads = b->threads, warps = b->warps, barriers = b->barriers, warp_barriers = b->warp_barriers;
@@ -459,14 +457,14 @@ inline void make_blocks(unsigned n) {
   while (blocks.count < n) blocks.push_back(static_cast<Block*>(calloc(1, sizeof(Block))));
 }
 
-inline char* dynamic_shared() {  // the same place for every launch; what lies beyond a launch's bytes is closed
+inline char* dynamic_shared() {  // at the same address for every launch; memory beyond the launch's bytes is inaccessible
   if (!block) make_blocks(1), enter(blocks[0]);
   if (!launches) fixed_place = true;
   if (!shared_memory) shared_memory = block->shared_memory = reserve(SHARED_MOST + GUARD);
   return shared_memory;
 }
 
-// A place for one __shared__ T name[n]: the same for all threads, as only one block is there at a time.
+// Memory for one __shared__ T name[n], the same for all threads; possible because only one block exists at a time.
 template <class T>
 T& fixed() {
   if (cooperative)
@@ -481,7 +479,7 @@ T& fixed() {
 
 inline size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
-// Where PTX's 16 bytes of shared memory are.
+// The host address of 16 bytes at a PTX address in shared memory.
 inline char* shared_row(const Thread& t, const void* site, const char* name, unsigned address) {
   if (address % 16) fail(t, site, "%s: the shared address %u (%d from the start) is no multiple of 16", name, address, int(address - SHARED_BASE));
   if (address < SHARED_BASE || address - SHARED_BASE + 16 > shared_bytes)
@@ -498,7 +496,7 @@ inline bool registered(const void* p, size_t bytes) {
 
 inline Access now(const Thread& t) { return {t.id, barriers, warp_barriers[t.id / WARP]}; }
 
-// Has the other access surely happened? By the same thread, before a barrier of the block, or before one of the warp.
+// Whether another access surely happened before: by the same thread, or before a barrier of the block, or of the warp, since passed.
 inline bool happened(const Access& a, const Thread& t) {
   return a.thread == t.id || a.barriers < barriers || (a.thread / WARP == t.id / WARP && a.warp_barriers < warp_barriers[t.id / WARP]);
 }
@@ -540,7 +538,7 @@ inline void landed(Thread& t, const Copy& copy) {
   chunk.landing = -1;
   chunk.written = true;
   chunk.writer = now(t);
-  chunk.readers.count = 0;  // all of them before this
+  chunk.readers.count = 0;  // all of them happened before
 }
 
 // ---- faults -----------------------------------------------------------------------------------------------------------------------------
@@ -573,12 +571,12 @@ inline void fault(int signal, siginfo_t* info, void* context) {
 
 constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
 
-struct Faults {  // caught while a kernel runs; then as before
+struct Faults {  // signal handlers, installed while a kernel runs
   struct sigaction before[5];
   stack_t stack_before;
 
   void take() {
-    static char stack[64 * 1024];  // a fibre's own may be what has run out
+    static char stack[64 * 1024];  // a fibre's own stack may have overflowed
     stack_t ours = {};
     ours.ss_sp = stack;
     ours.ss_size = sizeof stack;
@@ -658,7 +656,7 @@ inline bool open_memory() {
   return true;
 }
 
-inline void close_memory() {  // each closed page of stacks counts towards what a process may have, and there may be many kernels
+inline void close_memory() {  // each inaccessible page splits a mapping, and a process may have only so many mappings
   for (Block* b : blocks) {
     if (b->stacks) munmap(b->stacks, count * STACK);
     b->stacks = nullptr;
@@ -681,16 +679,16 @@ inline bool go_on(Block* b, unsigned turns) {
   return moved;
 }
 
-// All blocks at once: one runs for a while, up to thousands of instructions, then another.
+// Interleaves all blocks: one runs for a while, up to thousands of instructions, then another.
 inline void run_together(unsigned n) {
   for (unsigned b = 0; b < n; ++b) enter(blocks[b]), begin_block(b);
   for (;;) {
     for (unsigned idle = 0, slow = n; idle < 4 * n;) {
-      if (drawn(4 * n) == 0) slow = drawn(2 * n);  // for a while this one, if there is one, hardly runs
+      if (drawn(4 * n) == 0) slow = drawn(2 * n);  // for a while this block hardly runs (none, where slow >= n)
       unsigned b = drawn(n);
       idle = go_on(blocks[b == slow ? drawn(n) : b], drawn(3) ? 1u << drawn(11) : 1) ? 0 : idle + 1;
     }
-    Block* left = nullptr;  // perhaps none can go on: look
+    Block* left = nullptr;  // perhaps no block can continue: check all
     bool moved = false;
     for (unsigned b = 0; b < n; ++b) moved |= go_on(blocks[b], ~0u);
     for (unsigned b = 0; b < n; ++b) left = blocks[b]->done ? left : blocks[b];
@@ -702,7 +700,7 @@ inline void run_together(unsigned n) {
 
 inline void run_grid() {
   unsigned n = gridDim.x * gridDim.y * gridDim.z;
-  static Array<unsigned> order;  // not one block may count on another
+  static Array<unsigned> order;  // random: no block may rely on an earlier one
   order.resize(n);
   for (unsigned i = 0; i < n; ++i) order[i] = i;
   for (unsigned i = n; i > 1; --i) std::swap(order[i - 1], order[drawn(i)]);
@@ -714,7 +712,7 @@ struct Launch {
   uint3 grid, block;
   unsigned shared_bytes, region_count;
   const Region* regions;
-  void* const* values;  // where each argument is
+  void* const* values;  // the address of each argument
   uint64_t seed;
   int races, early, cooperative;
 };
@@ -722,7 +720,7 @@ struct Launch {
 static void* const* values;
 
 template <class P>
-std::remove_cv_t<P> value(const void* from) {  // which need not be aligned as a P is
+std::remove_cv_t<P> value(const void* from) {  // `from` need not be aligned
   std::remove_cv_t<P> x;
   memcpy(static_cast<void*>(&x), from, sizeof x);
   return x;
@@ -733,7 +731,7 @@ void call(void (*kernel)(P...), std::index_sequence<I...>) {
   kernel(value<P>(values[I])...);
 }
 
-// nullptr, or what is wrong; *site is then where in this library.
+// Returns nullptr, or an error message; then *site is the code address in this library.
 template <auto kernel, class... P>
 const char* launch(void (*)(P...), const Launch& l, const void** site) {
   gridDim = l.grid, blockDim = l.block, shared_bytes = l.shared_bytes, regions = l.regions, region_count = l.region_count, values = l.values;
@@ -755,7 +753,7 @@ const char* launch(void (*)(P...), const Launch& l, const void** site) {
   return failed ? message : nullptr;
 }
 
-// NumPy's name of a parameter's type; a pointer's ends in *.
+// NumPy's name of a parameter's type; pointers' end in *.
 template <class T>
 const char* type_name() {
   using V = std::remove_cv_t<std::remove_pointer_t<T>>;
@@ -781,7 +779,7 @@ const char* signature(void (*)(P...)) {
 
 }  // namespace cuda_on_cpu
 
-// Pages for a copy of one of the caller's arrays, with closed ones before and behind.
+// Pages for a copy of one of the caller's arrays, with inaccessible ones before and after.
 extern "C" __attribute__((visibility("default"))) char* cuda_on_cpu_allocate(size_t bytes) {
   using namespace cuda_on_cpu;
   char* p = reserve(pages(bytes) + 2 * GUARD);
@@ -835,8 +833,8 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
 template <class T> inline T __ldg(const T* p) { return *p; }
-inline void __threadfence() {}  // fibres see what others have written
-template <class T> inline T atomicAdd(T* p, T x) {  // fibres do not interrupt each other
+inline void __threadfence() {}  // fibres see each other's writes at once
+template <class T> inline T atomicAdd(T* p, T x) {  // fibres switch only at instructions that wait
   T before = *p;
   *p += x;
   return before;

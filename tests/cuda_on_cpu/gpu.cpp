@@ -1,7 +1,7 @@
-// A GPU for torch's CPU build: its device "cuda" in the host's memory, and beneath cuda.core a driver that has no hardware.
+// An emulated GPU for torch's CPU build: a device "cuda" in the host's memory, and for cuda.core a driver without hardware.
 //
-// Every operation on its tensors comes to the dispatcher's fallback, which emulated_gpu.py writes; here are the tensors themselves. Each allocation
-// lies at the end of its pages, between two that are closed, and is NaN at first. Kernels that are launched go to whoever has called emulated_gpu_run.
+// Every operation on its tensors goes to the dispatcher's fallback, which emulated_gpu.py implements; this file has the tensors themselves. Each
+// allocation is at the end of its pages, between two inaccessible ones, and is NaN at first. Launches call the function given to emulated_gpu_run.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -92,7 +92,7 @@ struct Hooks final : at::CUDAHooksInterface {
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::make_generator<at::CPUGeneratorImpl>(); }
 };
 
-// torch has asked for its hooks already, and keeps what it was given: an object without data, which becomes one of ours by its table of functions.
+// torch has already created its hooks object and keeps it. It has no data, so copying our object's vtable pointer over its own turns it into ours.
 bool hooked = [] {
   static Hooks ours;
   void* theirs = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
@@ -114,26 +114,26 @@ at::Tensor tensor(const at::Tensor& like, c10::Storage storage, c10::DispatchKey
 
 c10::Storage storage_of(c10::DataPtr data, size_t bytes) { return {c10::Storage::use_byte_size_t(), bytes, std::move(data), nullptr, false}; }
 
-// The same numbers, as a CPU's tensor.
+// A CPU tensor over the same memory.
 at::Tensor on_cpu(const at::Tensor& gpu) {
   auto kept = new c10::Storage(gpu.storage());
   c10::DataPtr data(kept->mutable_data(), kept, [](void* context) { delete static_cast<c10::Storage*>(context); }, c10::Device(c10::kCPU));
   return tensor(gpu, storage_of(std::move(data), kept->nbytes()), c10::DispatchKeySet(c10::DispatchKey::CPU));
 }
 
-// A copy of a CPU's tensor.
+// A copy of a CPU tensor on the GPU.
 at::Tensor on_gpu(const at::Tensor& cpu) {
   size_t bytes = cpu.storage().nbytes();
   auto data = memory.allocate(bytes);
   if (bytes) std::memcpy(data.get(), cpu.storage().data(), bytes);
-  c10::DispatchKeySet keys(c10::DispatchKey::CUDA);  // and autograd's, which a tensor that is no view is given
+  c10::DispatchKeySet keys(c10::DispatchKey::CUDA);  // the tensor also gets autograd's keys, as one that is not a view
   return shaped(at::detail::make_tensor<c10::TensorImpl>(storage_of(std::move(data), bytes), keys, cpu.dtype()), cpu);
 }
 
-// What the CPU's tensor is, in the memory of a GPU's tensor whose numbers it sees.
+// The GPU tensor for a CPU tensor that is a view of the GPU tensor `gpu`'s memory.
 at::Tensor view(const at::Tensor& gpu, const at::Tensor& cpu) { return tensor(cpu, gpu.storage(), gpu.key_set()); }
 
-// Gives a GPU's tensor another's numbers and shape.
+// Gives a GPU tensor the storage and the shape of another.
 void become(const at::Tensor& gpu, const at::Tensor& other) {
   gpu.unsafeGetTensorImpl()->set_storage_keep_dtype(other.storage());
   shaped(gpu, other);
@@ -174,7 +174,7 @@ using Run = int (*)(const char* code, const char* name, const unsigned* dims, un
 Run run = nullptr;
 thread_local void* context = nullptr;
 
-unsigned blocks_at_once(size_t shared) { return (SHARED + 1024) / (shared + 1024); }  // on a multiprocessor, where nothing else limits them
+unsigned blocks_at_once(size_t shared) { return (SHARED + 1024) / (shared + 1024); }  // per multiprocessor, if shared memory is the only limit
 
 int launch(const Kernel& kernel, const unsigned* dims, unsigned shared, void* stream, bool cooperative, void** parameters) {
   if (!context) return INVALID_CONTEXT;
@@ -189,7 +189,7 @@ int launch(const Kernel& kernel, const unsigned* dims, unsigned shared, void* st
 
 EXPORT void emulated_gpu_run(Run function) { run = function; }
 
-// Where allocations begin and end, as many as fit; how many there are.
+// Writes the begin and end of up to `room` allocations; returns how many there are.
 EXPORT size_t emulated_gpu_allocated(uintptr_t (*found)[2], size_t room) {
   std::lock_guard<std::mutex> lock(mutex);
   size_t i = 0;
@@ -253,7 +253,7 @@ EXPORT int cuPointerGetAttributes(unsigned count, const int* attributes, void** 
 EXPORT int cuGetErrorName(int, const char** name) { return *name = "an emulated GPU's", SUCCESS; }
 EXPORT int cuGetErrorString(int, const char** words) { return *words = "an emulated GPU's", SUCCESS; }
 
-// sm90.cuh's Map, and what the driver refuses.
+// Writes a Map of sm90.cuh; refuses what the driver would refuse.
 EXPORT int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes, const uint64_t* strides,
                                   const unsigned* box, const unsigned* steps, int interleave, int swizzle, int, int fill) {
   const int UINT16 = 1, SWIZZLE_128B = 3;

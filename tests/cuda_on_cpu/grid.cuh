@@ -1,11 +1,11 @@
-// opt_fast/kernels/grid.cuh for a CPU: the blocks of a cooperative launch wait for each other.
+// opt_fast/kernels/grid.cuh on a CPU: the barrier between the blocks of a cooperative launch.
 #pragma once
 
 #include "cuda_on_cpu.h"
 
 namespace cuda_on_cpu {
 
-static unsigned* gate;  // all blocks' word: its upper bit turns over when the last has come, the others count
+static unsigned* gate;  // the word that all blocks share: its upper bit flips when the last block has arrived, the other bits count arrivals
 
 inline bool gate_opened(const Thread& t) { return (*gate >> 31) != t.phase; }
 

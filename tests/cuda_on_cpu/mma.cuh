@@ -1,4 +1,4 @@
-// opt_fast/kernels/mma.cuh for a CPU: the same functions, written from the PTX ISA manual and not from the kernels.
+// opt_fast/kernels/mma.cuh on a CPU: the same functions, written from the PTX ISA manual and not from the kernels. Its sections:
 // "Warp-level matrix instructions": matrix fragments for mma.m16n8k16, ldmatrix; "Data movement": cp.async; "Floating point": ex2, cvt.
 #pragma once
 
@@ -8,7 +8,7 @@
 #define BF16 0
 #endif
 
-using half_t = unsigned short;  // a number of 16 bits: only its bits matter outside the functions below
+using half_t = unsigned short;  // the bits of a 16-bit value: only the functions below interpret them
 
 namespace cuda_on_cpu {
 
@@ -18,12 +18,12 @@ inline float widened(unsigned half) { return __uint_as_float(half << 16); }
 inline unsigned narrowed(float x) {
   unsigned bits = __float_as_uint(x);
   if (x != x) return 0x7FFF;
-  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // up from just above the middle, and from the middle if the last bit is odd
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // round to nearest, ties to even
 }
 #else
 inline float widened(unsigned half) {
   unsigned sign = (half & 0x8000) << 16, size = half & 0x7FFF;
-  float x = size < 0x7C00 ? __uint_as_float(size << 13) * 0x1p112f : __uint_as_float(0x7F800000 | size << 13);  // the exponents' bases differ by 112
+  float x = size < 0x7C00 ? __uint_as_float(size << 13) * 0x1p112f : __uint_as_float(0x7F800000 | size << 13);  // the exponent biases differ by 112
   return __uint_as_float(__float_as_uint(x) | sign);
 }
 
@@ -31,10 +31,10 @@ inline unsigned narrowed(float x) {
   unsigned sign = __float_as_uint(x) >> 16 & 0x8000;
   double size = fabs(double(x));
   if (x != x) return 0x7FFF;
-  if (size >= 65520) return sign | 0x7C00;  // halfway from 65504 to what would be 65536
+  if (size >= 65520) return sign | 0x7C00;  // halfway between the largest, 65504, and 65536, which would be next
   int exponent = size < 0x1p-14 ? -14 : ilogb(size);
-  unsigned steps = unsigned(nearbyint(ldexp(size, 10 - exponent)));  // of 2^(exponent - 10); from 1024 on a normal number
-  return sign | (unsigned(exponent + 14) * 1024 + steps);  // a carry out of the mantissa counts the exponent up, as it should
+  unsigned steps = unsigned(nearbyint(ldexp(size, 10 - exponent)));  // of 2^(exponent - 10); 1024 or more for normal numbers
+  return sign | (unsigned(exponent + 14) * 1024 + steps);  // a carry out of the mantissa increments the exponent, as it should
 }
 #endif
 
@@ -46,8 +46,8 @@ struct Ldmatrix {
   Thread* thread;
 };
 
-// Lane 8 i + j gives the address of row j of matrix i. Of each matrix a lane gets the two neighbours, in row lane / 4, from column 2 (lane % 4) on;
-// with .trans in the transpose.
+// Lane 8 i + j gives the address of row j of matrix i. Of each matrix, or with .trans of its transpose, a lane gets two neighbouring elements: row
+// lane / 4, columns 2 (lane % 4) and 2 (lane % 4) + 1.
 template <bool trans>
 void ldmatrix(void* const* operands) {
   uint16_t matrices[4][8][8];
@@ -105,8 +105,8 @@ __attribute__((noinline)) inline void issue(unsigned shared, const void* global,
   if (early) land(t.copies.end()[-1]);
 }
 
-// Copies of all groups but the `pending` last ones land, no earlier than they must: a wait left out is seen. A launch may ask for the other extreme,
-// `early`: they land when they are issued, and a barrier left out between the reads of a place and its next copy is seen.
+// The copies of all groups but the last `pending` ones arrive here, as late as possible, so that a missing wait shows. With `early`, the other
+// extreme, they arrive when they are issued, so that a missing barrier between the reads of some memory and the next copy to it shows.
 inline void wait(unsigned pending) {
   Thread& t = *current;
   size_t kept = 0;
@@ -159,7 +159,7 @@ __attribute__((noinline)) inline void prefetch_L2(const void* global) {
   if (!registered(global, 1)) fail(*current, __builtin_return_address(0), "prefetch: %p is outside the caller's arrays", global);
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {  // .ftz: what is not normal is 0
+__device__ __forceinline__ float exp2_approx(float x) {  // .ftz: subnormal results are 0
   float y = exp2f(x);
   return y < FLT_MIN ? 0 : y;
 }
@@ -171,6 +171,6 @@ __device__ __forceinline__ float unpack(half_t x) { return cuda_on_cpu::widened(
 #if !BF16
 __device__ __forceinline__ unsigned subtract2(unsigned a, unsigned b) {
   using cuda_on_cpu::half_of;
-  return pack2(half_of(a, 0) - half_of(b, 0), half_of(a, 1) - half_of(b, 1));  // a float32 holds a difference, or rounds it far below
+  return pack2(half_of(a, 0) - half_of(b, 0), half_of(a, 1) - half_of(b, 1));  // float32's own rounding, if any, is far smaller
 }
 #endif

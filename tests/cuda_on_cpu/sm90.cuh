@@ -1,19 +1,19 @@
-// opt_fast/kernels/sm90.cuh for a CPU: Hopper's copies, barriers and matrix products, written from the PTX ISA manual and not from the kernels.
+// opt_fast/kernels/sm90.cuh on a CPU: Hopper's copies, barriers and matrix products, written from the PTX ISA manual, not from the kernels. Sections:
 // "mbarrier"; "cp.async.bulk.tensor"; "Tensor swizzling modes"; "barrier"; "Asynchronous warpgroup level matrix instructions": "Register fragments",
 // "Shared memory matrix layout", "Strides", "Canonical layouts", "Matrix descriptor"; "red".
 //
-// Copies and products happen as late as the manual lets them, or at once (`early`): a copy lands when the seed says so, a whole box together, its
-// place being NaN until then; a product reads its operands and writes its accumulators, NaN until then, at the wait for its group.
-// An error is
-//   a copy to what a copy or a product still uses; a product on a copy that nobody of its warpgroup has waited for; a plain write, without
-//     async_proxy_fence after it, to what a product or a store reads, or to what a copy is on its way to (these are not looked for with races=False)
-//   more arrivals or bytes than were announced, and a phase that is over, and the next one too, before one who waited for it has seen that
-//   what a product reads changing between the first of its warps to reach it and the last: a barrier is missing
-//   an accumulator written between issue and wait; no wgmma_fence between a wait and a wgmma (the manual wants it where registers were touched)
-//   what nobody waits for: a wgmma, a store, the last copy to a barrier; a barrier that is none yet, or no longer
-//   a deadlock; it is told who waits for what
-// What cannot be seen: plain reads of what is in flight, but for the NaN in their numbers; an async_proxy_fence that another thread's makes up for;
-// A's registers touched between issue and wait. mbarriers and named barriers are no barriers for the race checks of cp.async and ldmatrix.
+// Copies and products happen as late as the manual allows, or at once (`early`): a copy arrives at a random time, a whole box together, and its
+// target is NaN until then; a product reads its operands, and writes its accumulators, which are NaN until then, at the wait for its group.
+// Errors are
+//   a copy to memory that a copy or a product still uses; a product on a copy that no thread of its warpgroup has waited for; a plain write, without
+//     async_proxy_fence after it, to memory that a product or a store reads, or that a copy is in flight to (none of these with races=False)
+//   more arrivals or bytes than were announced; and a phase whose successor has also ended before a thread that waits for it has noticed
+//   a product's operands that change between the first of its warps to reach it and the last: a barrier is missing
+//   an accumulator written between issue and wait; no wgmma_fence between a wait and a wgmma (the manual requires it where registers were touched)
+//   a wgmma, a store, or the last copy to a barrier that nothing waits for; a barrier that is not initialised, or no longer
+//   a deadlock; the message lists which warps wait for what
+// Not detected: plain reads of memory in flight, except by the NaN that they return; an async_proxy_fence that another thread's makes up for;
+// A's registers touched between issue and wait. mbarriers and named barriers do not count as barriers in the race checks of cp.async and ldmatrix.
 #pragma once
 
 #include "mma.cuh"
@@ -23,7 +23,7 @@ typedef unsigned long long mbarrier_t;
 
 namespace cuda_on_cpu {
 
-struct Map {  // what cuda_emulator.py puts into a TensorMap; axis 0 is the innermost
+struct Map {  // the contents that cuda_emulator.py gives a TensorMap; axis 0 is the innermost
   char* base;
   int64_t sizes[4], strides[3], box[4];  // strides in bytes, of axes 1 to 3
   uint64_t writeable, unused[2], mark;
@@ -36,14 +36,14 @@ struct Mbarrier {  // the 8 bytes in shared memory hold BARRIER_MARK and its num
   const void* address;
   Access made;
   bool fenced;
-  unsigned arrivals, pending;  // of each phase; of this one, those still missing
-  int64_t bytes;               // announced and not yet there
+  unsigned arrivals, pending;  // in each phase; still missing in this one
+  int64_t bytes;               // announced and not yet arrived
   uint64_t phase, loads;       // phases complete; phases up to the last that a load belongs to
   uint64_t known[MOST_THREADS / GROUP];  // phases that each warpgroup knows to be complete
 };
 
-struct Tile {  // what 16 bytes of shared memory have to do with TMA and wgmma
-  bool flying;            // a load has not landed
+struct Tile {  // the use of 16 bytes of shared memory by TMA and wgmma
+  bool flying;            // a load to them has not arrived
   unsigned thread, mbarrier;  // of the last load
   uint64_t phase;             // 1 + its phase; 0 without a load
   unsigned products, stores;  // that still read them
@@ -70,11 +70,11 @@ struct Store {
 };
 
 struct NamedBarrier {
-  unsigned threads, arrived, warps;  // how many are to come; how many have; which warps
+  unsigned threads, arrived, warps;  // threads expected; threads arrived; which warps
   uint64_t generation;
 };
 
-struct Accumulators {  // 64 x n numbers, four warps' registers, from the first product on them to the wait for the last
+struct Accumulators {  // 64 x n values in four warps' registers, from the first product on them to the wait for the last
   float* registers[GROUP];
   unsigned n;
   uint64_t group;  // of the last product,
@@ -98,7 +98,7 @@ struct Warpgroup {
   uint64_t committed[GROUP / WARP], complete[GROUP / WARP];
   bool fenced[GROUP / WARP];
   unsigned first;       // the warp that has reached a product first,
-  char found[640][16];  // and what it has found there
+  char found[640][16];  // and the operands that it saw there
   unsigned registers;
   const void* site;
 };
@@ -107,11 +107,11 @@ static Array<Mbarrier> mbarriers;
 static Array<Tile> tiles;
 static Array<Load> loads;
 static Array<Store> stores;
-static unsigned store_groups[MOST_THREADS], pace, sleepy, sleepers;  // one in `pace` times a load lands, one in `sleepy` times a thread sleeps
-static unsigned sleepless;  // a warpgroup that never does
+static unsigned store_groups[MOST_THREADS], pace, sleepy, sleepers;  // a load arrives with probability 1 / pace, a thread sleeps with 1 / sleepy
+static unsigned sleepless;  // a warpgroup that never sleeps
 static uint64_t wakings;
-static char published[SHARED_MOST];  // what TMA and wgmma see of shared memory: their own writes, and plain ones up to the last async_proxy_fence
-constexpr unsigned IN_FLIGHT = 0xFFBFFFFF;  // accumulators then: a NaN of which any operation makes another one
+static char published[SHARED_MOST];  // shared memory as TMA and wgmma see it: their writes, and plain ones before the last async_proxy_fence
+constexpr unsigned IN_FLIGHT = 0xFFBFFFFF;  // accumulators of running products: a NaN that any operation turns into another NaN
 static NamedBarrier named_barriers[NAMED_BARRIERS];
 static Warpgroup warpgroups[MOST_THREADS / GROUP];
 
@@ -121,7 +121,7 @@ inline bool is_dynamic(const void* p, size_t bytes) {
   return p >= shared_memory && static_cast<const char*>(p) + bytes <= shared_memory + shared_bytes;
 }
 
-// 128-byte swizzle: a row's 16-byte pieces change places, by bits 7 to 9 of the address. Dynamic shared memory begins at a multiple of 1024.
+// 128-byte swizzle: permutes a row's 16-byte pieces by bits 7 to 9 of the address. Dynamic shared memory starts at a multiple of 1024.
 inline unsigned swizzled(unsigned place) { return place ^ (place >> 3 & 0x70); }
 static_assert(SHARED_BASE % 1024 == 0);
 
@@ -135,7 +135,7 @@ inline void tell_nothing(const Thread&, char* text, size_t) { *text = 0; }
 
 static const Event AWAKE = {awake, tell_nothing};
 
-// After a thread has told others that they may go on, they may do a lot before it goes on itself.
+// Once a thread has released others, they may do a lot before it continues itself: so it sometimes sleeps here.
 inline void sleep_perhaps(const void* site) {
   if (sleepy == 0 || current->id / GROUP == sleepless || drawn(sleepy) > 0) return;
   ++sleepers;
@@ -247,7 +247,7 @@ __attribute__((noinline)) inline void wait_phase(mbarrier_t* b, unsigned parity)
 
 // ---- TMA --------------------------------------------------------------------------------------------------------------------------------
 
-// The box of a copy, after all that can be wrong with it.
+// The box of a copy, after checking everything that can be wrong with it.
 inline Box box_of(const TensorMap& map, const void* shared, const int (&at)[4], const void* site, const char* name) {
   Thread& t = *current;
   Box b = {};
@@ -264,7 +264,7 @@ inline Box box_of(const TensorMap& map, const void* shared, const int (&at)[4], 
   return b;
 }
 
-// copy(shared, global, first, last): numbers first to last of 8, whose shared and global places are those of the first of the 8.
+// Calls copy(shared, global, first, last) for elements first to last of every 8; both addresses are those of the first of the 8.
 template <class Copy8>
 inline void each_piece(const Box& b, Copy8 copy) {
   const Map& m = b.map;
@@ -455,7 +455,7 @@ inline unsigned piece(const Thread& t, unsigned address, const char* name) {
   return place;
 }
 
-// rows x 16, K-major: places[2 row + half] is where 8 numbers of a row are. The leading offset is not used.
+// rows x 16, K-major: places[2 row + half] is the position of 8 elements of a row. The leading offset is not used.
 inline void find_rows(const Thread& t, unsigned long long bits, unsigned rows, unsigned* places, const char* name) {
   Descriptor d = described(t, bits, name);
   if (d.start % 32) fail(t, t.site, "wgmma: %s begins at %d, which is no multiple of 32", name, int(d.start - SHARED_BASE));
@@ -463,7 +463,7 @@ inline void find_rows(const Thread& t, unsigned long long bits, unsigned rows, u
     for (unsigned half = 0; half < 2; ++half) places[2 * row + half] = piece(t, d.start + row / 8 * d.stride + row % 8 * 128 + 16 * half, name);
 }
 
-// 16 x n, MN-major: places[k n / 8 + j] is where numbers 8 j to 8 j + 7 of row k are.
+// 16 x n, MN-major: places[k n / 8 + j] is the position of elements 8 j to 8 j + 7 of row k.
 inline void find_columns(const Thread& t, unsigned long long bits, unsigned n, unsigned* places, const char* name) {
   Descriptor d = described(t, bits, name);
   if (d.start % 1024) fail(t, t.site, "wgmma: %s, MN-major, begins at %d, which is no multiple of 1024", name, int(d.start - SHARED_BASE));
@@ -493,11 +493,11 @@ inline void widen8(unsigned place, double* numbers) {
   for (unsigned i = 0; i < 8; ++i) numbers[i] = widened(halves[i]);
 }
 
-// Number i of lane `lane` of warp w is at this row and column of a 64 x n tile.
+// The row and column, in a 64 x n tile, of element i of a lane of warp w.
 inline unsigned row_of(unsigned w, unsigned lane, unsigned i) { return 16 * w + lane / 4 + 8 * (i / 2 % 2); }
 inline unsigned column_of(unsigned lane, unsigned i) { return 8 * (i / 4) + lane % 4 * 2 + i % 2; }
 
-// The 16 products of each number are summed exactly enough that only one rounding shows, as in mma.cuh.
+// The 16 products of each element are summed in a precision in which only one rounding shows, as in mma.cuh.
 inline void compute(Warpgroup& g, Product& p) {
   static double A[64][16], B[16][256];
   unsigned n = p.n;
@@ -534,7 +534,7 @@ inline void give(const Accumulators& x, unsigned w) {  // to a warp's registers
     for (unsigned i = 0; i < x.n / 2; ++i) x.registers[w * WARP + lane][i] = x.values[row_of(w, lane, i)][column_of(lane, i)];
 }
 
-// Since a warp issued its products nobody has touched their accumulators.
+// Checks that a warp's accumulators have not been touched since its products were issued.
 inline void check_untouched(const Accumulators& x, unsigned w, const Thread& t) {
   for (unsigned lane = 0; lane < WARP; ++lane)
     for (unsigned i = 0; i < x.n / 2; ++i) {
@@ -544,7 +544,7 @@ inline void check_untouched(const Accumulators& x, unsigned w, const Thread& t) 
     }
 }
 
-// Those that an unfinished product has already begun, or new ones: then their numbers are taken, and NaN is left.
+// The accumulators of an unfinished product, or new ones: then it takes over the registers' values and leaves NaN in them.
 inline unsigned find_accumulators(Warpgroup& g, void* const* operands, const Wgmma& o) {
   unsigned free = unsigned(g.accumulators.count);
   for (unsigned i = 0; i < g.accumulators.count; ++i) {
@@ -568,7 +568,7 @@ inline unsigned find_accumulators(Warpgroup& g, void* const* operands, const Wgm
   return free;
 }
 
-// As mma.m16n8k16's A for each warp's 16 rows.
+// A from registers, in the layout of mma.m16n8k16's A for each warp's 16 rows.
 inline void take_a(Product& p, void* const* operands) {
   for (unsigned t = 0; t < GROUP; ++t)
     for (unsigned i = 0; i < 8; ++i) {
@@ -602,7 +602,7 @@ inline void each_operand(const Product& p, F f) {
   for (unsigned i = 0; i < 2 * p.n; ++i) f(128 + i, p.b_places[i]);
 }
 
-// On a GPU each warp goes on by itself: what the first finds must be what the last does.
+// On a GPU each warp continues by itself, so the operands that the first one sees must still be there for the last.
 inline void look_first(void* const* operands) {
   const Wgmma& o = *static_cast<Wgmma*>(operands[0]);
   Warpgroup& g = warpgroups[o.thread->id / GROUP];
@@ -664,7 +664,7 @@ inline void commit_products(void* const* operands) {
   ++g.committed[w];
 }
 
-// The first warp to wait for a group has its products done, for all four; each warp then gets its own numbers.
+// The first warp to wait for a group computes its products, for all four; each warp then gets its own values.
 template <int N>
 void wait_products(void* const* operands) {
   unsigned w;
@@ -701,7 +701,7 @@ void set_registers(void* const* operands) {
 
 // ---- sums in global memory --------------------------------------------------------------------------------------------------------------
 
-// One thread's four numbers, added where they lie: other blocks' come before or after, never between.
+// Adds one thread's four values in memory; other blocks' additions come before or after, never between.
 __attribute__((noinline)) inline void reduce(float* p, const float (&x)[4]) {
   const void* site = __builtin_return_address(0);
   if (reinterpret_cast<uintptr_t>(p) % 16) fail(*current, site, "reduce_add_v4: the address %p is no multiple of 16", static_cast<void*>(p));
@@ -758,7 +758,7 @@ inline void check_end() {
     for (uint64_t known : m.known) waited |= known >= m.loads;
     if (!waited) fail(threads[m.made.thread], nullptr, "the block ends, and nobody has waited for the last loads of %s", name_of(m.address));
   }
-  unsigned registers = 0, most = min(65536 / count / 8 * 8, 255u) * count;  // a block has what it was started with, whatever a processor has
+  unsigned registers = 0, most = min(65536 / count / 8 * 8, 255u) * count;  // a block has only the registers that it was started with
   for (unsigned i = 0; i < count / GROUP; ++i) {
     Warpgroup& g = warpgroups[i];
     if (g.products.count) fail(threads[i * GROUP], g.products[0].site, "the block ends, and warpgroup %u has not waited for this wgmma", i);
@@ -801,7 +801,7 @@ __device__ __forceinline__ void async_proxy_fence() {
   memcpy(cuda_on_cpu::published, cuda_on_cpu::shared_memory, cuda_on_cpu::shared_bytes);
 }
 
-// For the compiler of the GPU; here the order is the source's.
+// Only the GPU's compiler needs this; here the order is the source's.
 __device__ __forceinline__ void before_waiting(float x) {}
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
