@@ -295,15 +295,14 @@ def _matmul(table: Any) -> None:
                                 asked += tiles * ASKS * LINE
                             else:
                                 one(target, start, start_row, here, tiles * TILE_BYTES, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
-                    corner, columns = at(y, (first + i) * y_row + some * SIDE), min(until * SIDE, O) - some * SIDE
-                    for r in range(rows if k_to == K else 0):
-                        here_y = line if rounds else at(corner, r * y_row)
-                        write_row(at(sums, r * SIDE), tall * SIDE, here_y, columns, adds, function)
-                        if rounds:
-                            for c in range(columns, BLOCK_K):
-                                line[c] = 0
-                            lower = rounds_rows // SIDE * ((O + per * SIDE - 1) // (per * SIDE)) * TILE_BYTES
-                            round_line(line, INTEGERS, bytes_(rounds), lower, rounds_rows, O, first + i + r, some * SIDE)
+                    columns = min(until * SIDE, O) - some * SIDE
+                    if k_to == K and rounds:
+                        lower = rounds_rows // SIDE * ((O + per * SIDE - 1) // (per * SIDE)) * TILE_BYTES
+                        round_group(sums, tall, rows, columns, function, line, INTEGERS, bytes_(rounds), lower, rounds_rows, O, first + i,
+                                    some * SIDE)  # fmt: skip
+                    elif k_to == K:
+                        for r in range(rows):
+                            write_row(at(sums, r * SIDE), tall * SIDE, at(y, (first + i + r) * y_row + some * SIDE), columns, adds, function)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -342,6 +341,17 @@ def round_line(line: Any, integers: bool, xs: Any, plane: int, rows: int, K: int
         split_row(line, np.float32(LARGEST) / highest if highest > TINY else np.float32(0), tiles * per * SIDE, target, at(target, plane))
     else:
         round_row(line, tiles * per * SIDE, target)
+
+
+@inner
+def round_group(sums: Any, tall: int, rows: int, columns: int, function: int, line: Any, integers: bool, xs: Any, plane: int, high: int, K: int,
+                i: int, k: int) -> None:  # fmt: skip
+    """Rounds rows of results, a block of k of the next product's x, to their position; by way of `line`."""
+    for r in range(rows):
+        write_row(at(sums, r * SIDE), tall * SIDE, line, columns, 0, function)
+        for c in range(columns, BLOCK_K):
+            line[c] = 0
+        round_line(line, integers, xs, plane, high, K, i + r, k)
 
 
 @intrinsic
