@@ -40,6 +40,7 @@ from numba.extending import intrinsic as numba_intrinsic
 LANES = 16  # partial sums of a reduction: the same number on every processor
 LINE = 64  # bytes of a cache line
 PIECE, LARGEST = 1 << 26, 1 << 28  # bytes: of a block of memory that many weights share; and, at most, retained for weights packed for a single use
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST_FREED = -1, -3, (1 << 31) - 1  # of mallopt: freed memory that is retained, in bytes
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # the table's slots: tasks begun, tasks done, threads, scratch memory, bytes of it each …
 KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
@@ -256,6 +257,15 @@ def give_back() -> None:
     """Makes the C library return freed memory to the system: it would retain freed arrays of a few MB, several hundred MB for a whole model."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc only
         trim(0)
+
+
+@functools.cache
+def keep_freed() -> None:
+    """From now on makes the C library retain freed memory, up to 2 GB, for training: every step frees and allocates the same arrays, and fresh memory
+    costs page faults, in a virtual machine a tenth of a step."""
+    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc only
+        for option in M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
+            set_option(option, MOST_FREED)
 
 
 def workspace(size: int) -> np.ndarray:

@@ -158,6 +158,7 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
+    kernel.keep_freed()
     visible = getattr(layout, "visible", None)
     dO, q, k, v, O = map(float32, (dO, q, k, v, O))
     return attention_cpu.attention_bwd(dO, q, k, v, O, L, scale, visible, attention_parts.IN_FLOAT32_BWD)
