@@ -1,8 +1,9 @@
-"""Matrix products in Intel's tiles (AMX) with int4 weights, for 16 or more rows: bit-identical to gemm_int.py, whose panels it reads.
+"""Matrix products in Intel's tiles (AMX) with int4 weights, for some rows or many: bit-identical to gemm_int.py, whose panels it reads.
 
 A panel is unpacked to bytes, in strips of tiles as in gemm_amx.py, and then multiplied by all rows of a block. A tile is as deep as a group of k with
 a common scale; the sums for x's upper and lower bytes are combined, scaled and added to the result in float32, group by group. For 16 rows by 16
-columns, that takes as long as the tile instructions, so it is done while the tiles multiply the next group.
+columns, that takes as long as the tile instructions, so it is done while the tiles multiply the next group. With no more than 16 rows, unpacking
+takes as long again, so one block of a panel is unpacked while another is multiplied.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from opt_fast.gemm_amx import (
     VECTOR,
     add_scaled_to,
     configure,
+    floats_of,
     release,
     round_block,
     rounded_size,
@@ -39,6 +41,7 @@ from opt_fast.kernel import (
     ARGUMENTS,
     BYTES,
     DONE,
+    LINE,
     MEMORY,
     TASKS,
     THREADS,
@@ -54,20 +57,27 @@ from opt_fast.kernel import (
     lines,
     load,
     loop,
+    prefetch,
     store,
+    variant,
 )
 from opt_fast.rowwise import FUNCTIONS
 
 DEEP = 4 * SIDE  # values of k in a tile's row, at most
+QUADS = ir.VectorType(ir.IntType(8), 4 * SIDE)
+IN_ORDER = ir.Constant(ir.VectorType(ir.IntType(32), 4 * SIDE), [4 * (b // 4) + (0, 2, 1, 3)[b % 4] for b in range(4 * SIDE)])
 STRIPS = COLUMNS // SIDE  # of a panel
 MOST_STRIPS, WEIGHT_BYTES = 32, 600 << 10  # unpacked together, at most, so that they stay in the L2 cache
 PER = 4  # weights in a word
-SHAPES = {group: tile_shapes(SIDE, group // PER) for group in (DEEP // 2, DEEP)}
-SIGNS = sum(8 << 4 * part for part in range(PER) if part % RUN[4] < RUN[4] - 1)  # flips that make a word's unsigned weights signed
+SIGNED = [part % RUN[4] == RUN[4] - 1 for part in range(PER)]  # which of a word's weights are signed
+FEWEST, FEW = 3, 8  # rows: with fewer, unpacking costs more than tiles save; up to FEW, tiles have that many rows instead of 16
+BLOCK_BYTES = (BLOCK_K // DEEP | 1) * TILE_BYTES  # of a strip's block of k; an odd number of tiles, so that strips do not share cache sets
+GROUPS = BLOCK_K // (DEEP // 2)  # of a block of k, at most
+SHAPES = {(group, rows): tile_shapes(rows, group // PER) for group in (DEEP // 2, DEEP) for rows in (FEW, SIDE)}
 
 
 class PackedNibbles(PackedIntegers):
-    """An int4 weight (O, I) whose products are in tiles if x has at least 16 rows: with fewer, unpacking costs more than tiles save."""
+    """An int4 weight (O, I) whose products are in tiles if x has at least FEWEST rows."""
 
     @property
     def tiles(self) -> int:
@@ -80,18 +90,21 @@ class PackedNibbles(PackedIntegers):
 
     def needed(self, M: int) -> int:
         """Scratch memory of a thread, in float32 elements: sums, a row, some panels' scales and strips, and x's block."""
-        I, (rows, *_) = self.shape[1], shares(M, self.shape[1], self.count)
-        panels = self.abreast * COLUMNS * (SIDE + math.ceil(I / self.group) + self.tiles * SIDE)
-        return max(super().needed(M), lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows, I, np.int8)))
+        if M <= SIDE:
+            rows, panels = SIDE, COLUMNS * SIDE + 2 * (GROUPS * COLUMNS + STRIPS * BLOCK_BYTES // 4)
+        else:
+            rows, *_ = shares(M, self.shape[1], self.count)
+            panels = self.abreast * COLUMNS * (SIDE + math.ceil(self.shape[1] / self.group) + self.tiles * SIDE)
+        return max(super().needed(M), lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows, self.shape[1], np.int8)))
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As PackedIntegers.call."""
-        if M < SIDE or step != 1:
+        if M < FEWEST or step != 1:
             return super().call(x, row, step, bias, function, y, M)
-        (O, I), (rows, blocks, parts) = self.shape, shares(M, self.shape[1], self.count)
+        (O, I), (rows, blocks, parts), tall = self.shape, shares(M, self.shape[1], self.count), FEW if M <= FEW else SIDE
         arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, rows, blocks, parts, self.columns, self.columns.size,
-                     self.group, self.height(BLOCK_K) * COLUMNS, self.abreast, SHAPES[self.group]]  # fmt: skip
-        return MATMUL, arguments, blocks * parts
+                     self.group, self.height(BLOCK_K) * COLUMNS, self.abreast, SHAPES[self.group, tall]]  # fmt: skip
+        return MATMUL if M > SIDE else SOME[tall], arguments, blocks * parts
 
 
 def _matmul_nibbles(table: Any) -> None:
@@ -116,6 +129,8 @@ def _matmul_nibbles(table: Any) -> None:
         for k in range(0, K, BLOCK_K):
             for i in range(last - first):
                 round_block(at(x, (first + i) * row + k), 1, at(factors, k), uneven, line, True, xs, plane, most, K, i, k)
+            for i in range(last - first, most):  # not what was there, which may be subnormal, and slow
+                sizes[k // BLOCK_K * most + i] = 0
         for some in range(P * part // parts, panels_to, abreast):
             columns = min(min(some + abreast, panels_to) * COLUMNS, O) - some * COLUMNS
             for k in range(0, K, BLOCK_K):
@@ -136,15 +151,79 @@ def _matmul_nibbles(table: Any) -> None:
                         if k == 0 and columns - c < SIDE:
                             begin(line, 0, 1, columns - c, start)
                             start = line
-                        by_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, here, plane,
+                        all_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, here, plane,
                                   bytes_(strips + c // SIDE * strip + k * SIDE),
                                   at(scales, (c // COLUMNS * groups + k // group) * COLUMNS + c % COLUMNS),
-                                  at(sizes, k // BLOCK_K * most + i), (n + group - 1) // group, group)  # fmt: skip
+                                  at(sizes, k // BLOCK_K * most + i), (n + group - 1) // group, group, words, xs, sizes, 0, 0)  # fmt: skip
                 for r in range(min(SIDE, last - first - i)):
                     write_row(at(sums, r * SIDE), SIDE * SIDE, at(y, (first + i + r) * y_row + some * COLUMNS), columns, 0, function)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
+
+
+def _matmul_some(table: Any) -> None:
+    """As _matmul_nibbles, for at most 16 rows. A task is a part of the panels. Each thread rounds x once; while one block of a panel is multiplied,
+    the next is unpacked to the other of two places."""
+    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
+    x, row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], int16s(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
+    M, O, K, parts, factors, uneven, group, full = a[8], a[9], a[10], a[13], floats(a[14]), a[15], a[16], a[17]
+    apart = floats(place)
+    line = at(apart, 4 * SIDE * SIDE)
+    sums = at(line, BLOCK_K)
+    scales, other_scales = at(sums, COLUMNS * SIDE), at(sums, COLUMNS * (SIDE + GROUPS))
+    strips = bytes_(place + 4 * (4 * SIDE * SIDE + BLOCK_K + COLUMNS * (SIDE + 2 * GROUPS)))
+    other_strips = at(strips, STRIPS * BLOCK_BYTES)
+    xs, plane = at(strips, 2 * STRIPS * BLOCK_BYTES), (K + DEEP - 1) // DEEP * TILE_BYTES
+    sizes = floats_of(at(xs, 2 * plane))
+    configure(bytes_(a[19]))
+    for k in range(0, K, BLOCK_K):
+        for i in range(M):
+            round_block(at(x, i * row + k), 1, at(factors, k), uneven, line, True, xs, plane, SIDE, K, i, k)
+        for i in range(M, SIDE):  # not what was there, which may be subnormal, and slow
+            sizes[k // BLOCK_K * SIDE + i] = 0
+    ready, task = -1, claim(table, TASKS)
+    while task < parts:
+        panels_to, coming = P * (task + 1) // parts, min(P * (task + table[THREADS]) // parts, P - 1)  # if threads take tasks in turn
+        for p in range(P * task // parts, panels_to):
+            columns = min(COLUMNS, O - p * COLUMNS)
+            for k in range(0, K, BLOCK_K):
+                if p != ready:
+                    unpack_block(block_of(panels, P, full, group, p, k, K), min(BLOCK_K, K - k), group, 0, strips, scales)
+                next_k = k + BLOCK_K if k + BLOCK_K < K else 0
+                ready = p if next_k else p + 1 if p + 1 < panels_to else coming
+                words, n, next_n = block_of(panels, P, full, group, ready, next_k, K), min(BLOCK_K, K - k), min(BLOCK_K, K - next_k)
+                count, meanwhile = (n + group - 1) // group, 0 if next_n % group else next_n // group
+                for c in range(STRIPS):
+                    target, start = at(sums, c * SIDE * SIDE), at(bias, p * COLUMNS + c * SIDE)
+                    if k == 0 and columns < (c + 1) * SIDE:
+                        begin(line, 0, 1, max(columns - c * SIDE, 0), start)
+                        start = line
+                    some_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, at(xs, k // DEEP * TILE_BYTES), plane,
+                                at(strips, c * BLOCK_BYTES), at(scales, c * SIDE), at(sizes, k // BLOCK_K * SIDE), count, group,
+                                words, other_strips, other_scales, c, meanwhile)  # fmt: skip
+                unpack_block(words, next_n, group, min(count, meanwhile), other_strips, other_scales)
+                strips, other_strips, scales, other_scales = other_strips, strips, other_scales, scales
+            for r in range(M):
+                write_row(at(sums, r * SIDE), SIDE * SIDE, at(y, r * y_row + p * COLUMNS), columns, 0, function)
+        claim(table, DONE)
+        task = claim(table, TASKS)
+    release()
+
+
+@inner
+def block_of(panels: Any, P: int, full: int, group: int, p: int, k: int, K: int) -> Any:
+    """Panel p's words for the block of k that begins at k."""
+    n = min(BLOCK_K, K - k)
+    return at(panels, k // BLOCK_K * P * full + p * ((n + PER - 1) // PER + (n + group - 1) // group) * COLUMNS)
+
+
+@inner
+def unpack_block(words: Any, n: int, group: int, first: int, strips: Any, scales: Any) -> None:
+    """Unpacks a panel's block of n of k, from its group `first` on, for _matmul_some."""
+    for g in range(first, (n + group - 1) // group):
+        unpack(at(words, g * (group // PER + 1) * COLUMNS), (min(group, n - g * group) + PER - 1) // PER, at(strips, g * group * SIDE), BLOCK_BYTES,
+               at(scales, g * COLUMNS))  # fmt: skip
 
 
 @inner
@@ -171,75 +250,109 @@ def unpack_scales(typing_context, words, scales):
 
 @intrinsic
 def unpack_row(typing_context, words, strips, strip):
-    """Unpacks a row of words, for all columns: each 16 columns' bytes go to the same row of their strip. gemm_int.word_order defines the words."""
+    """Unpacks a row of words, for all columns: each 16 columns' bytes go to the same row of their strip."""
 
     def generate(context, builder, signature, arguments):
-        words, strips, strip = arguments
-        count, width = TILE.vectors, TILE.width
-        byte, signs = ir.VectorType(ir.IntType(8), 4 * width), every(PAIRS, SIGNS)
-        loaded = [builder.xor(load(builder, builder.gep(words, [INDEX(2 * width * i)]), PAIRS), signs) for i in range(count // 2)]
-        neighbours = ir.Constant(
-            ir.VectorType(ir.IntType(32), 4 * width), [4 * width * (b % 4 // 2) + 4 * (b // 4) + 2 * (b % 2) for b in range(4 * width)]
-        )
-        for c in range(count):
-            pairs = []
-            for vector in (c, count + c):  # of the first two of k, and of the other two
-                up = 16 - 4 * (vector % PER + 1)
-                word = builder.shl(loaded[vector // PER], every(PAIRS, up)) if up else loaded[vector // PER]
-                pairs.append(builder.bitcast(builder.ashr(word, every(PAIRS, 12)), byte))
-            place = builder.add(builder.mul(strip, INDEX(c * width // SIDE)), INDEX(c * width % SIDE * 4))
-            store(builder, builder.shuffle_vector(*pairs, neighbours), builder.gep(strips, [place]))
+        unpack_words(builder, *arguments)
         return context.get_dummy_value()
 
     return types.void(words, strips, types.int64), generate
 
 
-@intrinsic
-def by_groups(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group):
-    """Multiplies 16 rows of x by a strip's tiles for `count` groups of k; each group's sums are scaled and added as in gemm_int.micro_kernel.
+def unpack_words(builder: Any, words: Any, strips: Any, strip: Any) -> None:
+    """LLVM: as unpack_row. gemm_int.word_order defines the words: those of one vector belong to the first two of four k, those of another to the last
+    two; in each, the lower byte has the first two strips' weights."""
+    eight, low = every(PAIRS, 8), every(PAIRS, 0x00FF)
+    first, last = (load(builder, builder.gep(words, [INDEX(2 * SIDE * i)]), PAIRS) for i in range(2))
+    lower = builder.or_(builder.and_(first, low), builder.shl(last, eight))
+    upper = builder.or_(builder.lshr(first, eight), builder.and_(last, builder.not_(low)))
+    for c in range(STRIPS):
+        numbers = builder.shuffle_vector(builder.bitcast((lower, upper)[c // 2], QUADS), QUADS(ir.Undefined), IN_ORDER)
+        if c % 2:
+            numbers = builder.bitcast(builder.lshr(builder.bitcast(numbers, PAIRS), every(PAIRS, 4)), QUADS)
+        numbers = builder.and_(numbers, every(QUADS, 15))
+        if SIGNED[c]:
+            numbers = builder.xor(numbers, every(QUADS, 8))
+        store(builder, builder.sub(numbers, every(QUADS, 8)), builder.gep(strips, [builder.mul(strip, INDEX(c))]))
 
-    Sums start from the values at `start`, whose rows are start_row apart. While one group is added, the tiles multiply the next.
+
+def by_groups(rows: int, unpacks: bool) -> Any:
+    """kernel(sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, meanwhile)
+
+    Multiplies `rows` rows of x by a strip's tiles for `count` groups of k; each group's sums are scaled and added as in gemm_int.micro_kernel, while
+    the tiles multiply the next. Sums start from the values at `start`, whose rows are start_row apart. If it `unpacks`, then of the first groups of
+    another block, `meanwhile` of them, the c-th quarter of the rows and of the scales is unpacked on the way.
     """
 
-    def generate(context, builder, signature, arguments):
-        sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group = arguments
-        tiles = unit_of(builder, builder.sdiv(group, INDEX(PER)))
+    @intrinsic
+    def kernel(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, meanwhile):
+        def generate(context, builder, signature, arguments):
+            sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, *other, meanwhile = arguments
+            tiles = unit_of(builder, builder.sdiv(group, INDEX(PER)))
 
-        def both(g: Any, row: int) -> Any:
-            return builder.gep(apart, [builder.add(builder.mul(builder.and_(g, INDEX(1)), INDEX(2 * SIDE * SIDE)), INDEX(row * SIDE))])
+            def both(g: Any, row: int) -> Any:
+                return builder.gep(apart, [builder.add(builder.mul(builder.and_(g, INDEX(1)), INDEX(2 * SIDE * SIDE)), INDEX(row * SIDE))])
 
-        def load_tiles(g: Any) -> None:
-            first = builder.mul(g, group)
-            inside = builder.urem(first, INDEX(DEEP))
-            here = builder.add(builder.mul(builder.sub(first, inside), INDEX(TILE_BYTES // DEEP)), inside)
-            tiles.load(OF_WEIGHTS, builder.gep(strip, [builder.mul(first, INDEX(SIDE))]))
-            for i, offset in enumerate((here, builder.add(here, plane))):
-                tiles.load(OF_X - i, builder.gep(x, [offset]))
+            def load_tiles(g: Any) -> None:
+                first = builder.mul(g, group)
+                inside = builder.urem(first, INDEX(DEEP))
+                here = builder.add(builder.mul(builder.sub(first, inside), INDEX(TILE_BYTES // DEEP)), inside)
+                tiles.load(OF_WEIGHTS, builder.gep(strip, [builder.mul(first, INDEX(SIDE))]))
+                for i, offset in enumerate((here, builder.add(here, plane))):
+                    tiles.load(OF_X - i, builder.gep(x, [offset]))
 
-        def multiply(g: Any) -> None:
-            for i, name in enumerate(BYTES_OF):
-                tiles.zero(i)
-                tiles.multiply(name, i, OF_X - i, OF_WEIGHTS)
-            after = builder.add(g, INDEX(1))
-            load_tiles(builder.select(builder.icmp_signed("<", after, count), after, g))  # before storing sums, for which loads would wait
-            for i in range(2):
-                tiles.store(i, builder.bitcast(both(g, i * SIDE), ir.IntType(8).as_pointer()))
+            def multiply(g: Any) -> None:
+                for i, name in enumerate(BYTES_OF):
+                    tiles.zero(i)
+                    tiles.multiply(name, i, OF_X - i, OF_WEIGHTS)
+                after = builder.add(g, INDEX(1))
+                load_tiles(builder.select(builder.icmp_signed("<", after, count), after, g))  # before storing sums, for which loads would wait
+                for i in range(2):
+                    tiles.store(i, builder.bitcast(both(g, i * SIDE), ir.IntType(8).as_pointer()))
 
-        def step(g: Any, totals: list) -> list:
-            after = builder.add(g, INDEX(1))
-            with builder.if_then(builder.icmp_signed("<", after, count)):
-                multiply(after)
-            scales = load(builder, builder.gep(scale, [builder.mul(g, INDEX(COLUMNS))]), VECTOR)
-            return [add_scaled_to(builder, total, both(g, r), scales, builder.gep(sizes, [INDEX(r)])) for r, total in enumerate(totals)]
+            def step(g: Any, totals: list) -> list:
+                after = builder.add(g, INDEX(1))
+                with builder.if_then(builder.icmp_signed("<", after, count)):
+                    multiply(after)
+                if unpacks:
+                    with builder.if_then(builder.icmp_signed("<", g, meanwhile)):
+                        unpack_quarter(builder, g, group, meanwhile, *other)
+                scales = load(builder, builder.gep(scale, [builder.mul(g, INDEX(COLUMNS))]), VECTOR)
+                return [add_scaled_to(builder, total, both(g, r), scales, builder.gep(sizes, [INDEX(r)])) for r, total in enumerate(totals)]
 
-        load_tiles(INDEX(0))
-        multiply(INDEX(0))
-        begun = [load(builder, builder.gep(start, [builder.mul(start_row, INDEX(r))]), VECTOR) for r in range(SIDE)]
-        for r, total in enumerate(loop(builder, count, 1, begun, step)):
-            store(builder, total, builder.gep(sums, [INDEX(r * SIDE)]))
-        return context.get_dummy_value()
+            load_tiles(INDEX(0))
+            multiply(INDEX(0))
+            begun = [load(builder, builder.gep(start, [builder.mul(start_row, INDEX(r))]), VECTOR) for r in range(rows)]
+            for r, total in enumerate(loop(builder, count, 1, begun, step)):
+                store(builder, total, builder.gep(sums, [INDEX(r * SIDE)]))
+            return context.get_dummy_value()
 
-    return types.void(sums, start, types.int64, apart, x, types.int64, strip, scale, sizes, types.int64, types.int64), generate
+        whole = types.int64
+        return types.void(sums, start, whole, apart, x, whole, strip, scale, sizes, whole, whole, words, strips, scales, whole, whole), generate
+
+    return kernel
 
 
+def unpack_quarter(builder: Any, g: Any, group: Any, groups: Any, words: Any, strips: Any, scales: Any, c: Any) -> None:
+    """LLVM: of a block's group g, unpacks the c-th quarter of the rows, and of the scales; prefetches the same rows of the next panel."""
+    quarter = builder.sdiv(group, INDEX(PER * STRIPS))  # of a group's rows
+    height = builder.mul(builder.add(builder.mul(quarter, INDEX(STRIPS)), INDEX(1)), INDEX(COLUMNS))  # words of a group, its scales first
+    first, here, some = builder.mul(c, quarter), builder.gep(words, [builder.mul(g, height)]), builder.mul(c, INDEX(SIDE))
+    rows = builder.gep(here, [builder.mul(builder.add(first, INDEX(1)), INDEX(COLUMNS))])
+    target = builder.gep(strips, [builder.mul(builder.add(builder.mul(g, group), builder.mul(first, INDEX(PER))), INDEX(SIDE))])
+
+    def row(r: Any, carried: list) -> list:
+        line = builder.gep(rows, [builder.mul(r, INDEX(COLUMNS))])
+        for i in range(0, COLUMNS, LINE // 2):
+            prefetch(builder, builder.gep(line, [builder.add(builder.mul(height, groups), INDEX(i))]), level=2)
+        unpack_words(builder, line, builder.gep(target, [builder.mul(r, INDEX(4 * SIDE))]), INDEX(BLOCK_BYTES))
+        return []
+
+    loop(builder, quarter, 1, [], row)
+    numbers = widened(builder, builder.gep(here, [some]), VECTOR, types.int16, TILE)
+    store(builder, numbers, builder.gep(scales, [builder.add(builder.mul(g, INDEX(COLUMNS)), some)]))
+
+
+all_groups, some_groups = by_groups(SIDE, False), by_groups(FEW, True)
 MATMUL = Kernel(_matmul_nibbles)
+SOME = {rows: variant(_matmul_some, str(rows), some_groups=by_groups(rows, True)) for rows in (FEW, SIDE)}

@@ -70,8 +70,8 @@ for M, I, O, turned in cases:
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
         found[f"{M} {I} {O} {name}"] = y
 
-# int4: the same bits as with few rows, which are by other instructions; the last group and panel may be short, and a group is half a tile or whole
-for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), (20, 800, 66, 32)):
+# int4: the same bits as with one row, which is by other instructions; the last group and panel may be short, and a group is half a tile or whole
+for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), (20, 800, 66, 32), (7, 836, 400, 64), (8, 448, 330, 32)):
     x, bias = rng.normal(size=(M, I)).astype(np.float32), rng.normal(size=O).astype(np.float32)
     x[0] *= 1000
     leaf = quantize.quantize_matrix(rng.normal(size=(O, I)).astype(np.float32), "int4", size)
