@@ -1,9 +1,9 @@
-"""Matrix products in Intel's tiles (AMX) with int4 weights, for some rows or many: bit-identical to gemm_int.py, whose panels it reads.
+"""Matrix products in Intel's tiles (AMX) with int4 weights, for three rows and more: bit-identical to gemm_int.py, whose panels it reads.
 
-A panel is unpacked to bytes, in strips of tiles as in gemm_amx.py, and then multiplied by all rows of a block. A tile is as deep as a group of k with
-a common scale; the sums for x's upper and lower bytes are combined, scaled and added to the result in float32, group by group. For 16 rows by 16
-columns, that takes as long as the tile instructions, so it is done while the tiles multiply the next group. With no more than 16 rows, unpacking
-takes as long again, so one block of a panel is unpacked while another is multiplied.
+A panel's block of k is unpacked to bytes, in strips of tiles as in gemm_amx.py, and multiplied by all rows of a block of x; meanwhile the next one is
+unpacked. A tile is as deep as a group of k with a common scale; the sums for x's upper and lower bytes are combined, scaled and added to the result
+in float32, group by group. For 16 rows by 16 columns, that takes as long as the tile instructions, so it is done while the tiles multiply the next
+group.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import get_num_threads, types
 
 from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, widened
 from opt_fast.gemm_amx import (
     BYTES_OF,
+    GROUP,
     INDEX,
+    MOST_ROWS,
     OF_WEIGHTS,
     OF_X,
     SIDE,
+    TASKS_EACH,
     TILE_BYTES,
     VECTOR,
+    X_BYTES,
     add_scaled_to,
     configure,
     floats_of,
     release,
     round_block,
     rounded_size,
-    shares,
     tile_shapes,
     tiles_of,
     unit_of,
@@ -67,10 +70,10 @@ DEEP = 4 * SIDE  # values of k in a tile's row, at most
 QUADS = ir.VectorType(ir.IntType(8), 4 * SIDE)
 IN_ORDER = ir.Constant(ir.VectorType(ir.IntType(32), 4 * SIDE), [4 * (b // 4) + (0, 2, 1, 3)[b % 4] for b in range(4 * SIDE)])
 STRIPS = COLUMNS // SIDE  # of a panel
-MOST_STRIPS, WEIGHT_BYTES = 32, 600 << 10  # unpacked together, at most, so that they stay in the L2 cache
 PER = 4  # weights in a word
 SIGNED = [part % RUN[4] == RUN[4] - 1 for part in range(PER)]  # which of a word's weights are signed
 FEWEST, FEW = 3, 8  # rows: with fewer, unpacking costs more than tiles save; up to FEW, tiles have that many rows instead of 16
+ENOUGH = 128  # rows of a block: unpacking a panel for each block of fewer would take too long
 BLOCK_BYTES = (BLOCK_K // DEEP | 1) * TILE_BYTES  # of a strip's block of k; an odd number of tiles, so that strips do not share cache sets
 GROUPS = BLOCK_K // (DEEP // 2)  # of a block of k, at most
 SHAPES = {(group, rows): tile_shapes(rows, group // PER) for group in (DEEP // 2, DEEP) for rows in (FEW, SIDE)}
@@ -79,133 +82,85 @@ SHAPES = {(group, rows): tile_shapes(rows, group // PER) for group in (DEEP // 2
 class PackedNibbles(PackedIntegers):
     """An int4 weight (O, I) whose products are in tiles if x has at least FEWEST rows."""
 
-    @property
-    def tiles(self) -> int:
-        return math.ceil(self.shape[1] / DEEP)
-
-    @property
-    def abreast(self) -> int:
-        """Panels that are unpacked together."""
-        return max(1, min(MOST_STRIPS, WEIGHT_BYTES // (self.tiles * TILE_BYTES)) // STRIPS)
+    def shares(self, M: int) -> tuple[int, int, int]:
+        """The rows of a block, the number of blocks, and the parts that the panels are split into: blocks · parts tasks."""
+        threads, (few, many) = get_num_threads(), TASKS_EACH
+        blocks = math.ceil(M / max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP)))
+        if threads <= M // ENOUGH:
+            blocks = max(blocks, min(threads * many, M // ENOUGH))
+        rows = math.ceil(M / blocks / SIDE) * SIDE
+        blocks = math.ceil(M / rows)
+        return rows, blocks, 1 if blocks >= threads else min(self.count, math.ceil(threads * few / blocks))
 
     def needed(self, M: int) -> int:
-        """Scratch memory of a thread, in float32 elements: sums, a row, some panels' scales and strips, and x's block."""
-        if M <= SIDE:
-            rows, panels = SIDE, COLUMNS * SIDE + 2 * (GROUPS * COLUMNS + STRIPS * BLOCK_BYTES // 4)
-        else:
-            rows, *_ = shares(M, self.shape[1], self.count)
-            panels = self.abreast * COLUMNS * (SIDE + math.ceil(self.shape[1] / self.group) + self.tiles * SIDE)
+        """Scratch memory of a thread, in float32 elements: sums, a row, the scales and strips of two blocks of k, and x's block."""
+        rows, *_ = self.shares(M)
+        panels = COLUMNS * rows + 2 * (GROUPS * COLUMNS + STRIPS * BLOCK_BYTES // 4)
         return max(super().needed(M), lines(4 * SIDE * SIDE + BLOCK_K + panels + rounded_size(rows, self.shape[1], np.int8)))
 
     def call(self, x: np.ndarray, row: int, step: int, bias: np.ndarray, function: str | None, y: Any, M: int) -> tuple[Kernel, list, int]:
         """As PackedIntegers.call."""
         if M < FEWEST or step != 1:
             return super().call(x, row, step, bias, function, y, M)
-        (O, I), (rows, blocks, parts), tall = self.shape, shares(M, self.shape[1], self.count), FEW if M <= FEW else SIDE
+        (O, I), (rows, blocks, parts), tall = self.shape, self.shares(M), FEW if M <= FEW else SIDE
         arguments = [x, row, self.panels, self.count, bias, FUNCTIONS[function], y, O, M, O, I, rows, blocks, parts, self.columns, self.columns.size,
-                     self.group, self.height(BLOCK_K) * COLUMNS, self.abreast, SHAPES[self.group, tall]]  # fmt: skip
-        return MATMUL if M > SIDE else SOME[tall], arguments, blocks * parts
+                     self.group, self.height(BLOCK_K) * COLUMNS, SHAPES[self.group, tall]]  # fmt: skip
+        return MATMUL[tall], arguments, blocks * parts
 
 
 def _matmul_nibbles(table: Any) -> None:
-    """A task is a block of rows and a part of the panels: x's rows are rounded; then `abreast` panels at a time are unpacked, and multiplied by the
-    rows, 16 at a time."""
+    """A task is a block of rows, which are rounded first, and a part of the panels. While one block of k of a panel is multiplied, the next is
+    unpacked to the other of two places."""
     a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
     x, row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], int16s(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
     M, O, K, most, blocks, parts, factors, uneven, group, full = a[8], a[9], a[10], a[11], a[12], a[13], floats(a[14]), a[15], a[16], a[17]
-    abreast, strip, groups = a[18], (K + DEEP - 1) // DEEP * TILE_BYTES, (K + group - 1) // group
     apart = floats(place)
     line = at(apart, 4 * SIDE * SIDE)
     sums = at(line, BLOCK_K)
-    scales = at(sums, abreast * COLUMNS * SIDE)
-    strips = place + 4 * (4 * SIDE * SIDE + BLOCK_K + abreast * COLUMNS * (SIDE + groups))
-    rounded_x, plane = strips + abreast * STRIPS * strip, most // SIDE * strip
-    xs, sizes = bytes_(rounded_x), floats(rounded_x + 2 * plane)
-    configure(bytes_(a[19]))
-    task = claim(table, TASKS)
+    scales, other_scales = at(sums, COLUMNS * most), at(sums, COLUMNS * (most + GROUPS))
+    strips = bytes_(place + 4 * (4 * SIDE * SIDE + BLOCK_K + COLUMNS * (most + 2 * GROUPS)))
+    other_strips = at(strips, STRIPS * BLOCK_BYTES)
+    xs, plane = at(strips, 2 * STRIPS * BLOCK_BYTES), most // SIDE * ((K + DEEP - 1) // DEEP) * TILE_BYTES
+    sizes = floats_of(at(xs, 2 * plane))
+    configure(bytes_(a[18]))
+    begun, ready, task = -1, -1, claim(table, TASKS)
     while task < blocks * parts:
         first, part = task % blocks * most, task // blocks
-        last, panels_to = min(first + most, M), P * (part + 1) // parts
-        for k in range(0, K, BLOCK_K):
-            for i in range(last - first):
+        rows, panels_to = min(most, M - first), P * (part + 1) // parts
+        coming = min(P * ((task + table[THREADS]) // blocks) // parts, P - 1)  # the next task's first panel, if threads take tasks in turn
+        for k in range(0, 0 if first == begun else K, BLOCK_K):
+            for i in range(rows):
                 round_block(at(x, (first + i) * row + k), 1, at(factors, k), uneven, line, True, xs, plane, most, K, i, k)
-            for i in range(last - first, most):  # not what was there, which may be subnormal, and slow
+            for i in range(rows, most):  # not what was there, which may be subnormal, and slow
                 sizes[k // BLOCK_K * most + i] = 0
-        for some in range(P * part // parts, panels_to, abreast):
-            columns = min(min(some + abreast, panels_to) * COLUMNS, O) - some * COLUMNS
-            for k in range(0, K, BLOCK_K):
-                n, _ = tiles_of(K, k, PER)
-                height = (n + PER - 1) // PER + (n + group - 1) // group
-                for p in range((columns + COLUMNS - 1) // COLUMNS):
-                    words = at(panels, k // BLOCK_K * P * full + (some + p) * height * COLUMNS)
-                    for g in range(0, n, group):
-                        unpack(at(words, g // group * (group // PER + 1) * COLUMNS), (min(group, n - g) + PER - 1) // PER,
-                               bytes_(strips + p * STRIPS * strip + (k + g) * SIDE), strip,
-                               at(scales, (p * groups + (k + g) // group) * COLUMNS))  # fmt: skip
-            for i in range(0, last - first, SIDE):
-                for k in range(0, K, BLOCK_K):
-                    n, tiles = tiles_of(K, k, PER)
-                    here = at(xs, k // DEEP * TILE_BYTES * (most // SIDE) + i // SIDE * tiles * TILE_BYTES)
-                    for c in range(0, columns, SIDE):
-                        target, start = at(sums, c * SIDE), at(bias, some * COLUMNS + c)
-                        if k == 0 and columns - c < SIDE:
-                            begin(line, 0, 1, columns - c, start)
-                            start = line
-                        all_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, here, plane,
-                                  bytes_(strips + c // SIDE * strip + k * SIDE),
-                                  at(scales, (c // COLUMNS * groups + k // group) * COLUMNS + c % COLUMNS),
-                                  at(sizes, k // BLOCK_K * most + i), (n + group - 1) // group, group, words, xs, sizes, 0, 0)  # fmt: skip
-                for r in range(min(SIDE, last - first - i)):
-                    write_row(at(sums, r * SIDE), SIDE * SIDE, at(y, (first + i + r) * y_row + some * COLUMNS), columns, 0, function)
-        claim(table, DONE)
-        task = claim(table, TASKS)
-    release()
-
-
-def _matmul_some(table: Any) -> None:
-    """As _matmul_nibbles, for at most 16 rows. A task is a part of the panels. Each thread rounds x once; while one block of a panel is multiplied,
-    the next is unpacked to the other of two places."""
-    a, place = at(table, ARGUMENTS), table[MEMORY] + claim(table, THREADS) * table[BYTES]
-    x, row, panels, P, bias, function, y, y_row = floats(a[0]), a[1], int16s(a[2]), a[3], floats(a[4]), a[5], floats(a[6]), a[7]
-    M, O, K, parts, factors, uneven, group, full = a[8], a[9], a[10], a[13], floats(a[14]), a[15], a[16], a[17]
-    apart = floats(place)
-    line = at(apart, 4 * SIDE * SIDE)
-    sums = at(line, BLOCK_K)
-    scales, other_scales = at(sums, COLUMNS * SIDE), at(sums, COLUMNS * (SIDE + GROUPS))
-    strips = bytes_(place + 4 * (4 * SIDE * SIDE + BLOCK_K + COLUMNS * (SIDE + 2 * GROUPS)))
-    other_strips = at(strips, STRIPS * BLOCK_BYTES)
-    xs, plane = at(strips, 2 * STRIPS * BLOCK_BYTES), (K + DEEP - 1) // DEEP * TILE_BYTES
-    sizes = floats_of(at(xs, 2 * plane))
-    configure(bytes_(a[19]))
-    for k in range(0, K, BLOCK_K):
-        for i in range(M):
-            round_block(at(x, i * row + k), 1, at(factors, k), uneven, line, True, xs, plane, SIDE, K, i, k)
-        for i in range(M, SIDE):  # not what was there, which may be subnormal, and slow
-            sizes[k // BLOCK_K * SIDE + i] = 0
-    ready, task = -1, claim(table, TASKS)
-    while task < parts:
-        panels_to, coming = P * (task + 1) // parts, min(P * (task + table[THREADS]) // parts, P - 1)  # if threads take tasks in turn
-        for p in range(P * task // parts, panels_to):
+        begun = first
+        for p in range(P * part // parts, panels_to):
             columns = min(COLUMNS, O - p * COLUMNS)
             for k in range(0, K, BLOCK_K):
+                n, tiles = tiles_of(K, k, PER)
                 if p != ready:
-                    unpack_block(block_of(panels, P, full, group, p, k, K), min(BLOCK_K, K - k), group, 0, strips, scales)
+                    unpack_block(block_of(panels, P, full, group, p, k, K), n, group, 0, strips, scales)
                 next_k = k + BLOCK_K if k + BLOCK_K < K else 0
                 ready = p if next_k else p + 1 if p + 1 < panels_to else coming
-                words, n, next_n = block_of(panels, P, full, group, ready, next_k, K), min(BLOCK_K, K - k), min(BLOCK_K, K - next_k)
-                count, meanwhile = (n + group - 1) // group, 0 if next_n % group else next_n // group
-                for c in range(STRIPS):
-                    target, start = at(sums, c * SIDE * SIDE), at(bias, p * COLUMNS + c * SIDE)
-                    if k == 0 and columns < (c + 1) * SIDE:
-                        begin(line, 0, 1, max(columns - c * SIDE, 0), start)
-                        start = line
-                    some_groups(target, start if k == 0 else target, 0 if k == 0 else SIDE, apart, at(xs, k // DEEP * TILE_BYTES), plane,
-                                at(strips, c * BLOCK_BYTES), at(scales, c * SIDE), at(sizes, k // BLOCK_K * SIDE), count, group,
-                                words, other_strips, other_scales, c, meanwhile)  # fmt: skip
-                unpack_block(words, next_n, group, min(count, meanwhile), other_strips, other_scales)
+                words, next_n = block_of(panels, P, full, group, ready, next_k, K), min(BLOCK_K, K - next_k)
+                count, whole = (n + group - 1) // group, 0 if next_n % group else next_n // group
+                for i in range(0, rows, SIDE):
+                    here, size = at(xs, (k // DEEP * (most // SIDE) + i // SIDE * tiles) * TILE_BYTES), at(sizes, k // BLOCK_K * most + i)
+                    for c in range(STRIPS):
+                        target, start = at(sums, (i * STRIPS + c * SIDE) * SIDE), at(bias, p * COLUMNS + c * SIDE)
+                        if k:
+                            start = target
+                        elif columns < (c + 1) * SIDE:
+                            begin(line, 0, 1, max(columns - c * SIDE, 0), start)
+                            start = line
+                        by_groups(target, start, SIDE if k else 0, apart, here, plane, at(strips, c * BLOCK_BYTES), at(scales, c * SIDE), size, count,
+                                  group, words, other_strips, other_scales, c, 0 if i else whole)  # fmt: skip
+                unpack_block(words, next_n, group, min(count, whole), other_strips, other_scales)
                 strips, other_strips, scales, other_scales = other_strips, strips, other_scales, scales
-            for r in range(M):
-                write_row(at(sums, r * SIDE), SIDE * SIDE, at(y, r * y_row + p * COLUMNS), columns, 0, function)
+            for r in range(rows):
+                write_row(
+                    at(sums, (r // SIDE * COLUMNS + r % SIDE) * SIDE), SIDE * SIDE, at(y, (first + r) * y_row + p * COLUMNS), columns, 0, function
+                )
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -220,18 +175,13 @@ def block_of(panels: Any, P: int, full: int, group: int, p: int, k: int, K: int)
 
 @inner
 def unpack_block(words: Any, n: int, group: int, first: int, strips: Any, scales: Any) -> None:
-    """Unpacks a panel's block of n of k, from its group `first` on, for _matmul_some."""
+    """Unpacks a panel's block of n of k, from its group `first` on: scales to float32, words to rows of tiles. Rows missing at the end are multiplied
+    by zeros of x."""
     for g in range(first, (n + group - 1) // group):
-        unpack(at(words, g * (group // PER + 1) * COLUMNS), (min(group, n - g * group) + PER - 1) // PER, at(strips, g * group * SIDE), BLOCK_BYTES,
-               at(scales, g * COLUMNS))  # fmt: skip
-
-
-@inner
-def unpack(words: Any, rows: int, strips: Any, strip: int, scales: Any) -> None:
-    """Unpacks a panel's group: scales to float32, words to rows of tiles. Rows missing at the end are multiplied by zeros of x."""
-    unpack_scales(words, scales)
-    for r in range(rows):
-        unpack_row(at(words, (r + 1) * COLUMNS), at(strips, r * 4 * SIDE), strip)
+        here, there = at(words, g * (group // PER + 1) * COLUMNS), at(strips, g * group * SIDE)
+        unpack_scales(here, at(scales, g * COLUMNS))
+        for r in range((min(group, n - g * group) + PER - 1) // PER):
+            unpack_row(at(here, (r + 1) * COLUMNS), at(there, r * 4 * SIDE))
 
 
 @intrinsic
@@ -249,17 +199,17 @@ def unpack_scales(typing_context, words, scales):
 
 
 @intrinsic
-def unpack_row(typing_context, words, strips, strip):
+def unpack_row(typing_context, words, strips):
     """Unpacks a row of words, for all columns: each 16 columns' bytes go to the same row of their strip."""
 
     def generate(context, builder, signature, arguments):
         unpack_words(builder, *arguments)
         return context.get_dummy_value()
 
-    return types.void(words, strips, types.int64), generate
+    return types.void(words, strips), generate
 
 
-def unpack_words(builder: Any, words: Any, strips: Any, strip: Any) -> None:
+def unpack_words(builder: Any, words: Any, strips: Any) -> None:
     """LLVM: as unpack_row. gemm_int.word_order defines the words: those of one vector belong to the first two of four k, those of another to the last
     two; in each, the lower byte has the first two strips' weights."""
     eight, low = every(PAIRS, 8), every(PAIRS, 0x00FF)
@@ -273,21 +223,21 @@ def unpack_words(builder: Any, words: Any, strips: Any, strip: Any) -> None:
         numbers = builder.and_(numbers, every(QUADS, 15))
         if SIGNED[c]:
             numbers = builder.xor(numbers, every(QUADS, 8))
-        store(builder, builder.sub(numbers, every(QUADS, 8)), builder.gep(strips, [builder.mul(strip, INDEX(c))]))
+        store(builder, builder.sub(numbers, every(QUADS, 8)), builder.gep(strips, [INDEX(c * BLOCK_BYTES)]))
 
 
-def by_groups(rows: int, unpacks: bool) -> Any:
-    """kernel(sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, meanwhile)
+def of_rows(rows: int) -> Any:
+    """kernel(sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, whole)
 
     Multiplies `rows` rows of x by a strip's tiles for `count` groups of k; each group's sums are scaled and added as in gemm_int.micro_kernel, while
-    the tiles multiply the next. Sums start from the values at `start`, whose rows are start_row apart. If it `unpacks`, then of the first groups of
-    another block, `meanwhile` of them, the c-th quarter of the rows and of the scales is unpacked on the way.
+    the tiles multiply the next. Sums start from the values at `start`, whose rows are start_row apart. Meanwhile, of as many groups of another block,
+    if it has so many `whole` ones, the c-th quarter of the rows and of the scales is unpacked.
     """
 
     @intrinsic
-    def kernel(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, meanwhile):
+    def kernel(typing_context, sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, words, strips, scales, c, whole):
         def generate(context, builder, signature, arguments):
-            sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, *other, meanwhile = arguments
+            sums, start, start_row, apart, x, plane, strip, scale, sizes, count, group, *other, whole = arguments
             tiles = unit_of(builder, builder.sdiv(group, INDEX(PER)))
 
             def both(g: Any, row: int) -> Any:
@@ -314,9 +264,8 @@ def by_groups(rows: int, unpacks: bool) -> Any:
                 after = builder.add(g, INDEX(1))
                 with builder.if_then(builder.icmp_signed("<", after, count)):
                     multiply(after)
-                if unpacks:
-                    with builder.if_then(builder.icmp_signed("<", g, meanwhile)):
-                        unpack_quarter(builder, g, group, meanwhile, *other)
+                with builder.if_then(builder.icmp_signed("<", g, whole)):
+                    unpack_quarter(builder, g, group, whole, *other)
                 scales = load(builder, builder.gep(scale, [builder.mul(g, INDEX(COLUMNS))]), VECTOR)
                 return [add_scaled_to(builder, total, both(g, r), scales, builder.gep(sizes, [INDEX(r)])) for r, total in enumerate(totals)]
 
@@ -327,8 +276,8 @@ def by_groups(rows: int, unpacks: bool) -> Any:
                 store(builder, total, builder.gep(sums, [INDEX(r * SIDE)]))
             return context.get_dummy_value()
 
-        whole = types.int64
-        return types.void(sums, start, whole, apart, x, whole, strip, scale, sizes, whole, whole, words, strips, scales, whole, whole), generate
+        n = types.int64
+        return types.void(sums, start, n, apart, x, n, strip, scale, sizes, n, n, words, strips, scales, n, n), generate
 
     return kernel
 
@@ -345,7 +294,7 @@ def unpack_quarter(builder: Any, g: Any, group: Any, groups: Any, words: Any, st
         line = builder.gep(rows, [builder.mul(r, INDEX(COLUMNS))])
         for i in range(0, COLUMNS, LINE // 2):
             prefetch(builder, builder.gep(line, [builder.add(builder.mul(height, groups), INDEX(i))]), level=2)
-        unpack_words(builder, line, builder.gep(target, [builder.mul(r, INDEX(4 * SIDE))]), INDEX(BLOCK_BYTES))
+        unpack_words(builder, line, builder.gep(target, [builder.mul(r, INDEX(4 * SIDE))]))
         return []
 
     loop(builder, quarter, 1, [], row)
@@ -353,6 +302,5 @@ def unpack_quarter(builder: Any, g: Any, group: Any, groups: Any, words: Any, st
     store(builder, numbers, builder.gep(scales, [builder.add(builder.mul(g, INDEX(COLUMNS)), some)]))
 
 
-all_groups, some_groups = by_groups(SIDE, False), by_groups(FEW, True)
-MATMUL = Kernel(_matmul_nibbles)
-SOME = {rows: variant(_matmul_some, str(rows), some_groups=by_groups(rows, True)) for rows in (FEW, SIDE)}
+by_groups = of_rows(SIDE)
+MATMUL = {rows: variant(_matmul_nibbles, str(rows), by_groups=of_rows(rows)) for rows in (FEW, SIDE)}

@@ -26,7 +26,8 @@ import pickle, sys
 sys.path.insert(0, root + "/tests")
 import ml_dtypes, numba, numpy as np, rounded_attention, small
 from types import SimpleNamespace
-from opt_fast import attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_int, gemm_parts, machine_cpu, ops_cpu, program_cpu
+from opt_fast import attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_amx_int4, gemm_int, gemm_parts
+from opt_fast import machine_cpu, ops_cpu, program_cpu
 from opt_fast.engine import Engine
 from opt_fast.gemm_amx import GROUP, PackedTiles
 from opt_fast.gemm_amx_int4 import PackedNibbles
@@ -71,6 +72,7 @@ for M, I, O, turned in cases:
         found[f"{M} {I} {O} {name}"] = y
 
 # int4: the same bits as with one row, which is by other instructions; the last group and panel may be short, and a group is half a tile or whole
+gemm_amx_int4.ENOUGH = 32
 for M, I, O, size in ((16, 20, 5, 32), (37, 420, 130, 64), (many, 70, 200, 32), (20, 800, 66, 32), (7, 836, 400, 64), (8, 448, 330, 32)):
     x, bias = rng.normal(size=(M, I)).astype(np.float32), rng.normal(size=O).astype(np.float32)
     x[0] *= 1000
