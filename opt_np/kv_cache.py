@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from opt_np.arrays import empty
 
 AT_ONCE = 512  # spare tokens allocated at first: up to `capacity`, but no more than this (or than the prompt, if longer), as a text may end early
+SPARE = 64  # spare tokens of a copy: beams are copied at every step, and allocating more costs time
 
 
 class KVCache:
@@ -79,19 +81,20 @@ class KVCache:
 
     def fork(self) -> KVCache:
         """An independent copy."""
-        copy, rows = KVCache(self.capacity), slice(None)
-        copy.length, copy._layers = self.length, [(self._copied(k, rows), self._copied(v, rows)) for k, v in self._layers]
+        copy = KVCache(self.capacity)
+        copy.length, copy._layers = self.length, [(self._copied(k, range(len(k))), self._copied(v, range(len(v)))) for k, v in self._layers]
         return copy
 
     @property
     def nbytes(self) -> int:
         return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
 
-    def _copied(self, a: np.ndarray, rows: Any) -> np.ndarray:
-        """These rows, with space for at most 64 more tokens: beams are copied at every step, and allocating more costs time."""
-        held = a[rows, : self.length]
-        copy = empty((len(held), min(a.shape[1], self.length + 64), *a.shape[2:]), a)
-        copy[:, : self.length] = held
+    def _copied(self, a: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """These rows, with space for SPARE more tokens, if the capacity is not less."""
+        most = max(self.capacity, self.length) if self.capacity else self.length + SPARE
+        copy = empty((len(rows), min(most, self.length + SPARE), *a.shape[2:]), a)
+        for b, row in enumerate(rows):
+            copy[b, : self.length] = a[row, : self.length]
         return copy
 
     def _grown(self, a: np.ndarray, S: int) -> np.ndarray:
