@@ -133,10 +133,14 @@ def top_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
 
     scores: (B, V)  ->  (B, V)        At least `least` stay. Of equal scores the lower ids are removed first; in HF the order of ties is not defined.
     """
-    order = np.argsort(scores, axis=-1, kind="stable")  # ascending: the tail is cut from the front
-    cut = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1) <= 1 - p
+    ordered = np.sort(scores, axis=-1)  # ascending: the tail is cut from the front
+    cut = np.cumsum(softmax(ordered), axis=-1) <= 1 - p
     cut[:, -least:] = False
-    return removed(scores, unsorted(cut, order))
+    count = cut.sum(-1, keepdims=True)
+    lowest = np.take_along_axis(ordered, count, -1)  # of those that stay
+    tied = scores == lowest
+    lower = scores < lowest
+    return removed(scores, lower | tied & (np.cumsum(tied, -1) <= count - lower.sum(-1, keepdims=True)))
 
 
 def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
