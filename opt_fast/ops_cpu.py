@@ -191,25 +191,45 @@ def float32(x: np.ndarray) -> np.ndarray:
 
 def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, ops: ModuleType, cache: KVCache | None = None,
             tap: model.Tap = model.no_tap, hidden_states: list | None = None, padding: bool = False) -> np.ndarray:  # fmt: skip
-    """model.decoder, faster in two cases, with bit-identical results: one new token per row goes through all blocks in a single call; and unless
-    `padding` is wanted, the same code runs on the N real tokens only, (N, D), with 0 as the result for padding. If the weights' products are in
-    tiles, so are attention's (attention_parts.py).
+    """model.decoder, faster, with bit-identical results: all blocks in a single call, unless hidden_states are wanted; and unless `padding` is, for
+    the N real tokens only, (N, D), with 0 as the result for padding. If the weights' products are in tiles, so are attention's (attention_parts.py).
 
     x: (B, T, D)  ->  (B, T, D)
     """
     real, way = None if layout.visible is None else layout.visible[:, layout.past :], attention_parts.way_for(params)  # real: (B, T)
+    all_at_once = hidden_states is None and (cache is None or type(cache) is KVCache) and program_cpu.fit(params["layers"], cfg)
     if padding or real is None or real.all() or with_holes(real):
-        if x.shape[1] == 1 and type(cache) is KVCache and hidden_states is None:
-            y = program_cpu.step(params["layers"], float32(x), cfg, layout.visible, cache, way)
-            if y is not None:
-                return y
-        return model.decoder(params, x, cfg, Whole(layout.visible, way), ops, cache, tap, hidden_states)  # type: ignore[arg-type]
+        whole = Whole(layout.visible, way)
+        if all_at_once:
+            y = run(params["layers"], float32(x).reshape(-1, x.shape[-1]), cfg, cache, way, x.shape[:2], *whole.placed(x.shape[:2], cache, cfg))
+            return y.reshape(x.shape)
+        return model.decoder(params, x, cfg, whole, ops, cache, tap, hidden_states)  # type: ignore[arg-type]
     ragged = Ragged(layout, real, cache, cfg, way)
     packed_states: list | None = None if hidden_states is None else []
-    y = model.decoder(params, x[real], cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
+    if all_at_once and real.any():
+        y = run(params["layers"], float32(x[real]), cfg, cache, way, real.shape, ragged.rows, ragged.slots, ~real)
+    else:
+        y = model.decoder(params, x[real], cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
     if hidden_states is not None:
         hidden_states += map(ragged.spread, packed_states or [])
     return ragged.spread(y)
+
+
+def run(layers: list[dict], x: np.ndarray, cfg: OPTConfig, cache: KVCache | None, way: attention_cpu.Forward, shape: tuple[int, ...],
+        rows: attention_cpu.Rows, slots: np.ndarray, hidden: Any = None) -> np.ndarray:  # fmt: skip
+    """All blocks for new tokens, of `shape` (B, T) with padding: keys and values go into the cache, with 0 where `hidden`, or into arrays that all
+    layers use in turn.  x: (N, D);  slots: (N);  hidden: (B, T)  ->  (N, D)"""
+    heads = cfg.num_attention_heads, cfg.head_dim
+    if cache is None:
+        arrays = [(np.empty((len(x), *heads), np.float32), np.empty((len(x), *heads), np.float32))] * len(layers)
+    else:
+        arrays = [cache.room(i, (*shape, *heads), x) for i in range(len(layers))]
+        for a in (a for both in arrays for a in both if hidden is not None):
+            a[:, -shape[1] :][hidden] = 0
+    y = program_cpu.run(layers, x, cfg, rows, slots, arrays, way, cache)
+    if cache is not None:
+        cache.advance(shape[1])
+    return y
 
 
 def with_holes(real: np.ndarray) -> bool:
@@ -223,6 +243,16 @@ class Whole(NamedTuple):
     visible: np.ndarray | None  # (B, S)
     way: attention_cpu.Forward
 
+    def placed(self, shape: tuple[int, int], cache: KVCache | None, cfg: OPTConfig) -> tuple[attention_cpu.Rows, np.ndarray]:
+        """Where new tokens of shape (B, T) and their keys are, for `run`."""
+        (B, T), past, row, step = shape, 0, shape[1] * cfg.hidden_size, cfg.hidden_size
+        if cache is not None:
+            past = cache.length
+            row, step = attention_cpu.steps(cache.room(0, (B, T, cfg.num_attention_heads, cfg.head_dim), np.empty(0, np.float32))[0])
+        origins = np.arange(B) * row
+        rows = attention_cpu.rows_of(np.arange(B) * T, T, origins, np.full(B, past + T), step, cfg.head_dim, self.visible)
+        return rows, (origins[:, None] + (past + np.arange(T)) * step).ravel()
+
 
 class Ragged:
     """A layout of the real tokens only, (N, …), each row's in succession; in model.decoder it also takes the place of the cache."""
@@ -234,6 +264,7 @@ class Ragged:
         assert layout.visible is not None
         if cache is None:
             self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size, cfg.head_dim)
+            self.slots = np.arange(counts.sum()) * cfg.hidden_size
         else:
             row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.empty(0, np.float32))[0])
             ends = layout.past + real.shape[1] - real[:, ::-1].argmax(1)

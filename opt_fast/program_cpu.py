@@ -21,7 +21,7 @@ import numpy as np
 from numba import get_num_threads
 
 from opt_fast import gemm_amx
-from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, rows_of, steps, write_call
+from opt_fast.attention_cpu import Forward, Rows, attention_call, blocks, write_call
 from opt_fast.gemm import Packed
 from opt_fast.gemm_amx import PackedTiles, Rounded
 from opt_fast.gemm_parts import PackedParts
@@ -33,23 +33,18 @@ from opt_np.kv_cache import KVCache
 WIDTH = ARGUMENTS + 26  # slots of a table, at most
 
 
-def step(layers: list[dict], x: np.ndarray, cfg: OPTConfig, visible: np.ndarray | None, cache: KVCache, way: Forward) -> np.ndarray | None:
-    """All blocks for one new token per row, whose keys and values go into the cache; None if the parameters are not those that `pack` makes.
+def run(layers: list[dict], x: np.ndarray, cfg: OPTConfig, rows: Rows, slots: np.ndarray, arrays: list[tuple[np.ndarray, np.ndarray]], way: Forward,
+        cache: KVCache | None) -> np.ndarray:  # fmt: skip
+    """All blocks for N new tokens, whose keys and values go into `arrays`, those of each layer; layers that `fit`, and arrays of equal strides.
 
-    x: (B, 1, D);  visible: (B, S)  ->  (B, 1, D)
+    x: (N, D);  slots: (N), offsets in keys and values  ->  (N, D)        A cache keeps the Program for single tokens, as more of them follow.
     """
-    B, past = len(x), cache.length
-    if cache.program is None or not cache.program.serves(layers, cfg, B, way):
-        if not fit(layers, cfg):
-            return None
-        cache.program = Program(layers, cfg, B, np.dtype(np.float32), way)
-    arrays = [cache.room(i, (B, 1, cfg.num_attention_heads, cfg.head_dim), x) for i in range(len(layers))]
-    row, step = steps(arrays[0][0])
-    rows = rows_of(np.arange(B), 1, np.arange(B) * row, np.full(B, past + 1), step, cfg.head_dim, visible)
     bases = np.array([[address(keys), address(values)] for keys, values in arrays])
-    y = cache.program.run(x[:, 0], bases, np.arange(B) * row + past * step, rows)
-    cache.advance(1)
-    return y[:, None].copy()
+    if cache is None or len(x) > len(rows.table):
+        return Program(layers, cfg, len(x), np.dtype(np.float32), way).run(x, bases, slots, rows)
+    if cache.program is None or not cache.program.serves(layers, cfg, len(x), way):
+        cache.program = Program(layers, cfg, len(x), np.dtype(np.float32), way)
+    return cache.program.run(x, bases, slots, rows).copy()
 
 
 def fit(layers: Any, cfg: OPTConfig) -> bool:

@@ -501,6 +501,23 @@ class PlainCache(KVCache):
     """Not the class that ops_cpu.decoder keeps a program with: every step goes through the plain operations."""
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right", "both", "holes"])
+@pytest.mark.parametrize("dtype", sorted(MODELS))
+def test_a_pass_in_one_call_is_the_plain_one(dtype, padding):
+    """Without a cache (hidden states are collected by the plain operations), and with one, at first and later; padding in the cache is 0 in both."""
+    lm, (ids, mask) = MODELS[dtype], batch(padding)
+    for labels in ({}, {"labels": ids}):  # a loss reads padding
+        plain, fast = (lm(ids, mask, **labels, output_hidden_states=states) for states in (True, False))
+        np.testing.assert_array_equal(fast.logits, plain.logits)
+    caches = KVCache(), PlainCache()
+    for part in (slice(0, 3), slice(3, None)):
+        logits = [lm(ids[:, part], None if mask is None else mask[:, : part.stop], past_key_values=cache).logits for cache in caches]
+        np.testing.assert_array_equal(*logits)
+    for both in zip(caches[0]._layers, caches[1]._layers, strict=True):
+        for a, b in zip(*both, strict=True):
+            np.testing.assert_array_equal(a[:, : ids.shape[1]], b[:, : ids.shape[1]])
+
+
 CHANGES = ("step", "threads", "crop", "reorder", "shrink", "fork", "new weight", "plain weight", "new bias", "wide bias")
 
 
