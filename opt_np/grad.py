@@ -22,6 +22,7 @@ from opt_np.ops import cross_entropy
 
 IGNORED = -100  # the label of a position without a target
 LOGIT_ROWS = 1024  # the loss is computed for this many tokens at a time, to bound the memory of their logits
+COPIED_ROWS = 32  # … and from given logits for this many, so that their copy stays in the cache
 
 
 # ---- operations --------------------------------------------------------------------------------------------------------------------------
@@ -285,8 +286,9 @@ def language_model_head(h: np.ndarray, params: dict, input_ids: np.ndarray, labe
 
 def shifted_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     """The loss of language_model_head without gradients, from given logits.  logits: (B, T, V);  labels: (B, T)"""
-    kept, wanted = wanted_tokens(labels, logits.shape[:2], logits.shape[2])
-    return cross_entropy(logits[:, :-1][kept], wanted)[0] / len(wanted)
+    (rows, columns), wanted = wanted_tokens(labels, logits.shape[:2], logits.shape[2])
+    parts = (slice(first, first + COPIED_ROWS) for first in range(0, len(wanted), COPIED_ROWS))
+    return sum(cross_entropy(logits[rows[part], columns[part]], wanted[part])[0] for part in parts) / len(wanted)
 
 
 def wanted_tokens(labels: np.ndarray, shape: tuple[int, ...], vocab_size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

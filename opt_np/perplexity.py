@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from opt_np.processors import log_softmax
 from opt_np.score import Window, blocks, check_stride, hidden, logits_of, stride_windows, window_of
 
 CONVENTIONS = {  # the meaning of each, in one line
@@ -139,8 +138,14 @@ def window_logprobs(model: Any, tokens: np.ndarray, w: Window) -> np.ndarray:
     """The log probability of each token that the window scores.  tokens: (N)  ->  (n), float64"""
     h = hidden(model, tokens[None, w.start : w.stop - 1])[0, w.first - w.start - 1 :]  # (n, W): the last token is predicted, but not read
     wanted = tokens[w.first : w.stop]
-    found = [np.take_along_axis(log_softmax(logits_of(model, h[b])), wanted[b, None], axis=1) for b in blocks(len(h), model.config.vocab_size)]
-    return np.concatenate(found)[:, 0]
+    return np.concatenate([logprobs(logits_of(model, h[block]), wanted[block]) for block in blocks(len(h), model.config.vocab_size)])
+
+
+def logprobs(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """log_softmax for one id of each row; overwrites the logits.  logits: (N, V);  ids: (N)  ->  (N)"""
+    logits -= logits.max(-1, keepdims=True)
+    own = logits[np.arange(len(ids)), ids]
+    return own - np.log(np.exp(logits, out=logits).sum(-1))
 
 
 def hf_docs(windows: list[Window], nats: np.ndarray) -> float:
