@@ -225,9 +225,9 @@ def attend_alone(q: Any, k: Any, v: Any, places: Any, head: int, step: int, S: i
             while d < Dh:
                 weigh_vector(at(acc, d), at(weights, j // 2), at(v, page + d), step, some)
                 d += SIDE
-    part = np.float32(1) / l[0]
+    part = np.float32(1) / l[0] if l[0] != 0 else np.float32(0)  # exactly 0 if it sees no key
     for d in range(Dh):
-        O[d] = acc[d] * part
+        O[d] = acc[d] * part if part != 0 else np.float32(0)
     L[0] = m[0] + math.log(l[0])
 
 

@@ -517,7 +517,7 @@ def write(k: np.ndarray, v: np.ndarray, K: np.ndarray, V: np.ndarray, slots: np.
 
 def write_call(k: np.ndarray, v: np.ndarray, K: Any, V: Any, slots: np.ndarray, apart: int, Dh: int) -> tuple[Kernel, list, int]:
     """The kernel of `write`, its arguments, and the number of tasks; K and V hold float32, or 16-bit floats as BITS."""
-    N, D = len(k), k.size // len(k)
+    N, D = len(k), math.prod(k.shape[1:])
     some = max(CHUNK // D, 1)
     return WRITE[K.dtype.str], [k, v, K, V, slots, apart, Dh, N, D, some], math.ceil(N / some)
 

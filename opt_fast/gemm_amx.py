@@ -194,7 +194,7 @@ def rows_at_once(I: int) -> int:
 
 
 def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
-    """The rows of a block, the number of blocks, and the parts that a weight's strips or panels are split into: blocks · parts tasks."""
+    """The rows of a block, the number of blocks, and the parts that a weight's strips are split into: blocks · parts tasks."""
     threads, (few, many) = get_num_threads(), TASKS_EACH
     blocks = math.ceil(M / rows_at_once(I))
     if threads <= M // GROUP:

@@ -283,7 +283,8 @@ def of_rows(rows: int) -> Any:
 
 
 def unpack_quarter(builder: Any, g: Any, group: Any, groups: Any, words: Any, strips: Any, scales: Any, c: Any) -> None:
-    """LLVM: of a block's group g, unpacks the c-th quarter of the rows, and of the scales; prefetches the same rows of the next panel."""
+    """LLVM: of a block's group g, unpacks the c-th quarter of the rows, and of the scales; prefetches the same rows of the next
+    panel's same block of k."""
     quarter = builder.sdiv(group, INDEX(PER * STRIPS))  # of a group's rows
     height = builder.mul(builder.add(builder.mul(quarter, INDEX(STRIPS)), INDEX(1)), INDEX(COLUMNS))  # words of a group, its scales first
     first, here, some = builder.mul(c, quarter), builder.gep(words, [builder.mul(g, height)]), builder.mul(c, INDEX(SIDE))

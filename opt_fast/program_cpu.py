@@ -31,6 +31,7 @@ from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
 
 WIDTH = ARGUMENTS + 26  # slots of a table, at most
+MANY = 128  # tokens of a pass, from which on each block is a call of its own: its work takes a thousand times as long as the call
 
 
 def run(layers: list[dict], x: np.ndarray, cfg: OPTConfig, rows: Rows, slots: np.ndarray, arrays: list[tuple[np.ndarray, np.ndarray]], way: Forward,
@@ -118,6 +119,7 @@ class Program:
         D, F, H = cfg.hidden_size, cfg.ffn_dim, cfg.num_attention_heads
         self.cfg, self.dtype, self.way, self.parameters, self.threads = cfg, dtype, way, leaves(layers), get_num_threads()
         self.written, self.state = np.empty(0), np.zeros(2, np.int64)
+        self.kept: list[np.ndarray] = []  # keeps alive what `calls` point to
         self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
         self.q = np.empty((B, H, cfg.head_dim), np.float32)
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
@@ -134,9 +136,9 @@ class Program:
         self.tiles = in_tiles(layers)
         self.rounded: dict[int, Rounded] = {}
         before = len(layers) - 1  # the blocks before the last are always whole
-        blocks = [line for i, layer in enumerate(layers) for line in self.block(layer, cfg, keys or i < before, rest or i < before)]
+        per_layer = [self.block(layer, cfg, keys or i < before, rest or i < before) for i, layer in enumerate(layers)]
         begins, ends = (self.beginning(params, cfg), self.ending(params, cfg)) if params else ([], [])
-        kernels = [*begins, *blocks, *ends]
+        kernels = [*begins, *itertools.chain(*per_layer), *ends]
         self.lines = kernels  # keeps alive the arrays that the tables point to
         self.list = np.array([(kernel.address, tasks, after) for kernel, _, tasks, after in kernels], np.int64)
         self.tables = np.zeros((len(kernels), WIDTH), np.int64)
@@ -150,10 +152,10 @@ class Program:
             for wanted in (self.slots, self.rows)
         )
         self.moves = np.array(self.moving() if params else np.empty((0, 2)), np.int64)
-        run, _, enter = threads_of_numba()
-        one = np.array(Kernel.table([self.list, len(kernels), self.tables], self.memory[0], 0), np.int64)
-        self.kept = one, np.array([self.threads], np.int64), np.array([PROGRAM.address, address(one)], np.int64)
-        self.call = run, enter, *self.kept[1:]
+        self.calls = [self.call(0, len(kernels))]
+        if params is None and B >= MANY:  # a call per block, between which Python may stop, or run other threads
+            stops = [*itertools.accumulate(map(len, per_layer))]
+            self.calls = list(itertools.starmap(self.call, itertools.pairwise([0, *stops])))
 
     def block(self, layer: dict, cfg: OPTConfig, keys: bool, rest: bool) -> list[Line]:
         """model.decoder_layer as kernels: its keys and values, the rest, or both. `prepare` later fills in the addresses of the cache's arrays.
@@ -303,16 +305,25 @@ class Program:
         arguments[attentions, 7:9] = tasks, Br
         self.list[attentions, 1] = tasks * H
 
+    def call(self, first: int, stop: int) -> list:
+        """STEPS's arguments for some of the list, less those that `go` gives."""
+        run, _, enter = threads_of_numba()
+        one = np.array(Kernel.table([self.list[first:stop], stop - first, self.tables[first:]], self.memory[0], 0), np.int64)
+        self.kept.append(one)
+        program = np.array([PROGRAM.address, address(one)], np.int64)
+        return [self.tables[first:], stop - first, self.moves, len(self.moves), run, enter, np.array([self.threads], np.int64), program]
+
     def go(self, steps: int) -> None:
-        self.state[:] = 0
-        STEPS(self.tables, len(self.list), self.moves, len(self.moves), steps, self.state, *self.call, tasks=1)
+        for arguments in self.calls:
+            self.state[:] = 0
+            STEPS(*arguments, steps, self.state, tasks=1)
 
 
 def _steps(table: Any) -> None:
     """Runs the list up to `steps` times, advancing the moving integers after each, until a kernel sets state[0]; counts the runs in state[1]."""
     a = at(table, ARGUMENTS)
-    tables, n, moves, changes, steps, state, run, enter = int64s(a[0]), a[1], int64s(a[2]), a[3], a[4], int64s(a[5]), a[6], a[7]
-    threads, program = a[8], a[9]  # as `launch` wants them
+    tables, n, moves, changes, run, enter = int64s(a[0]), a[1], int64s(a[2]), a[3], a[4], a[5]
+    threads, program, steps, state = a[6], a[7], a[8], int64s(a[9])  # the first two as `launch` wants them
     while state[1] < steps and not state[0]:
         for i in range(n):
             for place in range(MEMORY):  # reset the counters of tasks and threads

@@ -90,7 +90,7 @@ class KVCache:
         return sum(k[:, : self.length].nbytes + v[:, : self.length].nbytes for k, v in self._layers)
 
     def _copied(self, a: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """These rows, with space for SPARE more tokens, if the capacity is not less."""
+        """These rows, with space for SPARE more tokens, or up to the capacity, if known and less."""
         most = max(self.capacity, self.length) if self.capacity else self.length + SPARE
         copy = empty((len(rows), min(most, self.length + SPARE), *a.shape[2:]), a)
         for b, row in enumerate(rows):

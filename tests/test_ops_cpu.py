@@ -518,6 +518,19 @@ def test_a_pass_in_one_call_is_the_plain_one(dtype, padding):
             np.testing.assert_array_equal(a[:, : ids.shape[1]], b[:, : ids.shape[1]])
 
 
+@pytest.mark.parametrize("T", [1, 17, 33])
+@pytest.mark.parametrize("dtype", sorted(MODELS))
+def test_rows_without_a_real_token(dtype, T):
+    """A query that sees no key, also where it is the last of a block, and a batch without any token."""
+    lm, ids, mask = MODELS[dtype], np.full((2, T), 7), np.ones((2, T), np.int64)
+    mask[1], mask[0, 3:4] = 0, 0
+    h = model.last_hidden_state(lm.params, ids, CFG, attention_mask=mask, ops=ops_cpu, padding=True)
+    assert np.isfinite(h).all()
+    np.testing.assert_array_equal(lm(ids, mask).logits[0, :3], alone(dtype, ids[0, :3]))
+    for cache in (None, KVCache()):
+        assert lm(ids, np.zeros_like(mask), past_key_values=cache).logits.shape == (2, T, CFG.vocab_size)
+
+
 CHANGES = ("step", "threads", "crop", "reorder", "shrink", "fork", "new weight", "plain weight", "new bias", "wide bias")
 
 
