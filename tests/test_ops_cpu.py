@@ -22,6 +22,7 @@ from opt_fast import (
     attention_parts,
     gemm,
     gemm_amx,
+    gemm_amx_int4,
     gemm_int,
     gemm_parts,
     kernel,
@@ -623,7 +624,8 @@ def test_a_classifier_on_this_backend(tmp_path):
 def test_no_two_functions_within_kernels_have_one_name():
     """Kernels that were compiled in other processes meet in one, and its linker knows a function by its name and the kinds of its arguments: it took
     attention's kernel for the backward pass's, which is of another step, and gradients were wrong, if the one was kept and the other was not."""
-    modules = (attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_int, gemm_parts, kernel, program_cpu, rowwise, train_cpu)
+    modules = (attention_bf16, attention_cpu, attention_parts, gemm, gemm_amx, gemm_amx_int4, gemm_int, gemm_parts, kernel, program_cpu, rowwise,
+               train_cpu)  # fmt: skip
     found = {id(f): f.py_func for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
     names = [f"{f.__module__}.{f.__qualname__}" for f in found.values()]
     assert len(names) > 30
