@@ -120,12 +120,14 @@ class Program:
         self.cfg, self.dtype, self.way, self.parameters, self.threads = cfg, dtype, way, leaves(layers), get_num_threads()
         self.written, self.state = np.empty(0), np.zeros(2, np.int64)
         self.kept: list[np.ndarray] = []  # keeps alive what `calls` point to
-        self.x, self.h, self.O, self.out, self.k, self.v = (np.empty((B, D), np.float32) for _ in range(6))  # the stream; a branch's input, …, output
-        self.q = np.empty((B, H, cfg.head_dim), np.float32)
+        self.x, self.h, self.out = (np.empty((B, D), np.float32) for _ in range(3))  # the stream; a branch's input, and its output
         self.slots, self.rows, self.tasks = np.zeros(B, np.int64), np.zeros((B, 5), np.int64), np.zeros((B, 2), np.int64)
         self.parts = all(isinstance(p["weight"], PackedParts) for layer in layers for p in matrices(layer))
         apart = LINE // 4 * self.parts  # padding for PackedParts, which reads x by columns: rows 12 kB apart would share few cache sets
-        self.ff = np.empty((B, F + apart), np.float32)[:, :F]
+        self.inside = aligned(B * max(4 * D, F + apart), np.float32)  # q, k, v and O, and in their place, when they are no longer needed, ff
+        q, self.k, self.v, self.O = self.inside[: 4 * B * D].reshape(4, B, D)
+        self.q = q.reshape(B, H, cfg.head_dim)
+        self.ff = self.inside[: B * (F + apart)].reshape(B, F + apart)[:, :F]
         self.lse = np.empty((B, H), np.float32)
         self.ones, self.zeros = np.ones(D, np.float32), np.zeros(max(D, F, cfg.vocab_size, cfg.word_embed_proj_dim), np.float32)
         around = [*beginning(params)[1:], *end(params)[0]] if params else []
@@ -254,7 +256,7 @@ class Program:
     def nbytes(self) -> int:
         """Bytes of its buffers."""
         rounded = [r.memory for r in self.rounded.values()]
-        return sum(a.nbytes for a in (self.x, self.h, self.O, self.out, self.k, self.v, self.q, self.ff, *self.memory, *rounded))
+        return sum(a.nbytes for a in (self.x, self.h, self.out, self.inside, *self.memory, *rounded))
 
     def run(self, x: np.ndarray, bases: np.ndarray, slots: np.ndarray, rows: Rows) -> np.ndarray:
         """All blocks.  x: (B, D);  bases: (L, 2), addresses of each layer's keys and values;  slots: (B), as for write_call  ->  (B, D)
