@@ -158,9 +158,8 @@ def _matmul_nibbles(table: Any) -> None:
                 unpack_block(words, next_n, group, min(count, whole), other_strips, other_scales)
                 strips, other_strips, scales, other_scales = other_strips, strips, other_scales, scales
             for r in range(rows):
-                write_row(
-                    at(sums, (r // SIDE * COLUMNS + r % SIDE) * SIDE), SIDE * SIDE, at(y, (first + r) * y_row + p * COLUMNS), columns, 0, function
-                )
+                row_sums = at(sums, (r // SIDE * COLUMNS + r % SIDE) * SIDE)
+                write_row(row_sums, SIDE * SIDE, at(y, (first + r) * y_row + p * COLUMNS), columns, 0, function)
         claim(table, DONE)
         task = claim(table, TASKS)
     release()
@@ -283,8 +282,7 @@ def of_rows(rows: int) -> Any:
 
 
 def unpack_quarter(builder: Any, g: Any, group: Any, groups: Any, words: Any, strips: Any, scales: Any, c: Any) -> None:
-    """LLVM: of a block's group g, unpacks the c-th quarter of the rows, and of the scales; prefetches the same rows of the next
-    panel's same block of k."""
+    """LLVM: of a block's group g, unpacks the c-th quarter of rows and scales; prefetches the same rows of the next panel's same block."""
     quarter = builder.sdiv(group, INDEX(PER * STRIPS))  # of a group's rows
     height = builder.mul(builder.add(builder.mul(quarter, INDEX(STRIPS)), INDEX(1)), INDEX(COLUMNS))  # words of a group, its scales first
     first, here, some = builder.mul(c, quarter), builder.gep(words, [builder.mul(g, height)]), builder.mul(c, INDEX(SIDE))

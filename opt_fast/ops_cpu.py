@@ -7,6 +7,7 @@ once, after loading; a matrix that is not packed is packed at each use, as in tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -197,39 +198,34 @@ def decoder(params: dict, x: np.ndarray, cfg: OPTConfig, layout: model.Layout, o
     x: (B, T, D)  ->  (B, T, D)
     """
     real, way = None if layout.visible is None else layout.visible[:, layout.past :], attention_parts.way_for(params)  # real: (B, T)
-    all_at_once = hidden_states is None and (cache is None or type(cache) is KVCache) and program_cpu.fit(params["layers"], cfg)
+    at_once, keeps = hidden_states is None and (cache is None or type(cache) is KVCache), cache if x.shape[1] == 1 else None
     if padding or real is None or real.all() or with_holes(real):
         whole = Whole(layout.visible, way)
-        if all_at_once:
-            y = run(params["layers"], float32(x).reshape(-1, x.shape[-1]), cfg, cache, way, x.shape[:2], *whole.placed(x.shape[:2], cache, cfg))
-            return y.reshape(x.shape)
+        if at_once and (program := program_cpu.program_for(params["layers"], cfg, len(x) * x.shape[1], way, keeps)):
+            return run(program, x.reshape(-1, x.shape[-1]), cache, x.shape[1], *whole.placed(x, cache, cfg)).reshape(x.shape)
         return model.decoder(params, x, cfg, whole, ops, cache, tap, hidden_states)  # type: ignore[arg-type]
-    ragged = Ragged(layout, real, cache, cfg, way)
+    ragged, packed = Ragged(layout, real, cache, cfg, way), x[real]
     packed_states: list | None = None if hidden_states is None else []
-    if all_at_once and real.any():
-        y = run(params["layers"], float32(x[real]), cfg, cache, way, real.shape, ragged.rows, ragged.slots, ~real)
+    if at_once and len(packed) and (program := program_cpu.program_for(params["layers"], cfg, len(packed), way, keeps)):
+        y = run(program, packed, cache, x.shape[1], ragged.rows, ragged.slots, ragged.room)
     else:
-        y = model.decoder(params, x[real], cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
+        y = model.decoder(params, packed, cfg, ragged, ops, None if cache is None else ragged, tap, packed_states)  # type: ignore[arg-type]
     if hidden_states is not None:
         hidden_states += map(ragged.spread, packed_states or [])
     return ragged.spread(y)
 
 
-def run(layers: list[dict], x: np.ndarray, cfg: OPTConfig, cache: KVCache | None, way: attention_cpu.Forward, shape: tuple[int, ...],
-        rows: attention_cpu.Rows, slots: np.ndarray, hidden: Any = None) -> np.ndarray:  # fmt: skip
-    """All blocks for new tokens, of `shape` (B, T) with padding: keys and values go into the cache, with 0 where `hidden`, or into arrays that all
-    layers use in turn.  x: (N, D);  slots: (N);  hidden: (B, T)  ->  (N, D)"""
-    heads = cfg.num_attention_heads, cfg.head_dim
+def run(program: program_cpu.Program, x: np.ndarray, cache: KVCache | None, T: int, rows: attention_cpu.Rows, slots: np.ndarray,
+        room: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:  # fmt: skip
+    """All blocks for new tokens, T in each row with padding: keys and values go to layer i's room(i), or without a cache to arrays that all layers
+    use in turn.  x: (N, D);  slots: (N)  ->  (N, D)"""
+    L = program.cfg.num_hidden_layers
+    arrays = [tuple(np.empty(x.shape, np.float32) for _ in range(2))] * L if cache is None else [room(i) for i in range(L)]
+    y = program.run(float32(x), np.array([[kernel.address(a) for a in both] for both in arrays]), slots, rows)
     if cache is None:
-        arrays = [(np.empty((len(x), *heads), np.float32), np.empty((len(x), *heads), np.float32))] * len(layers)
-    else:
-        arrays = [cache.room(i, (*shape, *heads), x) for i in range(len(layers))]
-        for a in (a for both in arrays for a in both if hidden is not None):
-            a[:, -shape[1] :][hidden] = 0
-    y = program_cpu.run(layers, x, cfg, rows, slots, arrays, way, cache)
-    if cache is not None:
-        cache.advance(shape[1])
-    return y
+        return y
+    cache.advance(T)
+    return y.copy() if program is cache.program else y
 
 
 def with_holes(real: np.ndarray) -> bool:
@@ -243,15 +239,16 @@ class Whole(NamedTuple):
     visible: np.ndarray | None  # (B, S)
     way: attention_cpu.Forward
 
-    def placed(self, shape: tuple[int, int], cache: KVCache | None, cfg: OPTConfig) -> tuple[attention_cpu.Rows, np.ndarray]:
-        """Where new tokens of shape (B, T) and their keys are, for `run`."""
-        (B, T), past, row, step = shape, 0, shape[1] * cfg.hidden_size, cfg.hidden_size
+    def placed(self, x: np.ndarray, cache: KVCache | None, cfg: OPTConfig) -> tuple[attention_cpu.Rows, np.ndarray, Any]:
+        """Where the new tokens and their keys are, for `run`.  x: (B, T, D)"""
+        (B, T, D), past, room = x.shape, 0, None
+        row, step = T * D, D
         if cache is not None:
-            past = cache.length
-            row, step = attention_cpu.steps(cache.room(0, (B, T, cfg.num_attention_heads, cfg.head_dim), np.empty(0, np.float32))[0])
+            past, room = cache.length, lambda i: cache.room(i, (B, T, cfg.num_attention_heads, cfg.head_dim), x)
+            row, step = attention_cpu.steps(room(0)[0])
         origins = np.arange(B) * row
         rows = attention_cpu.rows_of(np.arange(B) * T, T, origins, np.full(B, past + T), step, cfg.head_dim, self.visible)
-        return rows, (origins[:, None] + (past + np.arange(T)) * step).ravel()
+        return rows, (origins[:, None] + (past + np.arange(T)) * step).ravel(), room
 
 
 class Ragged:
@@ -266,7 +263,7 @@ class Ragged:
             self.rows = attention_cpu.rows_of(first, counts, first * cfg.hidden_size, counts, cfg.hidden_size, cfg.head_dim)
             self.slots = np.arange(counts.sum()) * cfg.hidden_size
         else:
-            row, step = attention_cpu.steps(cache.room(0, (*real.shape, *self.heads), np.empty(0, np.float32))[0])
+            row, step = attention_cpu.steps(self.room(0)[0])
             ends = layout.past + real.shape[1] - real[:, ::-1].argmax(1)
             self.rows = attention_cpu.rows_of(first, counts, np.flatnonzero(some) * row, ends[some], step, cfg.head_dim, layout.visible[some])
             b, t = np.nonzero(real)
@@ -280,11 +277,16 @@ class Ragged:
 
     def extend(self, i: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Writes layer i's new keys and values to their positions in the cache, with 0 for padding.  k: (N, H, Dh);  v: (N, H, Dh)"""
+        keys, values = self.room(i)
+        attention_cpu.write(k, v, keys, values, self.slots, self.heads[1])
+        return keys, values
+
+    def room(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Layer i's keys and values in the cache, with 0 for the new padding."""
         assert self.cache is not None
-        keys, values = self.cache.room(i, (*self.real.shape, *self.heads), k)
+        keys, values = self.cache.room(i, (*self.real.shape, *self.heads), np.empty(0, np.float32))
         for a in (keys, values):
             a[:, -self.real.shape[1] :][~self.real] = 0
-        attention_cpu.write(k, v, keys, values, self.slots, self.heads[1])
         return keys, values
 
     def advance(self, _: int) -> None:

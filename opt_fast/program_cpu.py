@@ -34,18 +34,16 @@ WIDTH = ARGUMENTS + 26  # slots of a table, at most
 MANY = 128  # tokens of a pass, from which on each block is a call of its own: its work takes a thousand times as long as the call
 
 
-def run(layers: list[dict], x: np.ndarray, cfg: OPTConfig, rows: Rows, slots: np.ndarray, arrays: list[tuple[np.ndarray, np.ndarray]], way: Forward,
-        cache: KVCache | None) -> np.ndarray:  # fmt: skip
-    """All blocks for N new tokens, whose keys and values go into `arrays`, those of each layer; layers that `fit`, and arrays of equal strides.
-
-    x: (N, D);  slots: (N), offsets in keys and values  ->  (N, D)        A cache keeps the Program for single tokens, as more of them follow.
-    """
-    bases = np.array([[address(keys), address(values)] for keys, values in arrays])
-    if cache is None or len(x) > len(rows.table):
-        return Program(layers, cfg, len(x), np.dtype(np.float32), way).run(x, bases, slots, rows)
-    if cache.program is None or not cache.program.serves(layers, cfg, len(x), way):
-        cache.program = Program(layers, cfg, len(x), np.dtype(np.float32), way)
-    return cache.program.run(x, bases, slots, rows).copy()
+def program_for(layers: list[dict], cfg: OPTConfig, N: int, way: Forward, cache: KVCache | None) -> Program | None:
+    """The Program for N new tokens; None if the parameters are not those that `pack` makes. A cache, if given, keeps it for the next ones."""
+    if cache is not None and cache.program is not None and cache.program.serves(layers, cfg, N, way):
+        return cache.program
+    if not fit(layers, cfg):
+        return None
+    made = Program(layers, cfg, N, np.dtype(np.float32), way)
+    if cache is not None:
+        cache.program = made
+    return made
 
 
 def fit(layers: Any, cfg: OPTConfig) -> bool:
