@@ -80,7 +80,7 @@ def predicted(logits: np.ndarray, ids: list[int], layer: str) -> dict[str, np.nd
         raise ValueError(f"the logits after {layer} are NaN or infinite, and there is nothing to show; --strict or strict=True names such weights")
     T, V = logits.shape
     following = np.array([*ids[1:], 0])
-    parts = [judged(logits[some].astype(np.float64), following[some], min(TOP, V)) for some in blocks(T, V)]
+    parts = [judged(logits[some], following[some], min(TOP, V)) for some in blocks(T, V, few=True)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in ("top_ids", "top_logprobs", "logprob", "rank", "entropy")}
     found["logprob"][-1], found["rank"][-1] = np.nan, -1
     return found

@@ -20,7 +20,6 @@ from opt_np import beam, contrastive
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.model import check_ids, id_array, mask_array
-from opt_np.ops import softmax
 from opt_np.processors import Processor, chain, log_softmax, process
 from opt_np.reader import Answer, Decoding, Reader, Reading, read
 from opt_np.settings import Settings, resolve
@@ -89,8 +88,12 @@ def choose(scores: Any, draws: list[float]) -> np.ndarray:
     """
     if hasattr(scores, "drawn"):
         return scores.drawn(draws)
-    cumulative = np.cumsum(softmax(np.asarray(scores, np.float64)), axis=-1)
-    return np.array([np.searchsorted(c, u * c[-1], side="right") for c, u in zip(cumulative, draws, strict=True)])
+    tokens = []
+    for row, u in zip(scores, draws, strict=True):
+        left = np.flatnonzero(row > -np.inf)  # processors may have removed all but a few
+        cumulative = np.cumsum(np.exp(row[left].astype(np.float64) - row.max()))
+        tokens.append(left[np.searchsorted(cumulative, u * cumulative[-1], side="right")])
+    return np.array(tokens)
 
 
 def picker(request: Request, tap: Callable[[str, np.ndarray], None] | None = None) -> Pick:

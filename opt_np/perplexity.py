@@ -138,7 +138,12 @@ def window_logprobs(model: Any, tokens: np.ndarray, w: Window) -> np.ndarray:
     """The log probability of each token that the window scores.  tokens: (N)  ->  (n), float64"""
     h = hidden(model, tokens[None, w.start : w.stop - 1])[0, w.first - w.start - 1 :]  # (n, W): the last token is predicted, but not read
     wanted = tokens[w.first : w.stop]
-    return np.concatenate([logprobs(logits_of(model, h[block]), wanted[block]) for block in blocks(len(h), model.config.vocab_size)])
+    found, V = np.empty(len(wanted)), model.config.vocab_size
+    for block in blocks(len(h), V):
+        logits = logits_of(model, h[block])
+        for some in blocks(len(logits), V, few=True):
+            found[block][some] = logprobs(logits[some].astype(np.float64), wanted[block][some])
+    return found
 
 
 def logprobs(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -147,7 +147,8 @@ def min_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
     """Removes tokens less likely than p times the likeliest (arXiv:2407.01082); at least `least` stay.  scores: (B, V)  ->  (B, V)"""
     probabilities = softmax(scores)
     cut = probabilities < scores.dtype.type(p) * probabilities.max(-1, keepdims=True)
-    np.put_along_axis(cut, np.argsort(-probabilities, axis=-1, kind="stable")[:, :least], False, -1)
+    if least > 1:  # the likeliest is never cut
+        np.put_along_axis(cut, np.argsort(-probabilities, axis=-1, kind="stable")[:, :least], False, -1)
     return removed(scores, cut)
 
 
@@ -160,20 +161,10 @@ def typical_p(scores: np.ndarray, p: float, least: int = 1) -> np.ndarray:
     surprise = -log_softmax(scores)
     entropy = np.where(P > 0, P * np.where(P > 0, surprise, 0), 0).sum(-1, keepdims=True)
     distance = np.abs(surprise - entropy)
-    order = np.argsort(distance, axis=-1, kind="stable")
-    nearest = np.take_along_axis(distance, order, -1)
+    order = np.argsort(distance, axis=-1)
     reached = np.cumsum(np.take_along_axis(P, order, -1), axis=-1)
-    last = np.minimum((reached < p).sum(-1), scores.shape[-1] - 1)
-    cut = nearest > np.take_along_axis(nearest, last[:, None], -1)
-    cut[:, :least] = False
-    return removed(scores, unsorted(cut, order))
-
-
-def unsorted(cut: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Undoes a sort: a mask in sorted order becomes a mask by token id.  cut: (B, V);  order: (B, V)  ->  (B, V)"""
-    back = np.empty_like(cut)
-    np.put_along_axis(back, order, cut, -1)
-    return back
+    last = np.clip((reached < p).sum(-1, keepdims=True), least - 1, scores.shape[-1] - 1)
+    return removed(scores, distance > np.take_along_axis(distance, np.take_along_axis(order, last, -1), -1))
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:

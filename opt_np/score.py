@@ -2,7 +2,7 @@
 
 Entry [b, t] of each array is about token t of row b, as predicted from the real tokens before it. A row's first real token has none before it: there,
 and at padding, values are NaN and ranks and ids -1. Logs are natural, so that surprise (-ln p) and entropy are in nats. Probabilities are computed in
-float64 whatever the model computes in, and logits for a few positions at a time.
+float64 whatever the model computes in, a few positions at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from opt_np.model import embeddings, final, id_array, last_hidden_state, lm_logi
 from opt_np.processors import highest, log_softmax
 from opt_np.settings import whole
 
-NUMBERS = 1 << 21  # logits computed at a time: each float64 copy of them takes 16 MB
+NUMBERS, FEW = 1 << 21, 1 << 18  # logits computed at a time, and judged at a time: float64 copies of a few stay in the processor's cache
 
 
 # ---- a text's own tokens -----------------------------------------------------------------------------------------------------------------
@@ -72,8 +72,10 @@ def score(model: Any, input_ids: Any, attention_mask: Any = None, top: int = 5) 
     found = {name: nan[..., 0].copy() for name in ("logprob", "entropy", "varentropy", "margin")}
     found |= {"rank": np.full(ids.shape, -1), "top_ids": np.full(nan.shape, -1), "top_logprobs": nan}
     for rows, before, at in predictions(ids, attention_mask, model.config.vocab_size):
-        for name, values in judged(logits_of(model, h[rows, before]), ids[rows, at], top).items():
-            found[name][rows, at] = values
+        logits = logits_of(model, h[rows, before])
+        for some in blocks(len(rows), model.config.vocab_size, few=True):
+            for name, values in judged(logits[some], ids[rows[some], at[some]], top).items():
+                found[name][rows[some], at[some]] = values
     return Scores(**found)
 
 
@@ -101,25 +103,26 @@ def predictions(ids: np.ndarray, attention_mask: Any, V: int) -> Iterator[tuple[
         yield rows[block], before[block], at[block]
 
 
-def blocks(n: int, V: int) -> Iterator[slice]:
-    """Slices of n positions, each of NUMBERS logits at most (but at least one position)."""
-    size = max(1, NUMBERS // V)
+def blocks(n: int, V: int, few: bool = False) -> Iterator[slice]:
+    """Slices of n positions, each of NUMBERS logits at most, or of FEW (but at least one position)."""
+    size = max(1, (FEW if few else NUMBERS) // V)
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
 def logits_of(model: Any, h: Any) -> np.ndarray:
-    """The head's logits, converted to float64.  h: (N, W)  ->  (N, V).  Raises ValueError if they are NaN or infinite."""
-    logits = host(lm_logits(model.params, h[None], model.ops))[0].astype(np.float64)
+    """The head's logits.  h: (N, W)  ->  (N, V).  Raises ValueError if they are NaN or infinite."""
+    logits = host(lm_logits(model.params, h[None], model.ops))[0]
     if not np.isfinite(logits.max(-1)).all():
         raise ValueError("the model's logits are NaN or infinite, so that nothing has a probability; --strict or strict=True names such weights")
     return logits
 
 
 def judged(logits: np.ndarray, ids: np.ndarray, top: int) -> dict[str, np.ndarray]:
-    """The fields of Scores, for N tokens.  logits: (N, V);  ids: (N)"""
+    """The fields of Scores, for N tokens, in float64.  logits: (N, V);  ids: (N)"""
+    logits = logits.astype(np.float64)
     log_p, best = log_softmax(logits), highest(logits, min(max(top, 2), logits.shape[1]))
     p, at = np.exp(log_p), (np.arange(len(ids)), ids)
-    own, nats = logits[at][:, None], surprise(p)
+    own, nats = logits[at][:, None], np.where(p > 0, -log_p, 0)  # what cannot happen adds nothing to a mean
     entropy, leading = (p * nats).sum(-1), np.take_along_axis(p, best, axis=1)
     first = np.arange(logits.shape[1]) < ids[:, None]  # ids that rank before the token's own if both are equally likely
     return {
@@ -274,7 +277,7 @@ def disagreement(predicted: list[tuple[Any, Any]], ids: np.ndarray, attention_ma
     for rows, before, at in predictions(ids, attention_mask, predicted[0][0].config.vocab_size):
         own, entropies, mean = [], [], 0.0
         for model, h in predicted:
-            log_p = log_softmax(logits_of(model, h[rows, before]))
+            log_p = log_softmax(logits_of(model, h[rows, before]).astype(np.float64))
             p = np.exp(log_p)
             own.append(log_p[np.arange(len(rows)), ids[rows, at]])
             entropies.append((p * surprise(p)).sum(-1))
