@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -41,6 +42,8 @@ LANES = 16  # partial sums of a reduction: the same number on every processor
 LINE = 64  # bytes of a cache line
 PIECE, LARGEST = 1 << 26, 1 << 28  # bytes: of a block of memory that many weights share; and, at most, retained for weights packed for a single use
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST_FREED = -1, -3, (1 << 31) - 1  # of mallopt: freed memory that is retained, in bytes
+SPINS = 200  # looks at a counter before a waiting thread yields, some 10 µs
+GOMP_SPINS = "20000"  # the same for libgomp, whose waiting threads then sleep: some 1 ms, enough for what Python does between two tokens
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # the table's slots: tasks begun, tasks done, threads, scratch memory, bytes of it each …
 KERNEL = types.void(types.CPointer(types.int64))
 intrinsic: Any = numba_intrinsic
@@ -53,6 +56,21 @@ COMPILED = (
     "attention_parts.py", "train_cpu.py", "program_cpu.py", "paged_cache.py",
 )  # fmt: skip
 inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload] # called only by kernels: no entry point for Python
+
+
+def load_openmp() -> None:
+    """Loads libgomp, if Numba's threads are libgomp's, with GOMP_SPINS, which only the environment can tell it. By default its threads spin for
+    16 ms, which takes their processors from others, perhaps from the very thread that they wait for."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = GOMP_SPINS
+        try:
+            with suppress(ImportError):
+                import_module("numba.np.ufunc.omppool")
+        finally:
+            del os.environ["GOMP_SPINCOUNT"]
+
+
+load_openmp()
 
 
 class Kernel:
@@ -390,14 +408,27 @@ def launch(typing_context, run, enter, size, what):
 
 @intrinsic
 def wait(typing_context, counters, place, n):
-    """Spins until counters[place] is at least n."""
+    """Waits until counters[place] is at least n. After SPINS looks, before each further one, other threads may have the processor: perhaps the one
+    that is waited for has none."""
 
     def generate(context, builder, signature, arguments):
-        counter = builder.gep(arguments[0], [arguments[1]])
-        again, done = builder.append_basic_block("again"), builder.append_basic_block("done")
+        counter, index, before = builder.gep(arguments[0], [arguments[1]]), ir.IntType(64), builder.block
+        again, sooner, later, done = (builder.append_basic_block(name) for name in ("again", "sooner", "later", "done"))
         builder.branch(again)
         builder.position_at_end(again)
-        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(counter, "acquire", 8), arguments[2]), again, done)
+        looks = builder.phi(index)
+        builder.cbranch(builder.icmp_signed("<", builder.load_atomic(counter, "acquire", 8), arguments[2]), sooner, done)
+        builder.position_at_end(sooner)
+        if cpu_target.target_context.codegen().magic_tuple()[0].startswith("x86_64"):
+            instruction(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        after = builder.add(looks, index(1))
+        builder.cbranch(builder.icmp_signed("<", after, index(SPINS)), again, later)
+        builder.position_at_end(later)
+        if hasattr(os, "sched_yield"):
+            instruction(builder, "sched_yield", ir.IntType(32))
+        builder.branch(again)
+        for value, block in ((index(0), before), (after, sooner), (after, later)):
+            looks.add_incoming(value, block)
         builder.position_at_end(done)
         return context.get_dummy_value()
 

@@ -2,8 +2,12 @@
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -630,6 +634,35 @@ def test_no_two_functions_within_kernels_have_one_name():
     names = [f"{f.__module__}.{f.__qualname__}" for f in found.values()]
     assert len(names) > 30
     assert len(set(names)) == len(names)
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_waits_for_all_of_a_kernels_tasks():
+    """For much longer than it looks without yielding."""
+
+    @numba.njit(nogil=True)
+    def run(counters, n):
+        kernel.wait(kernel.int64s(counters), 1, n)
+
+    counters = np.zeros(2, np.int64)
+    run(kernel.address(counters), 0)
+    thread = threading.Thread(target=run, args=(kernel.address(counters), 3), daemon=True)
+    thread.start()
+    for _ in range(3):
+        time.sleep(0.01)
+        assert thread.is_alive()
+        counters[1] += 1
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}], ids=["", "spins", "policy"])
+def test_the_environment_stays_as_it_was(own):
+    program = "import os; before = dict(os.environ); import opt_fast.kernel; assert dict(os.environ) == before"
+    given = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    subprocess.run([sys.executable, "-c", program], env=given | own, check=True, timeout=100)
 
 
 # ---- kept kernels ------------------------------------------------------------------------------------------------------------------------
