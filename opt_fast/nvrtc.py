@@ -9,7 +9,9 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import threading
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from typing import Any
 from opt_np.checkpoint import write_atomically
 
 KERNELS = Path(__file__).parent / "kernels"
+NEEDED = [
+    ("cuda.core", "cuda-core", (1, 0)),
+    ("cuda.bindings.nvrtc", "cuda-bindings", (12,)),
+    ("numba.cuda", "numba-cuda", (0, 30, 2)),
+]  # modules, their packages, and the oldest: before it, a launch fails with cuda-core 1.0
 OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v"}
 
 
@@ -122,11 +129,12 @@ def core() -> Any:
 
 def missing() -> str:
     """A message about what compiling needs and is not installed or too old; an empty string where nothing is missing."""
-    for module in ("cuda.core", "cuda.bindings.nvrtc", "numba.cuda"):
+    for module, package, oldest in NEEDED:
         try:
             importlib.import_module(module)
+            found = version(package)
         except ImportError as error:
             return f"{module} does not import ({error}); pip install 'opt-np[kernels]' brings it"
-    if core().__version__.startswith("0."):
-        return f"cuda.core is {core().__version__}, and 1.0 or later is needed; pip install 'opt-np[kernels]' brings it"
+        if tuple(map(int, re.findall(r"\d+", found)[: len(oldest)])) < oldest:
+            return f"{package} is {found}, and {'.'.join(map(str, oldest))} or later is needed; pip install 'opt-np[kernels]' brings it"
     return ""

@@ -235,11 +235,16 @@ def test_what_is_missing_is_told_before_anything_is_packed(device, monkeypatch):
         OPTForCausalLM(small.params(small.config()), small.config(), backend="cuda")
 
 
-def test_a_cuda_core_that_is_too_old_is_told(monkeypatch):
-    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__="0.7.0"))
-    nvrtc.core.cache_clear()
-    assert nvrtc.missing() == "cuda.core is 0.7.0, and 1.0 or later is needed; pip install 'opt-np[kernels]' brings it"
-    nvrtc.core.cache_clear()
+@pytest.mark.parametrize(
+    ("package", "found", "wanted"), [("cuda-core", "0.7.0", "1.0"), ("numba-cuda", "0.30.1", "0.30.2"), ("numba-cuda", "0.9", "0.30.2")]
+)
+def test_a_package_that_is_too_old_is_told(package, found, wanted, monkeypatch):
+    versions = {"cuda-core": "1.10.0", "cuda-bindings": "12.9.1", "numba-cuda": "0.30.10.post1"}
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(nvrtc, "version", versions.__getitem__)
+    assert nvrtc.missing() == ""
+    versions[package] = found
+    assert nvrtc.missing() == f"{package} is {found}, and {wanted} or later is needed; pip install 'opt-np[kernels]' brings it"
 
 
 # ---- whole models ------------------------------------------------------------------------------------------------------------------------
