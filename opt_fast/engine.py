@@ -27,6 +27,7 @@ from opt_np import generate, model
 from opt_np.config import OPTConfig
 from opt_np.generate import Request, Step
 from opt_np.reader import Answer, Reading
+from opt_np.settings import whole
 
 UNREAD = 16  # steps that a request retains with all their logits until the caller takes them; older ones are reduced
 
@@ -202,11 +203,11 @@ class Engine:
         if not hasattr(model.ops, "machine"):
             raise ValueError(f"the engine runs on backends 'cpu' and 'cuda', and this model's is {model.ops.__name__}; load it with one of them")
         for name, value, least in (("pages", pages, 1), ("max_batch", max_batch, 1), ("chunk", chunk, PAGE)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+            if value is not None and not whole(least)(value):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         self.model, self.max_batch, self.chunk = model, max_batch, chunk
-        whole = pages_for(max_batch, model.config.max_position_embeddings)
-        self.machine = model.ops.machine(model.params, model.config, whole if pages is None else pages, dtype)
+        pages = pages_for(max_batch, model.config.max_position_embeddings) if pages is None else pages
+        self.machine = model.ops.machine(model.params, model.config, pages, dtype)
         self.pool = self.machine.pool
         self.running: dict[Handle, None] = {}  # admitted requests, in the order of their open readings
         self.waiting: list[Handle] = []  # in the order of submission

@@ -75,15 +75,20 @@ class Finished:
         self.is_finished = np.zeros((B, k), bool)
         self.improvable = np.ones((B, 1), bool)  # once a prompt's beams cannot improve, they never can
 
+    def divisor(self, length: int) -> float:
+        """length^length_penalty, within bounds that keep scores finite in float32."""
+        return min(max(length**self.length_penalty, 1e-28), 1e28)
+
     def add(self, candidates: np.ndarray, scores: np.ndarray, ended: np.ndarray, length: int) -> None:
         """Adds the candidates that ended, if they are among the first k.  candidates: (B, wide, L);  scores: (B, wide);  ended: (B, wide)"""
         k = self.scores.shape[1]
         allowed = ended & (np.arange(scores.shape[1]) < k)
         full = self.is_finished.all(1, keepdims=True) & (self.s.early_stopping is True)
-        scores = scores / length**self.length_penalty + full * WORST + ~self.improvable * WORST + ~allowed * WORST
+        scores = scores / self.divisor(length) + full * WORST + ~self.improvable * WORST + ~allowed * WORST
         kept = np.pad(self.ids, ((0, 0), (0, 0), (0, length - self.ids.shape[2])), constant_values=self.pad)
         merged = np.concatenate([self.scores, scores], 1)
-        order = highest(merged, k)
+        real = np.concatenate([self.is_finished, allowed & ~full & self.improvable], 1)  # a real one may be worse than WORST
+        order = highest(np.where(real, merged, -np.inf), k)
         self.scores = np.take_along_axis(merged, order, 1)
         self.ids = np.take_along_axis(np.concatenate([kept, candidates], 1), order[..., None], 1)
         self.lengths = np.take_along_axis(np.concatenate([self.lengths, np.full(allowed.shape, length)], 1), order, 1)
@@ -92,8 +97,9 @@ class Finished:
     def complete(self, running: np.ndarray, length: int) -> bool:
         """Whether no prompt can still improve, by HF's estimate; with early_stopping=True also whether all have k finished.  running: (B, k)"""
         longest = self.new if self.s.early_stopping == "never" and self.length_penalty > 0 else length
-        worst = np.where(self.is_finished, self.scores.min(1, keepdims=True), WORST)
-        self.improvable = self.improvable & (running[:, :1] / longest**self.length_penalty > worst).any(1, keepdims=True)
+        first, possible = running[:, :1], running[:, :1] / self.divisor(longest)
+        better = np.where(self.is_finished, possible > self.scores.min(1, keepdims=True), np.maximum(first, possible) > WORST)
+        self.improvable = self.improvable & better.any(1, keepdims=True)
         return not self.improvable.any() or bool(self.is_finished.all() and self.s.early_stopping is True)
 
     def returned(self) -> np.ndarray:

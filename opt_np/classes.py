@@ -215,7 +215,8 @@ class OPTForSequenceClassification(OPTPreTrained):
     def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, labels: Any = None,
                  output_hidden_states: bool = False, output_attentions: bool = False, tap: Any = None) -> Output:  # fmt: skip
         """input_ids: (B, T);  attention_mask: (B, T);  labels: (B) or (B, L)  ->  .logits (B, L), .loss"""
-        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap)
+        h, out = self._hidden(input_ids, attention_mask, position_ids, None, False, output_hidden_states, output_attentions, tap,
+                              padding=True)  # fmt: skip
         at = grad.pooled_rows(host(input_ids), self.config.pad_token_id)
         logits = self.ops.linear(h[np.arange(len(at)), at], **self.params["score"])  # (B, W) -> (B, L)
         loss = None if labels is None else self._loss("classification_loss", logits, model.label_array(labels), self.config.extra.get("problem_type"))

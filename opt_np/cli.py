@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -314,8 +316,9 @@ def convert(model: str, out: str, dtype: str | None, revision: str | None, stric
     new_folder(out)
     source = hub.find(model, revision)
     params, cfg = checkpoint.load_from(source, None, strict)
-    checkpoint.copy_small_files(source, out)
-    checkpoint.save(out, params, cfg, dtype)
+    with emptied_on_failure(out):
+        checkpoint.copy_small_files(source, out)
+        checkpoint.save(out, params, cfg, dtype)
     print(written(out))
 
 
@@ -346,12 +349,24 @@ def quantize(model: str, out: str, kind: str, group_size: int | None, revision: 
             bar.update()
 
         params, cfg = checkpoint.load_from(source, None, strict=True, quantizer=quantizer(kind, group_size, seen))
-    checkpoint.copy_small_files(source, out)
-    checkpoint.save(out, params, with_kind(cfg, kind, group_size))
+    with emptied_on_failure(out):
+        checkpoint.copy_small_files(source, out)
+        checkpoint.save(out, params, with_kind(cfg, kind, group_size))
     width = max(map(len, errors))
     print(f"{'matrix':<{width}}  relative error")
     print("\n".join(f"{name:<{width}}  {100 * error:.2f} %" for name, error in errors.items()))
     print(written(out))
+
+
+@contextmanager
+def emptied_on_failure(out: str) -> Iterator[None]:
+    """Removes the files of a folder that was new or empty if the body raises: they would refuse the next attempt."""
+    try:
+        yield
+    except BaseException:
+        for path in Path(out).glob("*"):
+            path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def new_folder(out: str) -> None:

@@ -47,7 +47,8 @@ def load(name: str | Path, revision: str | None = None, dtype: str = "float32", 
     cfg = config(checkpoint.read_json(source.config / "config.json"), source.config)
     flat = checkpoint.as_type(renamed(checkpoint.read_weights(source.weights), cfg), cfg, source.name, dtype, strict, copy=True)
     params = unflatten(checkpoint.checked(flat, cfg, source.name))
-    return OPTForCausalLM(params, cfg, backend), tokenizer(source.tokenizer)
+    defaults = checkpoint.read_json(source.config / "generation_config.json")
+    return OPTForCausalLM(params, cfg, backend, defaults), tokenizer(source.tokenizer)
 
 
 def config(keys: dict[str, Any], where: Any = "config.json") -> OPTConfig:

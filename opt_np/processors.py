@@ -113,7 +113,7 @@ def min_length(scores: np.ndarray, ids: np.ndarray, length: int, eos: Sequence[i
     if ids.shape[1] >= length:
         return scores
     scores = scores.copy()
-    scores[:, [end for end in eos if end < scores.shape[-1]]] = -np.inf
+    scores[:, [end for end in eos if 0 <= end < scores.shape[-1]]] = -np.inf
     return scores
 
 

@@ -140,7 +140,7 @@ def resolve(options: dict[str, Any], generation_config: dict[str, Any] | None, c
     stored = {**ids, **generation_config} if generation_config else cfg.to_dict()
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings(**{name: value for name, value in stored.items() if name in known and name not in ours and value is not None} | given)
-    ignored = sorted(name for name, neutral in NOT_BUILT.items() if stored.get(name) is not None and stored[name] != neutral)
+    ignored = sorted(name for name, neutral in NOT_BUILT.items() if stored.get(name) not in (None, neutral, [], {}))
     if ignored:
         warnings.warn(f"the model's generation_config asks for {', '.join(ignored)}, which is not built here and has no effect", stacklevel=5)
     idle = {name: need for name, need in settings.without_effect().items() if name in given}

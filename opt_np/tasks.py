@@ -74,8 +74,10 @@ def read_examples(path: str | Path, keys: Sequence[str]) -> dict[int, dict[str, 
         for key in keys:
             if key not in example:
                 raise DataError(f"{path}:{number} has no {key}; each line is an object with {', '.join(keys)}")
-            if not isinstance(example[key], KINDS.get(key, str)):
+            if not isinstance(example[key], KINDS.get(key, str)) or isinstance(example[key], bool):
                 raise DataError(f"{path}:{number}: {key} is {example[key]!r}, a {type(example[key]).__name__}")
+            if isinstance(example[key], float) and example[key].is_integer():  # JSON's 1.0 is the same number as 1
+                example[key] = int(example[key])
         examples[number] = example
     if not examples:
         raise DataError(f"{path} holds no example")

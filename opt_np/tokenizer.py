@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3; only <pad> and </s> are special to HF's OPT tokenizer
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -122,7 +123,7 @@ class OPTTokenizer:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}; it must be at least 1")
         single = isinstance(text, str)
-        texts, pairs = ([text], [text_pair]) if single else (list(text), list(text_pair) if text_pair is not None else [None] * len(text))
+        texts, pairs = ([text], [text_pair or None]) if single else (list(text), list(text_pair) if text_pair is not None else [None] * len(text))
         rows = [self.encode(a, b, add_special_tokens) for a, b in zip(texts, pairs, strict=True)]
         rows = [ids[:max_length] if truncation else ids for ids in rows]
         if padding:
@@ -183,11 +184,9 @@ class OPTTokenizer:
         config: dict[str, Any] = {"errors": "replace", "tokenizer_class": "PreTrainedTokenizerFast" if own_way else "GPT2Tokenizer"}
         config |= {"add_prefix_space": False, "add_bos_token": self.add_bos_token, **self.config}
         config |= {name: {**t, "__type": "AddedToken"} for name, t in token.items()}
-        added = {i: t for i, t in self._added.items() if t.content not in bpe["vocab"]}
+        added = {i: t for i, t in self._added.items() if t.content not in bpe["vocab"] or t.content not in contents.values()}
         if added:
-            config["added_tokens_decoder"] = {
-                str(i): {"content": t.content, **flags, "normalized": t.normalized, "special": t.special} for i, t in added.items()
-            }
+            config["added_tokens_decoder"] = {str(i): {name: getattr(t, name) for name in ("content", *FLAGS)} for i, t in added.items()}
         merges = "".join(f"{a} {b}\n" for a, b in bpe["merges"])
         if own_way:
             write_text(folder / "tokenizer.json", self._tokenizer.to_str())
@@ -234,7 +233,7 @@ def _add_tokens(tokenizer: Tokenizer, added: dict[int, dict[str, Any]], folder: 
     from opt_np.checkpoint import CheckpointError
 
     for i, token in sorted(added.items()):
-        tokenizer.add_tokens([AddedToken(token["content"], special=token.get("special", False), normalized=token.get("normalized", False))])
+        tokenizer.add_tokens([AddedToken(token["content"], **{name: token.get(name, False) for name in FLAGS})])
         if tokenizer.token_to_id(token["content"]) != i:
             found = tokenizer.token_to_id(token["content"])
             raise CheckpointError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_np import checkpoint
+from opt_np import checkpoint, hub
 from opt_np.arrays import host
 from opt_np.classes import choose_backend, load_ops
 from opt_np.config import OPTConfig
@@ -29,6 +29,7 @@ from opt_np.tasks import Classification, DataError, LanguageModelling, QuestionA
 from opt_np.tokenizer import OPTTokenizer
 from opt_np.tree import flatten, map_leaves, unflatten
 
+LOG = "log.jsonl"
 STATE = "train_state.safetensors"  # parameters, moments and step in one file, so that one rename commits all of them
 BETAS = 0.9, 0.99  # OPT's own 0.95 was for batches of a million tokens; small ones need a longer memory of the squared gradient
 TASKS: dict[str, Any] = {"classify": Classification, "qa": QuestionAnswering}
@@ -174,6 +175,9 @@ def train_in(out: Path, options: Options) -> dict[str, Any]:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
     if not (out / STATE).exists() and (out / "config.json").exists():
         raise ValueError(f"{out} holds a model, but no training run to go on with; choose another --out")
+    there = [name for name in (*checkpoint.TOKENIZER_FILES, LOG) if (out / name).exists()]
+    if there and not (out / STATE).exists() and not Log.begun(out / LOG):
+        raise ValueError(f"{out} holds {', '.join(there)}, not of a training run, and training would overwrite them; choose another --out")
     if options.resume and not (out / STATE).exists():
         warnings.warn(f"{out} holds no training run yet; starting one", stacklevel=2)
     run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
@@ -182,7 +186,7 @@ def train_in(out: Path, options: Options) -> dict[str, Any]:
     if first >= options.steps:
         save(out, run, options)  # the run may have been killed after writing its last state, before the checkpoint
         found = run.task.evaluate(run.params, run.cfg, run.ops) if options.evaluated else {}
-    with Log(out / "log.jsonl", first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
+    with Log(out / LOG, first) as log, Interrupt() as interrupt, tqdm(desc="train", unit=" tokens", disable=None) as bar:
         for step in range(first, options.steps):
             line = train_step(run, options, step)
             done = step + 1 == options.steps or interrupt.asked
@@ -246,7 +250,10 @@ def new_run(out: Path, options: Options) -> Run:
     backend = choose_backend(options.backend)
     run = Run(at_home(params, backend), at_home(adamw_init(params), backend), cfg, tokenizer, task, backend)
     out.mkdir(parents=True, exist_ok=True)
+    (out / LOG).touch()  # first, as the sign that the other files are this run's
     tokenizer.save_pretrained(out)
+    if options.model and options.task == "lm" and (defaults := hub.find(options.model).config / "generation_config.json").exists():
+        checkpoint.write_text(out / defaults.name, defaults.read_text(encoding="utf-8"))
     return run
 
 
@@ -276,6 +283,9 @@ def make_task(options: Options, tokenizer: OPTTokenizer, cfg: OPTConfig) -> Any:
         return LanguageModelling(tokenizer, texts, read_texts(options.eval_text) if options.eval_text else [], *shape)
     if not options.data:
         raise DataError(f"--task {options.task} learns from --data FILE, JSON lines with {', '.join(TASKS[options.task].keys)}")
+    if options.task == "classify" and tokenizer.pad_token_id != cfg.pad_token_id:  # rows are read at their last token that is not config.json's
+        raise ValueError(f"the tokenizer pads with id {tokenizer.pad_token_id}, and config.json's pad_token_id is {cfg.pad_token_id}: a row's end "
+                         f"could not be found; set one of them to the other")  # fmt: skip
     return TASKS[options.task](tokenizer, options.data, options.eval_data, *shape)
 
 
@@ -344,6 +354,12 @@ class Log:
         checkpoint.write_text(path, "".join(kept[n] + "\n" for n in sorted(kept)))
         self.last = self.parsed(kept[max(kept)]) if kept else {}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in __exit__)
+
+    @classmethod
+    def begun(cls, path: Path) -> bool:
+        """Whether a run that stopped before it was saved has left the file: empty, or with a step in its first line."""
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ["not there"]
+        return not lines or bool(cls.parsed(lines[0]))
 
     @staticmethod
     def parsed(line: str) -> dict[str, Any]:

@@ -95,6 +95,21 @@ def test_the_grid_meets_early_ends_and_different_lengths():
         assert any((rows[:, ids.shape[1] :] == 1).any() for rows in answers)
 
 
+@pytest.mark.parametrize("penalty", [-50, -8, 50])
+def test_a_score_below_hfs_worst_is_still_a_score(penalty):
+    """A sum of -40 times 20^8 is below -1e9, which stands for texts that have not ended. HF returns one token there."""
+    _, ours = language_model("pre_norm")
+    ids, _ = batch("none", seed=3)
+    options = {"num_beams": 2, "length_penalty": penalty, "max_new_tokens": 20}
+    rows = ours.generate(ids, eos_token_id=ends("pre_norm", 2), **options)
+    for row, answer in zip(ids, rows, strict=True):
+        alone = ours.generate(row[None], eos_token_id=ends("pre_norm", 2), **options)[0]
+        assert len(alone) > len(row)
+        assert np.array_equal(answer[: len(alone)], alone)
+        assert (answer[len(alone) :] == 1).all()
+    assert ours.generate(ids[:1], **options, **NO_EOS).shape == (1, ids.shape[1] + 20)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_beams_of_a_row_do_not_depend_on_its_neighbours(side, do_sample):

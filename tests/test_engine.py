@@ -703,7 +703,8 @@ def test_beams_have_no_steps_and_an_engine_has_limits():
     np.testing.assert_array_equal(e.result(handle), NUMPY.generate([[5, 6]], num_beams=2, max_new_tokens=3))
     with pytest.raises(ValueError, match=r"runs on backends 'cpu' and 'cuda', and this model's is opt_np\.ops"):
         Engine(NUMPY)
-    for options, message in (({"pages": 0}, "pages=0 must be"), ({"chunk": 63}, "chunk=63 must be at least 64"), ({"max_batch": 0}, "max_batch=0"),
+    for options, message in (({"pages": 0}, "pages=0 must be"), ({"chunk": 63}, "chunk=63 must be a whole number of at least 64"),
+                             ({"max_batch": 0}, "max_batch=0"), ({"pages": 2.5}, "pages=2.5 must"), ({"pages": "3"}, "pages='3' must"),
                              ({"dtype": "float64"}, "dtype='float64' must be float32")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Engine(LM, **options)

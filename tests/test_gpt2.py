@@ -170,6 +170,13 @@ def test_other_words_for_the_same(folder, tmp_path, keys):
     assert np.array_equal(gpt2.load(tmp_path / "copy")[0](ids_of()).logits, gpt2.load(folder)[0](ids_of()).logits)
 
 
+def test_the_folders_defaults_of_generation_are_heeded(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text('{"max_new_tokens": 3, "eos_token_id": []}')
+    ids = ids_of()[:1, :4]
+    assert gpt2.load(tmp_path / "copy")[0].generate(ids).shape == (1, 7)
+
+
 def test_a_dtype_that_a_backend_has_not_is_refused(folder):
     with pytest.raises(ValueError, match="backend 'numpy' computes in float32 or float64, not 'float16'"):
         gpt2.load(folder, dtype="float16", backend="numpy")

@@ -315,6 +315,21 @@ def test_convert(layouts, here, tmp_path, capsys):
     assert (tmp_path / "wide/model.safetensors").stat().st_size > 1.8 * (out / "model.safetensors").stat().st_size
 
 
+def test_a_conversion_that_fails_leaves_room_for_the_next(tmp_path, capsys):
+    from opt_np import cli
+
+    cfg = small.config()
+    params = small.params(cfg)
+    params["layers"][0]["fc1"]["weight"][0, 0] = 1e6
+    checkpoint.save(tmp_path / "model", params, cfg)
+    small.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    for out in ("new", "empty"):
+        assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / out), "--dtype", "float16"]) == 1
+        assert "too large for float16" in capsys.readouterr().err
+        assert cli.main(["convert", str(tmp_path / "model"), str(tmp_path / out), "--dtype", "float32"]) == 0
+
+
 def test_info_of_a_hub_id(layouts, here, capsys):
     from opt_np import cli
 

@@ -625,6 +625,17 @@ def test_a_classifier_on_this_backend(tmp_path):
     assert ours.loss == pytest.approx(numpys.loss, rel=1e-5)
 
 
+def test_a_classifier_reads_rows_at_columns_that_are_masked():
+    """HF finds a row's end by id, whatever the mask: here the rows' second half is hidden, but not the pad."""
+    cfg = small.config()
+    params = small.params(cfg)
+    params["score"] = {"weight": np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32)}
+    ids = small.ids(cfg, 2, 8)
+    mask = np.array([[1] * 8, [1] * 4 + [0] * 4])
+    ours, numpys = (OPTForSequenceClassification(copy.deepcopy(params), cfg, backend)(ids, mask).logits for backend in ("cpu", "numpy"))
+    np.testing.assert_allclose(ours, numpys, rtol=1e-4, atol=1e-5)
+
+
 def test_no_two_functions_within_kernels_have_one_name():
     """Kernels that were compiled in other processes meet in one, and its linker knows a function by its name and the kinds of its arguments: it took
     attention's kernel for the backward pass's, which is of another step, and gradients were wrong, if the one was kept and the other was not."""

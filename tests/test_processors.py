@@ -188,11 +188,17 @@ def test_the_caller_comes_before_generation_config_and_that_before_config_and_th
     assert resolve({}, {"seed": "x", "overflow": "y"}, cfg).overflow == "error"  # not HF's keys: whatever they are, they are not ours
 
 
+def test_an_end_that_is_no_token_is_not_the_last_token():
+    kept = processors.min_length(np.zeros((1, 9)), np.zeros((1, 3), int), 4, (-1, 5, 9, -5000))
+    np.testing.assert_array_equal(kept, np.where(np.arange(9) == 5, -np.inf, 0)[None])
+
+
 @pytest.mark.parametrize("key", NOT_BUILT)
 def test_a_key_that_would_change_the_output_and_is_not_built_is_named(key):
     with pytest.warns(UserWarning, match=f"asks for {key}, which is not built here"):
         resolve({}, {key: [5], "transformers_version": "5", "_from_model_config": True, "bos_token_id": 2, "use_cache": False}, CFG)
-    assert resolve({}, {key: NOT_BUILT[key]}, CFG) == resolve({}, {}, CFG)
+    for nothing in (NOT_BUILT[key], [], {}):
+        assert resolve({}, {key: nothing}, CFG) == resolve({}, {}, CFG)
 
 
 def test_a_key_that_is_not_built_is_named_once_with_the_others():

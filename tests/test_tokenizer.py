@@ -320,6 +320,24 @@ def test_tokens_that_a_fine_tune_added_are_found_in_whichever_file_tells_them(tm
     assert OPTTokenizer.from_pretrained(tmp_path / "again").encode("<|user|>a café") == ids
 
 
+def test_an_added_tokens_blanks_and_a_former_pad_survive_saving(tmp_path):
+    hf = transformers.AutoTokenizer.from_pretrained(small.folder(tmp_path / "plain"))
+    hf.add_tokens([transformers.AddedToken("<img>", lstrip=True, rstrip=True, special=True, normalized=False)])
+    hf.pad_token = hf.eos_token
+    hf.save_pretrained(tmp_path / "hf")
+    OPTTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "ours")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    for folder in ("hf", "ours"):
+        for side in (False, True):  # as transformers 4 left it: both kinds of files
+            if side:
+                for name in ("vocab.json", "merges.txt"):
+                    shutil.copy(tmp_path / "plain" / name, tmp_path / folder)
+            ours = OPTTokenizer.from_pretrained(tmp_path / folder)
+            for text in ("a <img> b", "a<pad>b"):
+                assert ours.encode(text) == hf(text)["input_ids"] == again(text)["input_ids"]
+            assert ours.decode([2, 5, 1], skip_special_tokens=True) == hf.decode([2, 5, 1], skip_special_tokens=True)
+
+
 def test_an_added_token_with_another_id_is_an_error(tmp_path):
     small.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|user|>": 9999}')

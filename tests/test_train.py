@@ -380,6 +380,35 @@ def test_a_head_for_other_labels_is_a_fresh_one(classified, tmp_path):
     assert load_file(tmp_path / "run" / "model.safetensors")["score.weight"].shape == (3, 16)
 
 
+def test_a_labels_number_may_be_written_in_two_ways(tmp_path):
+    data = lines(tmp_path / "train.jsonl", [{"text": "a", "label": label} for label in (1, 1.0, 2, 0.5)])
+    train(options(tmp_path / "run", task="classify", **{**SHORT, "data": data, "steps": 1, "eval_every": 0}))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["id2label"] == {"0": "0.5", "1": "1", "2": "2"}
+
+
+def test_a_classifier_whose_rows_have_no_end_is_refused(classified, tmp_path):
+    small.folder(tmp_path / "model", small.config(pad_token_id=3))
+    data = {"data": str(classified / "train.jsonl"), "eval_every": 0}
+    with pytest.raises(ValueError, match=r"the tokenizer pads with id 1, and config\.json's pad_token_id is 3"):
+        train(options(tmp_path / "run", task="classify", model=str(tmp_path / "model"), **{**SHORT, **data}))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "log.jsonl", "tokenizer.json"])
+def test_files_of_something_else_are_not_overwritten(name, text, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}\n')
+    with pytest.raises(ValueError, match=f"holds {name}, not of a training run"):
+        train(options(tmp_path, text, steps=1))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"mine": 1}\n'}
+
+
+def test_a_models_defaults_of_generation_stay_with_it(text, tmp_path):
+    model = small.folder(tmp_path / "model")
+    (model / "generation_config.json").write_text('{"top_k": 7}')
+    train(options(tmp_path / "run", text, model=str(model), steps=1))
+    assert (tmp_path / "run" / "generation_config.json").read_text() == '{"top_k": 7}'
+
+
 def test_another_tasks_head_is_dropped_with_a_word(classified, text, tmp_path):
     with pytest.warns(UserWarning, match="score is not used by --task lm"):
         train(options(tmp_path, text, model=str(classified / "run"), steps=1))
@@ -518,6 +547,7 @@ FINE = questions(1)[0]
         ("classify", '{"text": "a"}', "label"),
         ("classify", '{"text": 5, "label": "a"}', "text is 5"),
         ("classify", '{"text": "a", "label": null}', "label is None"),
+        ("classify", '{"text": "a", "label": true}', "label is True"),
         ("classify", '{"text": "a \\ud800", "label": 1}', "Unicode"),
         ("qa", json.dumps(FINE | {"answer_start": 1}), "character 1"),
         ("qa", json.dumps(FINE | {"answer_start": "0"}), "answer_start is '0'"),
