@@ -67,9 +67,11 @@ ABREAST = 2  # tiles of rows multiplied by a strip together: a block of k of 32 
 # two would need fewer loads, but all eight tile registers; where another thread shares the core, tile loads then wait for a free register
 GROUP = ABREAST * SIDE
 DEPTH, CHUNK = 2 * BLOCK_K, BLOCK_K // SIDE  # k and strips that a block of rows is multiplied by at a time: in bfloat16 600 kB of the L2 cache
-MOST_ROWS, X_BYTES = 16 * GROUP, 800 << 10  # most rows of a block, and bytes of L2 for them; if k is deeper than DEPTH, partial sums wait there too
-ASKS = 2  # cache lines of the next strips that are prefetched with each tile, for int8 half as many
-LAST_ROWS = 256  # the last rows of a block prefetch all of the next strips in order; the rows before them, only their beginning
+ENOUGH, MOST_ROWS = 2 * GROUP, 16 * GROUP  # rows of a block
+AGAIN = 16  # reading the weights for one more block costs as much as so many rows more
+X_BYTES = 800 << 10  # bytes of L2 for a block's rows; if k is deeper than DEPTH, partial sums wait there too
+ASKS = 2  # cache lines of the next strips that are prefetched with each tile; for int8 half as many, or twice as many if a block has few rows
+LAST_ROWS, FEW_ROWS = 256, 128  # the last rows of a block prefetch all of the next strips in order; the rows before them, only their beginning
 FLUSH = 0x8040  # in MXCSR: subnormal inputs and results are 0
 TASKS_EACH = 3, 2  # tasks per thread: parts of the strips if there are few rows, else blocks of rows
 ASK_FOR_TILES = 158, 0x1023, 18  # Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -195,13 +197,23 @@ def rows_at_once(I: int) -> int:
 
 def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
     """The rows of a block, the number of blocks, and the parts that a weight's strips are split into: blocks · parts tasks."""
-    threads, (few, many) = get_num_threads(), TASKS_EACH
-    blocks = math.ceil(M / rows_at_once(I))
-    if threads <= M // GROUP:
-        blocks = max(blocks, min(threads * many, M // GROUP))
-    rows = math.ceil(M / blocks / GROUP) * GROUP
+    threads, few, most = get_num_threads(), TASKS_EACH[0], rows_at_once(I)
+    rows = even_rows(M, ENOUGH, most, GROUP) if threads <= M // GROUP else math.ceil(M / math.ceil(M / most) / GROUP) * GROUP
     blocks = math.ceil(M / rows)
     return rows, blocks, 1 if blocks >= threads else min(count, math.ceil(threads * few / blocks))
+
+
+def even_rows(M: int, least: int, most: int, step: int) -> int:
+    """The rows of a block, a multiple of `step`, with which the busiest thread has least to do; where there is enough, each has some blocks."""
+    threads, many = get_num_threads(), TASKS_EACH[1]
+    least, most = min(least, most // 2, math.ceil(M / threads)), min(most, max(LAST_ROWS, math.ceil(M / (threads * many) / step) * step))
+
+    def work(rows: int) -> int:
+        whole, rest = divmod(M, rows)
+        turns, more = divmod(whole, threads)
+        return turns * (rows + AGAIN) + (rows + AGAIN if more else rest + AGAIN if rest else 0)
+
+    return min(range(most, step * math.ceil(least / step) - 1, -step), key=work)
 
 
 def tile_shapes(rows: int, depth: int = SIDE, columns: int = SIDE, weights: int = 1) -> np.ndarray:
@@ -282,6 +294,9 @@ def _matmul(table: Any) -> None:
                             elif INTEGERS:
                                 if M <= SIDE:
                                     bytes_of_few(apart, apart, 0, here, plane, at(weights, s * strip), tiles, at(weights, s * strip + AHEAD))
+                                elif last - first <= FEW_ROWS:
+                                    bytes_of_some(apart, apart, 0, here, plane, at(weights, s * strip), tiles, later)
+                                    asked += tiles * 2 * ASKS * LINE
                                 else:
                                     bytes_apart(apart, apart, 0, here, plane, at(weights, s * strip), tiles, later)
                                     asked += tiles * ASKS // 2 * LINE
@@ -801,7 +816,7 @@ def quads(builder: Any, a: Any, b: Any, total: Any, unsigned: bool) -> Any:
 
 WHOLE_TILE = TILE_BYTES // LINE  # few rows are limited by memory, and prefetch as much as they read
 one, two = over_tiles(PAIRS, asks=WHOLE_TILE), over_tiles(PAIRS, PAIRS, asks=ASKS)
-bytes_apart, bytes_of_few = (over_tiles(*BYTES_OF, asks=asks, adds=False) for asks in (ASKS // 2, WHOLE_TILE))
+bytes_apart, bytes_of_some, bytes_of_few = (over_tiles(*BYTES_OF, asks=n, adds=False) for n in (ASKS // 2, 2 * ASKS, WHOLE_TILE))
 NORM = {"bfloat16": variant(_norm, "bfloat16", INTEGERS=False), "int8": variant(_norm, "int8", INTEGERS=True)}
 MATMUL = {"bfloat16": variant(_matmul, "bfloat16", INTEGERS=False), "int8": variant(_matmul, "int8", INTEGERS=True)}
 LOOK_UP = {"bfloat16": gemm.LOOK_UP["<u2"], "int8": variant(gemm._look_up, "int8", as_stored=int8s, as_float32=int8_at)}

@@ -30,6 +30,7 @@ from opt_fast.gemm_amx import (
     X_BYTES,
     add_scaled_to,
     configure,
+    even_rows,
     floats_of,
     release,
     round_block,
@@ -84,11 +85,8 @@ class PackedNibbles(PackedIntegers):
 
     def shares(self, M: int) -> tuple[int, int, int]:
         """The rows of a block, the number of blocks, and the parts that the panels are split into: blocks · parts tasks."""
-        threads, (few, many) = get_num_threads(), TASKS_EACH
-        blocks = math.ceil(M / max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP)))
-        if threads <= M // ENOUGH:
-            blocks = max(blocks, min(threads * many, M // ENOUGH))
-        rows = math.ceil(M / blocks / SIDE) * SIDE
+        threads, few, most = get_num_threads(), TASKS_EACH[0], max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP))
+        rows = even_rows(M, ENOUGH, most, SIDE) if threads <= M // ENOUGH else math.ceil(M / math.ceil(M / most) / SIDE) * SIDE
         blocks = math.ceil(M / rows)
         return rows, blocks, 1 if blocks >= threads else min(self.count, math.ceil(threads * few / blocks))
 

@@ -286,7 +286,7 @@ def test_parts_are_work_for_every_thread(threads, M, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5, 64])
-@pytest.mark.parametrize("M", [1, 47, 96, 1024, 5000])
+@pytest.mark.parametrize("M", [1, 47, 96, 192, 400, 1024, 2600, 5000])
 def test_there_is_work_for_every_thread(threads, M, monkeypatch):
     monkeypatch.setattr(gemm_amx, "get_num_threads", lambda: threads)
     packed = gemm_amx.PackedTiles(np.zeros((3072, 768), np.int8), np.ones(3072, np.float32))
@@ -296,6 +296,10 @@ def test_there_is_work_for_every_thread(threads, M, monkeypatch):
     assert (blocks - 1) * rows < M <= blocks * rows
     assert rows % gemm_amx.GROUP == 0
     assert rows <= gemm_amx.rows_at_once(768)
+    busy = [0] * threads
+    for block in range(blocks):
+        busy[busy.index(min(busy))] += min(rows, M - block * rows)
+    assert parts > 1 or max(busy) <= 1.1 * M / threads + gemm_amx.GROUP
     if packed.writes_rounded(M):  # then a task has all of a row's strips, a block of k of the next product at a time
         _, arguments, tasks = packed.call(
             np.zeros(0, np.float32), 768, 1, np.zeros(3072, np.float32), None, gemm_amx.Rounded(M, 3072, packed.stored), M
