@@ -32,8 +32,9 @@ from opt_np.config import OPTConfig, parameter_shapes
 
 SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "tiny")
 ENGINES = tuple(peers.IMPORTS)
-JOBS = ("attention", "decode", "prefill", "batch", "prefix", "decode-16", "prefill-16", "decode-int8", "prefill-int8", "batch-int8", "decode-int4",
-        "prefill-int4", "batch-int4", "train", "memory")  # fmt: skip
+JOBS = ("attention", "decode", "prefill", "short", "batch", "prefix", "decode-16", "prefill-16", "short-16",
+        "decode-int8", "prefill-int8", "short-int8", "batch-int8", "decode-int4", "prefill-int4", "short-int4", "batch-int4", "train",
+        "memory")  # fmt: skip
 # How the weights are stored: in float32, or in fewer bits, in the dtypes that each engine supports, beside a float32 reference for int8 and int4.
 STORED: dict[str, dict[str, tuple[str, ...]]] = {
     "float32": dict.fromkeys(ENGINES, ("float32",)),
@@ -170,8 +171,8 @@ def model_jobs(s: peers.Shape, stored: str) -> list[Job]:
     decode = f"{s.decode} tokens after one, {stored}"
     jobs = [
         Job("decode", "model", stored, f"decode, {decode}", s.decode, "tokens/s", s.decode * step, s.decode * read),
-        Job("prefill", "model", stored, f"first token of a fresh prompt of {s.prefill}, {stored}", s.prefill, "tokens/s",
-            forward_flops(s.cfg, s.prefill, 1), read),
+        *(Job(name, "model", stored, f"first token of a fresh prompt of {T}, {stored}", T, "tokens/s", forward_flops(s.cfg, T, 1), read)
+          for name, T in (("prefill", s.prefill), ("short", s.short))),
     ]  # fmt: skip
     jobs += [
         Job(f"batch-{B}", "model", stored, f"decode, {B} rows at once, {decode}", B * s.decode, "tokens/s", B * s.decode * step, s.decode * read)

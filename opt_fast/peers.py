@@ -30,8 +30,8 @@ UNTOLD = np.finfo(np.float32).min  # stands for a value that an engine does not 
 class Shape:
     """How much work a model size stands for.
 
-    The model, the tokens of a prefill and of a decode, rows and tokens of a training step, (S, Dh, H) of attention, the batches of a decode, and
-    prompts with a common prefix: how many, the tokens that they share, and the tokens that each has of its own.
+    The model, the tokens of a prefill and of a decode, rows and tokens of a training step, (S, Dh, H) of attention, the batches of a decode,
+    prompts with a common prefix (how many, the tokens that they share, and the tokens that each has of its own), and the tokens of a short prefill.
     """
 
     cfg: OPTConfig
@@ -41,13 +41,14 @@ class Shape:
     attention: tuple[tuple[int, int, int], ...] = ((512, 64, 12), (1024, 64, 12), (2048, 64, 12), (2048, 80, 32))
     batches: tuple[int, ...] = (4, 8, 16)
     prefix: tuple[int, int, int] = (8, 512, 16)
+    short: int = 128
 
 
 def shape(size: str) -> Shape:
     if size != "tiny":
         return Shape(OPTConfig.from_size(size, dropout=0.0))
     cfg = OPTConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=256, dropout=0.0)
-    return Shape(cfg, 64, 8, (2, 16), ((64, 16, 4), (48, 24, 2)), (2, 3), (3, 32, 4))
+    return Shape(cfg, 64, 8, (2, 16), ((64, 16, 4), (48, 24, 2)), (2, 3), (3, 32, 4), 16)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def model_jobs(s: Setup, logits: Callable[[np.ndarray], Any], decode: Callable[[
 
     return {
         "prefill": lambda seed: logits(s.prompt(seed, s.shape.prefill)),
+        "short": lambda seed: logits(s.prompt(seed, s.shape.short)),
         "prefix": lambda seed: alike(s.prompts_alike(seed), s.shape.prefix[1]),
         "step": steps(1, logits),
         "decode": steps(1, decode),

@@ -371,13 +371,13 @@ def test_a_small_run_of_every_engine_that_is_here(hasty, capsys):
     engines = [name for name in bench.ENGINES if bench.installed(name)]
     if not find_spec("torch"):
         assert engines == ["opt_fast", "numpy"]
-    assert run("--jobs", "decode", "prefill", "batch", "prefix") == 0
+    assert run("--jobs", "decode", "prefill", "short", "batch", "prefix") == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
-    for key in ("decode", "prefill", "batch-2", "batch-3", "prefix"):
+    for key in ("decode", "prefill", "short", "batch-2", "batch-3", "prefix"):
         assert list(result["jobs"][key]["seconds"]) == [f"{name} float32" for name in engines]
         assert list(result["jobs"][key]["ratio"]["opt_fast float32"]) == [f"{name} float32" for name in engines[1:]]
-    assert "numpy float32 agree; timing decode, prefill, batch-2, batch-3, prefix" in err
+    assert "numpy float32 agree; timing decode, prefill, short, batch-2, batch-3, prefix" in err
 
 
 def test_weights_are_written_in_shards_of_float16_that_everyone_reads(tmp_path):
