@@ -61,7 +61,7 @@ inner: Any = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignor
 def load_openmp() -> None:
     """Loads libgomp, if Numba's threads are libgomp's, with GOMP_SPINS, which only the environment can tell it. By default its threads spin for
     16 ms, which takes their processors from others, perhaps from the very thread that they wait for."""
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    if sys.platform == "linux" and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = GOMP_SPINS
         try:
             with suppress(ImportError):
