@@ -197,8 +197,13 @@ def rows_at_once(I: int) -> int:
 
 def shares(M: int, I: int, count: int) -> tuple[int, int, int]:
     """The rows of a block, the number of blocks, and the parts that a weight's strips are split into: blocks · parts tasks."""
-    threads, few, most = get_num_threads(), TASKS_EACH[0], rows_at_once(I)
-    rows = even_rows(M, ENOUGH, most, GROUP) if threads <= M // GROUP else math.ceil(M / math.ceil(M / most) / GROUP) * GROUP
+    return divided(M, count, GROUP, ENOUGH, rows_at_once(I), GROUP)
+
+
+def divided(M: int, count: int, fewest: int, least: int, most: int, step: int) -> tuple[int, int, int]:
+    """As `shares`: threads share the rows if there are `fewest` for each, in blocks of `least` to `most`, multiples of `step`; else the strips."""
+    threads, few = get_num_threads(), TASKS_EACH[0]
+    rows = even_rows(M, least, most, step) if threads <= M // fewest else math.ceil(M / math.ceil(M / most) / step) * step
     blocks = math.ceil(M / rows)
     return rows, blocks, 1 if blocks >= threads else min(count, math.ceil(threads * few / blocks))
 

@@ -8,12 +8,11 @@ group.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import get_num_threads, types
+from numba import types
 
 from opt_fast.gemm import BLOCK_K, COLUMNS, TILE, begin, widened
 from opt_fast.gemm_amx import (
@@ -24,13 +23,12 @@ from opt_fast.gemm_amx import (
     OF_WEIGHTS,
     OF_X,
     SIDE,
-    TASKS_EACH,
     TILE_BYTES,
     VECTOR,
     X_BYTES,
     add_scaled_to,
     configure,
-    even_rows,
+    divided,
     floats_of,
     release,
     round_block,
@@ -85,10 +83,8 @@ class PackedNibbles(PackedIntegers):
 
     def shares(self, M: int) -> tuple[int, int, int]:
         """The rows of a block, the number of blocks, and the parts that the panels are split into: blocks · parts tasks."""
-        threads, few, most = get_num_threads(), TASKS_EACH[0], max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP))
-        rows = even_rows(M, ENOUGH, most, SIDE) if threads <= M // ENOUGH else math.ceil(M / math.ceil(M / most) / SIDE) * SIDE
-        blocks = math.ceil(M / rows)
-        return rows, blocks, 1 if blocks >= threads else min(self.count, math.ceil(threads * few / blocks))
+        most = max(GROUP, min(MOST_ROWS, X_BYTES // (2 * self.shape[1] + 1) // GROUP * GROUP))
+        return divided(M, self.count, ENOUGH, ENOUGH, most, SIDE)
 
     def needed(self, M: int) -> int:
         """Scratch memory of a thread, in float32 elements: sums, a row, the scales and strips of two blocks of k, and x's block."""

@@ -171,16 +171,17 @@ def train_in(out: Path, options: Options) -> dict[str, Any]:
     """`train`, once the folder is ours."""
     from tqdm import tqdm  # imported here, because it would slow the start of every other command
 
-    if (out / STATE).exists() and not options.resume:
+    begun = (out / STATE).exists()
+    if begun and not options.resume:
         raise ValueError(f"{out} already holds a training run; continue it with --resume, or choose another --out")
-    if not (out / STATE).exists() and (out / "config.json").exists():
+    if not begun and (out / "config.json").exists():
         raise ValueError(f"{out} holds a model, but no training run to go on with; choose another --out")
     there = [name for name in (*checkpoint.TOKENIZER_FILES, LOG) if (out / name).exists()]
-    if there and not (out / STATE).exists() and not Log.begun(out / LOG):
+    if there and not begun and not Log.begun(out / LOG):
         raise ValueError(f"{out} holds {', '.join(there)}, not of a training run, and training would overwrite them; choose another --out")
-    if options.resume and not (out / STATE).exists():
+    if options.resume and not begun:
         warnings.warn(f"{out} holds no training run yet; starting one", stacklevel=2)
-    run = resumed_run(out, options) if (out / STATE).exists() else new_run(out, options)
+    run = resumed_run(out, options) if begun else new_run(out, options)
     first, line = run.optimizer["step"], {}
     found: dict[str, Any] = {}
     if first >= options.steps:
