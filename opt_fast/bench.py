@@ -48,6 +48,7 @@ TOLERANCE = {"float32": 1e-3, "16 bits": 3e-2, "int8": 5e-2, "int4": 0.5}  # of 
 LOOSE = {"ctranslate2 int8": 0.5}  # reaches 0.11 to 0.32: it rounds activations to 8 bits, and on AVX2 without VNNI its sums of products saturate
 BUDGET = 0.5  # seconds: a shorter call is repeated for this long, and the median counts
 REST = 0.3  # seconds after which the previous engine's threads no longer spin, waiting for work
+STEERING = ("OPENBLAS_", "MKL_", "OMP_", "GOMP_", "KMP_", "NUMBA_", "ONEDNN_", "MALLOC_", "GLIBC_")  # variables by which users steer the engines
 PACKAGES = ("numpy", "numba", "torch", "transformers", "ctranslate2", "openvino", "openvino-genai", "nncf")
 Seconds = dict[str, list[float]]  # of each lane ("hf bfloat16"), round by round
 
@@ -448,6 +449,8 @@ def table(result: dict[str, Any], jobs: list[Job]) -> list[str]:
         f"limits: {best['bandwidth'] / 1e9:.1f} GB/s read from memory, {best['matmul'] / 1e9:.0f} GFLOP/s of float32 products in NumPy",
         f"median (min to max) of {result['rounds']} interleaved rounds; % of the limit; ratios of the same round; hf's attention is torch's",
     ]
+    if where["environment"]:
+        lines.append("set in the environment: " + " ".join(f"{name}={value}" for name, value in where["environment"].items()))
     if not {"avx512_bf16", "amx_bf16"} & set(where["vectors"]):
         lines.append("no bfloat16 products on this CPU: in 16 bits each engine widens as it can, and OpenVINO computes in float32")
     else:
@@ -485,7 +488,8 @@ def machine(threads: int) -> dict[str, Any]:
     flags = proc("/proc/cpuinfo").get("flags", "").split()
     vectors = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f in flags]
     cpu = proc("/proc/cpuinfo").get("model name") or platform.processor() or platform.machine()
-    return {"cpu": cpu, "vectors": vectors, "threads": threads, "python": platform.python_version(), "versions": versions}
+    found = {"cpu": cpu, "vectors": vectors, "threads": threads, "python": platform.python_version(), "versions": versions}
+    return found | {"environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(STEERING)}}
 
 
 def draw(file: str, result: dict[str, Any], jobs: list[Job]) -> None:

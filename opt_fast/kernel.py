@@ -38,10 +38,11 @@ from numba.core.registry import cpu_target
 from numba.core.typing import Signature
 from numba.extending import intrinsic as numba_intrinsic
 
+from opt_np.malloc import give_back
+
 LANES = 16  # partial sums of a reduction: the same number on every processor
 LINE = 64  # bytes of a cache line
 PIECE, LARGEST = 1 << 26, 1 << 28  # bytes: of a block of memory that many weights share; and, at most, retained for weights packed for a single use
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MOST_FREED = -1, -3, (1 << 31) - 1  # of mallopt: freed memory that is retained, in bytes
 SPINS = 200  # looks at a counter before a waiting thread yields, some 10 µs
 GOMP_SPINS = "20000"  # the same for libgomp, whose waiting threads then sleep: some 1 ms, enough for what Python does between two tokens
 TASKS, DONE, THREADS, MEMORY, BYTES, ARGUMENTS = range(6)  # the table's slots: tasks begun, tasks done, threads, scratch memory, bytes of it each …
@@ -269,21 +270,6 @@ def for_weights(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         _local.piece = np.empty(max(PIECE, size + LINE), np.uint8)
     found, _local.piece = begun_at_a_line(_local.piece, size)
     return found.view(dtype).reshape(shape)
-
-
-def give_back() -> None:
-    """Makes the C library return freed memory to the system: it would retain freed arrays of a few MB, several hundred MB for a whole model."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc only
-        trim(0)
-
-
-@functools.cache
-def keep_freed() -> None:
-    """From now on makes the C library retain freed memory, up to 2 GB, for training: every step frees and allocates the same arrays, and fresh memory
-    costs page faults, in a virtual machine a tenth of a step."""
-    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):  # glibc only
-        for option in M_MMAP_THRESHOLD, M_TRIM_THRESHOLD:
-            set_option(option, MOST_FREED)
 
 
 def workspace(size: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from opt_np import model
 from opt_np import ops as numpy_ops
 from opt_np.config import OPTConfig
 from opt_np.kv_cache import KVCache
+from opt_np.malloc import give_back, keep_freed
 
 adamw_step, clip_by_global_norm = train_cpu.adamw_step, train_cpu.clip_by_global_norm  # these accept any tree of arrays
 
@@ -63,7 +64,7 @@ def pack(params: dict, release: bool = False) -> dict:
     with kernel.side_by_side() if whole else nullcontext():
         found = engine.Params(packed(params, ""))
     if whole and release:
-        kernel.give_back()
+        give_back()
     return found
 
 
@@ -159,7 +160,7 @@ def attention_bwd(dO: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, O
     dO: (B, T, H, Dh);  q: (B, T, H, Dh);  k: (B, S, H, Dh);  v: (B, S, H, Dh);  O: (B, T, H, Dh);  L: (B, T, H)
     -> (B, T, H, Dh), (B, S, H, Dh), (B, S, H, Dh)
     """
-    kernel.keep_freed()
+    keep_freed()
     visible = getattr(layout, "visible", None)
     dO, q, k, v, O = map(float32, (dO, q, k, v, O))
     return attention_cpu.attention_bwd(dO, q, k, v, O, L, scale, visible, attention_parts.IN_FLOAT32_BWD)

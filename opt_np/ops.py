@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from opt_np.malloc import keep_freed
+
 LAYER_NORM_EPS = 1e-5  # torch's default; config.json has no key for it
 QUERY_BLOCK = 64  # query rows per block of attention: the block's scores stay in the processor's cache
 
@@ -26,6 +28,7 @@ def pack(params: dict, release: bool = False) -> dict:
 
     `release` lets a backend that copies them remove each array from the given tree as soon as it has copied it.
     """
+    keep_freed()
     return params
 
 

@@ -252,7 +252,7 @@ def made_up_result() -> dict:
         "decode": {"opt_fast float32": [0.1, 0.2, 0.1], "hf float32": [0.2, 0.2, 0.3]},
         "decode-16": {"opt_fast float16": [0.1, 0.1, 0.1], "opt_fast bfloat16": [0.2, 0.2, 0.2], "hf bfloat16": [0.4, 0.4, 0.4]},
     }
-    where = {"cpu": "a processor", "vectors": ["avx2"], "threads": 2}
+    where = {"cpu": "a processor", "vectors": ["avx2"], "threads": 2, "environment": {"OPENBLAS_CORETYPE": "Haswell"}}
     memory = {"hf float32": {"least": 100e6, "grown": 150e6, "peak": 160e6, "ratio": 1.5}}
     jobs = bench.summary([job("decode"), job("decode-16")], seconds, CEILINGS)
     return {"size": "tiny", "rounds": 3, "machine": where, "limits": CEILINGS, "jobs": jobs, "memory": memory}
@@ -280,6 +280,15 @@ def test_the_table():
     assert line.endswith("opt_fast float32 is 2.00 (1.00 to 3.00) x as fast")
     assert lines[-1].split() == ["hf", "float32", "150", "MB", "(peak", "160)", "1.50", "x"]
     assert any("no bfloat16 products" in line for line in lines)
+    assert "set in the environment: OPENBLAS_CORETYPE=Haswell" in lines
+
+
+def test_variables_that_steer_the_engines_are_recorded(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    monkeypatch.setenv("HOME", "/nowhere")
+    found = bench.machine(2)["environment"]
+    assert found["OPENBLAS_CORETYPE"] == "Haswell"
+    assert "HOME" not in found
 
 
 def test_the_plot(tmp_path):

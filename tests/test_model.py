@@ -1,5 +1,6 @@
 """The model equals HF's, hidden state by hidden state: first the structure in float64, then the precision in float32."""
 
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -438,3 +439,21 @@ def test_public_names_and_modules_are_there_after_one_import():
     assert all(getattr(opt_np, name) is not None for name in opt_np.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         opt_np.nothing  # noqa: B018
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_once_parameters_are_ready():
+    program = """
+import ctypes, resource
+from opt_np import ops
+ops.pack({})
+c, size = ctypes.CDLL(None), 48 << 20  # NumPy would ask the kernel for large pages, which hide the faults
+c.malloc.restype, c.memset.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(2):
+    before, place = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, c.malloc(size)
+    c.memset(place, 1, size)
+    c.free(place)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert faults < 100  # 12288 pages of 4096 bytes
